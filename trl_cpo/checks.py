@@ -1,0 +1,77 @@
+"""What a user's model, tokenizer and data must have, checked before anything expensive starts."""
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+_FORMAT = (
+    "A preference dataset has the columns prompt, chosen, rejected (or chosen and rejected that both begin with the "
+    "prompt), each a string or a list of {'role', 'content'} messages"
+)
+
+
+def check_preference_dataset(dataset: Any, name: str, tokenized: tuple[str, ...] = ()) -> None:
+    """Raises `ValueError` if a dataset, called `name`, is empty or lacks the columns of preference pairs.
+
+    Vision and tokenized datasets (with the columns `tokenized`) are left to DPOTrainer.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_preference_dataset(part, f"{name}[{key!r}]", tokenized)
+        return
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return  # DPOTrainer names the types that it takes.
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"{name} is empty. {_FORMAT}; check the split and any filter in front of the trainer.")
+    if tokenized and all(column in first for column in tokenized):
+        return
+    missing = [column for column in ("chosen", "rejected") if column not in first]
+    if missing:
+        raise ValueError(
+            f"{name} has no column {' and no column '.join(map(repr, missing))}; its columns are {sorted(first)}. "
+            f"{_FORMAT}. Rename yours with dataset.rename_column('yours', {missing[0]!r})."
+        )
+
+
+def check_tokenizer(tokenizer: Any, conversational: bool) -> None:
+    """Raises `ValueError` if a tokenizer cannot pad, or cannot end a plain-text completion, or has no template it needs."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            f"The tokenizer {type(tokenizer).__name__} has neither a pad token nor an EOS token, so batches cannot be "
+            "padded. Set one before making the trainer, for example tokenizer.pad_token = '<|endoftext|>' (a token of "
+            "its vocabulary), and pass it as processing_class=tokenizer."
+        )
+    if tokenizer.eos_token is None and not conversational:
+        raise ValueError(
+            f"The tokenizer {type(tokenizer).__name__} has no EOS token, and the dataset is plain text, where every "
+            "completion must end in one or the model never learns to stop. Set tokenizer.eos_token to the token that "
+            "ends a text in its vocabulary, or use messages with a chat template."
+        )
+    if conversational and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"The dataset is conversational (messages), and the tokenizer {type(tokenizer).__name__} has no chat "
+            "template to turn messages into text. Set tokenizer.chat_template (trl.clone_chat_template copies another "
+            "model's), or pass prompt, chosen and rejected as strings."
+        )
+
+
+def check_vocabularies(model: Any, ref_model: Any) -> None:
+    """Raises `ValueError` if policy and reference do not score the same vocabulary."""
+    ours, theirs = (m.config.get_text_config().vocab_size for m in (model, ref_model))
+    if ours != theirs:
+        raise ValueError(
+            f"model has a vocabulary of {ours} tokens and ref_model one of {theirs}: their log-probabilities of the same "
+            "token ids are about different tokens. Use a ref_model with the model's tokenizer, or leave ref_model out "
+            "to take the model's own start. If only padding rows differ, "
+            f"ref_model.resize_token_embeddings({ours}) makes them equal."
+        )
+
+
+def check_not_all_dropped(dataset: Any, name: str, max_length: int | None) -> None:
+    """Raises `ValueError` if preparing a dataset left no pair in it."""
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(
+            f"No pair of the {name} dataset is left after preparation: every prompt alone fills max_length={max_length} "
+            "tokens, and nothing of the answers would be seen. Set a larger max_length."
+        )

@@ -1,0 +1,7 @@
+"""No constraint: DPO."""
+
+from .base import Constraint
+
+
+class NoConstraint(Constraint):
+    """DPO: the target margin is the reference's own gap, `t = δ_ref` (arXiv 2305.18290, Eq. 7)."""

@@ -1,0 +1,84 @@
+"""What is logged about the gap: one literal table of names and formulas, and sums that average correctly."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .pairs import PairLogps
+
+
+@dataclass(frozen=True)
+class PairView:
+    """A batch of pairs as the metrics see it: log-probabilities, target margins (B,) in nats, and γ in nats."""
+
+    pairs: PairLogps
+    target: Tensor
+    gamma: float
+
+
+#: Metric name (logged as `cpo/<name>`) to (formula for people, value per pair of shape (B,)). Each metric is the mean
+#: of its values over all pairs that were seen since the last log, on all processes.
+METRICS: dict[str, tuple[str, Callable[[PairView], Tensor]]] = {
+    "gap": ("δ_θ = s_θ(chosen) − s_θ(rejected)", lambda v: v.pairs.gap),
+    "ref_gap": ("δ_ref = s_ref(chosen) − s_ref(rejected)", lambda v: v.pairs.ref_gap),
+    "target": ("t, the target margin of the loss; δ_ref for none and penalty", lambda v: v.target),
+    "prefers_chosen": ("[δ_θ > 0]", lambda v: v.pairs.gap > 0),
+    "in_undesirable_region": (
+        "[δ_θ < 0 and δ_θ > δ_ref]: the loss has fallen, the policy still prefers the rejected response",
+        lambda v: (v.pairs.gap < 0) & (v.pairs.gap > v.pairs.ref_gap),
+    ),
+    "violation": ("max(0, γ − δ_θ)", lambda v: torch.relu(v.gamma - v.pairs.gap)),
+    "violation_rate": ("[δ_θ < γ]", lambda v: v.pairs.gap < v.gamma),
+    "reference_misaligned": ("[δ_ref < 0]", lambda v: v.pairs.ref_gap < 0),
+    "escaped": (
+        "[δ_ref < 0 and δ_θ > 0]: the reference prefers the rejected response, the policy the chosen one",
+        lambda v: (v.pairs.ref_gap < 0) & (v.pairs.gap > 0),
+    ),
+    "chosen_logps_shift": (
+        "s_θ(chosen) − s_ref(chosen)",
+        lambda v: v.pairs.policy_chosen - v.pairs.ref_chosen,
+    ),
+    "rejected_logps_shift": (
+        "s_θ(rejected) − s_ref(rejected)",
+        lambda v: v.pairs.policy_rejected - v.pairs.ref_rejected,
+    ),
+}
+
+
+def per_pair(view: PairView) -> Tensor:
+    """Every metric of every pair, (B, len(METRICS)), columns in the order of the table; conditions are 0 or 1."""
+    with torch.no_grad():
+        columns = [value(view) for _, value in METRICS.values()]
+        return torch.stack([column.to(view.pairs.gap.dtype) for column in columns], dim=1)
+
+
+class MetricLedger:
+    """Sums of per-pair metrics, so that a mean over many batches weighs every pair the same whatever its batch's size.
+
+    Sums stay on the device until `means` is asked for: adding a batch does not wait for it.
+    """
+
+    def __init__(self):
+        self._sums: list[Tensor] = []
+        self._count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Adds the pairs of one batch, (B, len(METRICS)), as `per_pair` makes them."""
+        self._sums.append(rows.sum(dim=0))
+        self._count += len(rows)
+
+    def flush(self, prefix: str = "") -> dict[str, float]:
+        """The mean of each metric over the pairs added since the last flush, as `<prefix>cpo/<name>`; empty if none."""
+        if not self._count:
+            return {}
+        # Summed in float64, on the CPU because not every device has it.
+        totals = torch.stack(self._sums).cpu().double().sum(dim=0)
+        means = {f"{prefix}cpo/{name}": total / self._count for name, total in zip(METRICS, totals.tolist(), strict=True)}
+        self.clear()
+        return means
+
+    def clear(self) -> None:
+        """Forgets what was added."""
+        self._sums, self._count = [], 0
