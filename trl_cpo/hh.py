@@ -1,0 +1,223 @@
+r"""HH-RLHF text to prompt, chosen and rejected messages.
+
+HH-RLHF keeps a whole dialogue in each of its columns `chosen` and `rejected`:
+
+    "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Bye.\n\nAssistant: Goodbye."
+
+The two share every turn but the last answer. Turns are parsed, not the longest common prefix of the two strings:
+that prefix runs on into the answers when both begin alike. Contents are kept byte for byte, blanks at their ends
+included, and a row is either converted whole or refused with a reason; none is repaired.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+ROLES = {"Human": "user", "Assistant": "assistant"}
+_SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
+_TURN = re.compile(r"\n\n(Human|Assistant): ")
+# Inside a turn's text this is a delimiter that lost its blank, or a quotation: which of them cannot be told.
+_MARK = re.compile(r"\n\n(?:Human|Assistant):")
+
+
+class Reason(StrEnum):
+    """Why a row is refused; each has a `sentence` for people."""
+
+    MISSING_COLUMN = "missing_column"
+    OWN_PROMPT = "own_prompt"
+    NOT_A_STRING = "not_a_string"
+    NOT_A_DIALOGUE = "not_a_dialogue"
+    UNCLEAR_TURN = "unclear_turn"
+    ROLE_ORDER = "role_order"
+    EMPTY_TURN = "empty_turn"
+    EMPTY_ANSWER = "empty_answer"
+    NO_COMMON_PROMPT = "no_common_prompt"
+    IDENTICAL_ANSWERS = "identical_answers"
+
+    @property
+    def sentence(self) -> str:
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Reason.MISSING_COLUMN: "the row lacks `chosen` or `rejected`",
+    Reason.OWN_PROMPT: "the row has a `prompt` beside the one inside `chosen` and `rejected`",
+    Reason.NOT_A_STRING: "`chosen` or `rejected` is not a string",
+    Reason.NOT_A_DIALOGUE: r"the text does not begin with a turn ('\n\nHuman: ')",
+    Reason.UNCLEAR_TURN: r"'\n\nHuman:' or '\n\nAssistant:' stands inside the text of a turn",
+    Reason.ROLE_ORDER: "the turns do not alternate from Human first to Assistant last",
+    Reason.EMPTY_TURN: "a turn before the last answer is empty",
+    Reason.EMPTY_ANSWER: "the last answer is empty",
+    Reason.NO_COMMON_PROMPT: "the turns before the last answer differ between `chosen` and `rejected`",
+    Reason.IDENTICAL_ANSWERS: "`chosen` and `rejected` end in the same answer",
+}
+
+
+class DialogueError(ValueError):
+    """A text or a row that is not an HH-RLHF dialogue or pair, with its `reason`."""
+
+    def __init__(self, reason: Reason):
+        super().__init__(f"{reason.sentence} ({reason.value})")
+        self.reason = reason
+
+    def __reduce__(self):
+        # The default would hand the message, not the reason, to __init__ when an error crosses processes.
+        return type(self), (self.reason,)
+
+
+class Turn(NamedTuple):
+    """One turn: its role, "user" or "assistant", and its exact text."""
+
+    role: str
+    content: str
+
+    def message(self) -> dict[str, str]:
+        """This turn as a chat message."""
+        return {"role": self.role, "content": self.content}
+
+
+def parse_dialogue(text: str) -> list[Turn]:
+    """Takes one dialogue and gives its turns, from the first of the user to the last answer.
+
+    Raises:
+        DialogueError: the text is no string, not in dialogue form, out of order, or has an empty turn.
+    """
+    if not isinstance(text, str):
+        raise DialogueError(Reason.NOT_A_STRING)
+    # Cut at the delimiters: what stood before the first one, then speaker, content, speaker, content, ...
+    before, *pieces = _TURN.split(text)
+    if before or not pieces:
+        raise DialogueError(Reason.NOT_A_DIALOGUE)
+    if text.endswith("\n\nAssistant:"):
+        # The answer is missing, and its blank was stripped from the end of the text.
+        raise DialogueError(Reason.EMPTY_ANSWER)
+    turns = [Turn(ROLES[speaker], content) for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)]
+    _check(turns)
+    return turns
+
+
+def render_dialogue(turns: Iterable[Turn]) -> str:
+    """Takes turns and gives their text, the exact inverse of `parse_dialogue`.
+
+    Raises:
+        DialogueError: the turns would not be parsed back into themselves.
+    """
+    turns = list(turns)
+    _check(turns)
+    return "".join(f"\n\n{_SPEAKERS[role]}: {content}" for role, content in turns)
+
+
+def _check(turns: list[Turn]) -> None:
+    if not turns:
+        raise DialogueError(Reason.NOT_A_DIALOGUE)
+    if any(_MARK.search(turn.content) for turn in turns):
+        raise DialogueError(Reason.UNCLEAR_TURN)
+    if len(turns) % 2 or any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
+        raise DialogueError(Reason.ROLE_ORDER)
+    if not all(turn.content.strip() for turn in turns[:-1]):
+        raise DialogueError(Reason.EMPTY_TURN)
+    if not turns[-1].content.strip():
+        raise DialogueError(Reason.EMPTY_ANSWER)
+
+
+def split_pair(chosen: str, rejected: str) -> dict[str, list[dict[str, str]]]:
+    """Takes the two dialogues of a row and gives the messages `prompt` (all common turns), `chosen`, `rejected`.
+
+    Raises:
+        DialogueError: one of them cannot be parsed, or they do not share all turns but the last answer, or share all.
+    """
+    *prompt, chosen_answer = parse_dialogue(chosen)
+    *rejected_prompt, rejected_answer = parse_dialogue(rejected)
+    if prompt != rejected_prompt:
+        raise DialogueError(Reason.NO_COMMON_PROMPT)
+    if chosen_answer == rejected_answer:
+        raise DialogueError(Reason.IDENTICAL_ANSWERS)
+    return {
+        "prompt": [turn.message() for turn in prompt],
+        "chosen": [chosen_answer.message()],
+        "rejected": [rejected_answer.message()],
+    }
+
+
+def convert_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes one row and gives it with `prompt`, `chosen` and `rejected` as messages and its other columns as they were.
+
+    Raises:
+        DialogueError: the row is refused.
+    """
+    if "chosen" not in row or "rejected" not in row:
+        raise DialogueError(Reason.MISSING_COLUMN)
+    if "prompt" in row:
+        raise DialogueError(Reason.OWN_PROMPT)
+    pair = split_pair(row["chosen"], row["rejected"])
+    return pair | {name: value for name, value in row.items() if name not in pair}
+
+
+@dataclass
+class RowReport:
+    """How many rows were kept, and how many refused for which reason, with the first row numbers (from 0) of each."""
+
+    kept: int = 0
+    refused: dict[Reason, int] = field(default_factory=dict)
+    first_rows: dict[Reason, list[int]] = field(default_factory=dict)
+
+    REMEMBERED = 5
+
+    def clear(self) -> None:
+        """Forgets every row."""
+        self.kept = 0
+        self.refused.clear()
+        self.first_rows.clear()
+
+    @property
+    def total(self) -> int:
+        """All rows that were looked at."""
+        return self.kept + sum(self.refused.values())
+
+    def count(self, number: int, reason: Reason | str | None) -> None:
+        """Takes a row's number and why it was refused, None if it was kept, and counts it.
+
+        Raises:
+            ValueError: there is no such reason.
+        """
+        if reason is None:
+            self.kept += 1
+            return
+        reason = Reason(reason)
+        self.refused[reason] = self.refused.get(reason, 0) + 1
+        rows = self.first_rows.setdefault(reason, [])
+        if len(rows) < self.REMEMBERED:
+            rows.append(number)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as values that JSON can hold; reasons in the order of `Reason`."""
+        return {
+            "total": self.total,
+            "kept": self.kept,
+            "refused": {reason.value: self.refused[reason] for reason in Reason if reason in self.refused},
+            "first_rows": {reason.value: self.first_rows[reason] for reason in Reason if reason in self.first_rows},
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.total} rows: {self.kept} kept, {self.total - self.kept} refused"]
+        for reason in Reason:
+            if reason in self.refused:
+                rows = self.first_rows[reason]
+                shown = ", ".join(map(str, rows)) + (", ..." if self.refused[reason] > len(rows) else "")
+                lines.append(f"  {self.refused[reason]} {reason.value}: {reason.sentence} (row {shown})")
+        return "\n".join(lines)
+
+
+def convert(rows: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], RowReport]:
+    """Takes rows and gives those that could be converted, in order, and the report on all of them."""
+    kept, report = [], RowReport()
+    for number, row in enumerate(rows):
+        try:
+            kept.append(convert_row(row))
+        except DialogueError as error:
+            report.count(number, error.reason)
+        else:
+            report.count(number, None)
+    return kept, report

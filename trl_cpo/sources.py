@@ -1,0 +1,297 @@
+"""Where preference pairs come from, and what they must look like to be trained on.
+
+`load_pairs` reads rows as they are; `to_conversational` turns HH-RLHF text into messages, lets rows that TRL
+understands pass, and refuses everything else; `hold_out` cuts a test set off a source that has none.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import hh
+from .demo import PAIR_FILES
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+DEMO = "demo"
+# By the end of a file's name, the packaged loader of datasets that reads it.
+FILE_KINDS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".parquet": "parquet"}
+_ALLOWED = (
+    f"Give a {', '.join(FILE_KINDS)} file with one pair per row, a folder with such files or written by save_to_disk, "
+    f"the name of a dataset on the hub (owner/name; needs a network or the local cache), or {DEMO!r}."
+)
+_FORMS = (
+    "Allowed are prompt, chosen and rejected, all strings or all messages; chosen and rejected as messages that "
+    r"begin with the prompt; or chosen and rejected as HH-RLHF text ('\n\nHuman: ...\n\nAssistant: ...')."
+)
+_REFUSED = "_trl_cpo_refused"
+# Rows looked at to tell what a dataset is: more than one, so that a first row that is damaged does not hide HH text.
+_LOOKED_AT = 20
+
+
+class SourceError(ValueError):
+    """Pairs that cannot be loaded or used: what was got, what is allowed, what to do next."""
+
+
+def load_pairs(
+    name_or_path: str | Path,
+    split: str = "train",
+    *,
+    config: str | None = None,
+    data_dir: str | None = None,
+    streaming: bool = False,
+) -> "Dataset | IterableDataset":
+    """Takes a source and a split and gives the rows as they are stored.
+
+    The source is "demo" (the embedded pairs; write ./demo for a folder of that name), a file (.jsonl, .jsonl.gz,
+    .json or .parquet, all of it the split "train"), a folder (written by `save_to_disk`, or holding data files with
+    their split in their names), or a dataset on the hub. `config` names a configuration of a folder's
+    or hub dataset, `data_dir` a folder inside it.
+
+    Raises:
+        SourceError: nothing is there, it cannot be read, or it has no such split or no rows.
+    """
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if name == DEMO:
+        _refuse_options(name, "the embedded pairs", config=config, data_dir=data_dir)
+        files = {key: Path(__file__).parent / "demo" / file for key, file in PAIR_FILES.items()}
+        dataset = _from_files("json", files, name, split, streaming)
+    elif path.is_file():
+        _refuse_options(name, "a single file", config=config, data_dir=data_dir)
+        dataset = _from_files(_file_kind(path), {"train": path}, name, split, streaming)
+    elif path.is_dir():
+        folder = path / data_dir if data_dir else path
+        if not folder.is_dir():
+            raise SourceError(f"The folder {name} has no folder {data_dir!r} in it. Correct data_dir.")
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            _refuse_options(name, "a folder written by save_to_disk", config=config)
+            dataset = _from_saved(folder, split, streaming)
+        else:
+            dataset = _from_loader(str(folder), split, streaming, config)
+    elif _looks_like_path(name):
+        raise SourceError(f"There is no file or folder {name}. {_ALLOWED}")
+    else:
+        dataset = _from_loader(name, split, streaming, config, data_dir)
+    with _readable(name):
+        rows = list(dataset.take(1))
+    if not rows:
+        raise SourceError(f"{name}, split {split!r}, has no rows. Give another split or source.")
+    return dataset
+
+
+def to_conversational(dataset: "Dataset | IterableDataset") -> "tuple[Dataset | IterableDataset, hh.RowReport | None]":
+    """Takes rows and gives rows that DPOTrainer can train on, and for HH-RLHF text a report on the rows refused.
+
+    HH-RLHF text (strings, no `prompt`, beginning with a turn) becomes messages; its other columns are kept. Rows with
+    prompt, chosen and rejected, all strings or all messages, and rows with chosen and rejected as messages that begin
+    with the prompt, pass unchanged. The report of a streamed dataset fills as its rows are read, and starts again with
+    each pass; otherwise it is complete.
+
+    Raises:
+        SourceError: the rows are of none of these kinds, or every HH-RLHF row was refused.
+    """
+    rows = list(dataset.take(_LOOKED_AT))
+    if not rows:
+        raise SourceError("The dataset has no rows. Give another split or source.")
+    if not _is_hh(rows):
+        return dataset, None
+    split = _split_rows(dataset)
+    kept, report = _kept_stream(split) if _is_streamed(dataset) else _kept_rows(split)
+    others = [column for column in rows[0] if column not in ("chosen", "rejected")]
+    return kept.select_columns(["prompt", "chosen", "rejected", *others]), report
+
+
+def hold_out(dataset: "Dataset", fraction_or_count: float | int, seed: int = 0) -> "tuple[Dataset, Dataset]":
+    """Takes rows and how many to hold out (a fraction below 1 or a count), and gives the rest and the held-out rows.
+
+    The same seed and number of rows hold out the same rows on any machine; both parts keep the rows' order.
+
+    Raises:
+        SourceError: the dataset is streamed, or one of the parts would be empty.
+    """
+    if _is_streamed(dataset):
+        raise SourceError("Rows cannot be held out of a stream. Load it without streaming, or give a test split.")
+    rows, count = len(dataset), 0
+    if isinstance(fraction_or_count, Integral) and not isinstance(fraction_or_count, bool):
+        count = int(fraction_or_count)
+    elif isinstance(fraction_or_count, float) and 0 < fraction_or_count < 1:
+        count = max(1, round(rows * fraction_or_count))
+    if not 0 < count < rows:
+        allowed = f"Give a fraction above 0 and below 1, or a count from 1 to {rows - 1}."
+        raise SourceError(f"Cannot hold {fraction_or_count!r} out of {rows} rows. {allowed}")
+    held = set(random.Random(seed).sample(range(rows), count))
+    rest = [row for row in range(rows) if row not in held]
+    return dataset.select(rest), dataset.select(sorted(held))
+
+
+def _refuse_options(name: str, kind: str, **options: str | None) -> None:
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise SourceError(f"{name} is {kind}, for which {' and '.join(given)} mean nothing. Leave them out.")
+
+
+def _looks_like_path(name: str) -> bool:
+    # A dataset on the hub is called name or owner/name, and neither begins with a dot.
+    return name.endswith(tuple(FILE_KINDS)) or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None
+
+
+def _file_kind(path: Path) -> str:
+    if path.stat().st_size == 0:
+        raise SourceError(f"The file {path} is empty. {_ALLOWED}")
+    for ending, kind in FILE_KINDS.items():
+        if path.name.endswith(ending):
+            return kind
+    raise SourceError(f"The file {path} is of an unknown kind. {_ALLOWED}")
+
+
+def _check_split(split: str, known: list[str], name: str, slices: bool = True) -> None:
+    # A split may be a sum of slices, such as train[:10%]+test.
+    asked = [part.partition("[")[0].strip() for part in split.split("+")] if slices else [split]
+    if not all(part in known for part in asked):
+        advice = "Give one of these."
+        if len(known) == 1:
+            advice = "For a test set hold a fraction of the rows out, or give a second source."
+        raise SourceError(f"{name} has no split {split!r}; it has {', '.join(known)}. {advice}")
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # datasets wraps what went wrong in a general error; the cause says it.
+        cause = error.__cause__ or error
+        raise SourceError(f"Could not load {name}: {type(cause).__name__}: {cause}\n{_ALLOWED}") from error
+
+
+def _from_files(kind: str, files: dict[str, Path], name: str, split: str, streaming: bool):
+    import datasets
+
+    _check_split(split, list(files), name)
+    missing = [str(file) for file in files.values() if not file.is_file()]
+    if missing:
+        raise SourceError(f"{name} lacks {', '.join(missing)}. Install trl-cpo again.")
+    paths = {key: str(file) for key, file in files.items()}
+    with _readable(name):
+        return datasets.load_dataset(kind, data_files=paths, split=split, streaming=streaming)
+
+
+def _from_saved(folder: Path, split: str, streaming: bool):
+    import datasets
+
+    with _readable(str(folder)):
+        saved = datasets.load_from_disk(str(folder))
+    if not isinstance(saved, datasets.DatasetDict):
+        saved = {"train": saved}
+    _check_split(split, list(saved), str(folder), slices=False)
+    return saved[split].to_iterable_dataset() if streaming else saved[split]
+
+
+def _from_loader(name: str, split: str, streaming: bool, config: str | None, data_dir: str | None = None):
+    import datasets
+
+    with _readable(name):
+        builder = datasets.load_dataset_builder(name, config, data_dir=data_dir)
+    # Known before anything is downloaded, except for a dataset whose loader tells neither.
+    known = [str(key) for key in (builder.info.splits or builder.config.data_files or ())]
+    if known:
+        _check_split(split, known, name)
+    with _readable(name):
+        return datasets.load_dataset(name, config, data_dir=data_dir, split=split, streaming=streaming)
+
+
+def _is_streamed(dataset) -> bool:
+    return not hasattr(dataset, "__len__")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value):
+        return "messages"
+    return type(value).__name__
+
+
+def _is_hh(rows: list[dict[str, Any]]) -> bool:
+    missing = [column for column in ("chosen", "rejected") if column not in rows[0]]
+    if missing:
+        got = f"The rows lack {' and '.join(missing)}; their columns are {', '.join(rows[0])}."
+        raise SourceError(f"{got} {_FORMS} Rename the columns.")
+    kinds = {column: _kind(rows[0][column]) for column in ("prompt", "chosen", "rejected") if column in rows[0]}
+    got = "In the first row " + ", ".join(f"{column} is {kind}" for column, kind in kinds.items())
+    if any(isinstance(row["chosen"], str) and row["chosen"].startswith("\n\nHuman:") for row in rows):
+        if "prompt" in kinds:
+            raise SourceError(f"{got}, and chosen holds the prompt again. {_FORMS} Remove the column prompt.")
+        return True
+    found = set(kinds.values())
+    if found == {"messages"} or (found == {"a string"} and "prompt" in kinds):
+        return False
+    next_step = "Bring the columns into one of these forms."
+    if found == {"a string"}:
+        # TRL would take the longest common prefix of the two strings, which cuts inside answers that begin alike.
+        next_step = "Add the column prompt: it cannot be told from two strings where the prompt ends."
+    elif kinds["chosen"] == kinds["rejected"] == "messages":
+        next_step = "Remove the column prompt if chosen and rejected begin with it, or make it messages."
+    raise SourceError(f"{got}. {_FORMS} {next_step}")
+
+
+def _split_batch(chosen: list, rejected: list, parser: str) -> dict[str, list]:
+    # `parser` is not used: as an argument it makes the fingerprint, and so the cached result, that of this parser.
+    columns: dict[str, list] = {"prompt": [], "chosen": [], "rejected": [], _REFUSED: []}
+    for pair in zip(chosen, rejected, strict=True):
+        try:
+            split, reason = hh.split_pair(*pair), None
+        except hh.DialogueError as error:
+            split, reason = {"prompt": [], "chosen": [], "rejected": []}, error.reason.value
+        for name, value in {**split, _REFUSED: reason}.items():
+            columns[name].append(value)
+    return columns
+
+
+def _split_rows(dataset):
+    import datasets
+
+    features = None
+    # A streamed dataset may not know its columns' types before it is read.
+    if dataset.features is not None:
+        messages = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+        types = {"prompt": messages, "chosen": messages, "rejected": messages, _REFUSED: datasets.Value("string")}
+        features = datasets.Features({**dataset.features, **types})
+    # The reason travels in a column, not in an object beside the rows: a result out of the cache has it too.
+    return dataset.map(
+        _split_batch,
+        batched=True,
+        input_columns=["chosen", "rejected"],
+        fn_kwargs={"parser": hashlib.sha256(Path(hh.__file__).read_bytes()).hexdigest()},
+        features=features,
+    )
+
+
+def _kept_rows(dataset) -> "tuple[Dataset, hh.RowReport]":
+    report, kept = hh.RowReport(), []
+    for number, reason in enumerate(dataset[_REFUSED][:]):
+        report.count(number, reason)
+        if reason is None:
+            kept.append(number)
+    if not kept:
+        raise SourceError(f"Every row was refused.\n{report}\nGive HH-RLHF text, or messages.")
+    return dataset.select(kept) if report.refused else dataset, report
+
+
+def _kept_stream(dataset) -> "tuple[IterableDataset, hh.RowReport]":
+    report = hh.RowReport()
+
+    def keep(reason: str | None, number: int) -> bool:
+        if number == 0:
+            report.clear()
+        report.count(number, reason)
+        return reason is None
+
+    return dataset.filter(keep, with_indices=True, input_columns=[_REFUSED]), report
