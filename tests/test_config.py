@@ -1,0 +1,123 @@
+"""CPOConstrainedConfig: validation, what mean log-probabilities mean, and bfloat16."""
+
+import dataclasses
+
+import pytest
+from trl import DPOConfig, TrlParser
+
+import trl_cpo.config as config_module
+from trl_cpo import CPOConstrainedConfig
+from trl_cpo._trl import LOSS_READS
+from trl_cpo.constraints import CONSTRAINTS
+
+
+def config(tmp_path, **fields):
+    return CPOConstrainedConfig(str(tmp_path), use_cpu=True, bf16=False, **fields)
+
+
+def test_it_is_a_dpoconfig_whose_added_fields_are_off(tmp_path):
+    ours, theirs = config(tmp_path), DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    assert isinstance(ours, DPOConfig) and ours.constraint == "none"
+    for field in dataclasses.fields(theirs):
+        if field.name not in ("logging_dir",):
+            assert str(getattr(ours, field.name)) == str(getattr(theirs, field.name)), field.name
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"gamma": -1.0}, "gamma must be a finite number ≥ 0; got -1.0"),
+        ({"gamma": float("nan")}, "gamma must be a finite number ≥ 0; got nan"),
+        ({"gamma": "0.5"}, "gamma must be a finite number ≥ 0; got '0.5'"),
+        ({"tau": 0.0}, "tau must be a finite number > 0; got 0.0"),
+        ({"alpha": 0.0}, "alpha must be a finite number > 0; got 0.0"),
+        ({"alpha": float("inf")}, "alpha must be a finite number > 0; got inf"),
+        ({"penalty_weight": -0.1}, "penalty_weight must be a finite number ≥ 0; got -0.1"),
+        ({"constraint": "softplsu"}, "got 'softplsu'. Did you mean 'softplus'?"),
+        ({"logps_reduction": "avg"}, "logps_reduction must be one of 'sum', 'mean'; got 'avg'"),
+        ({"loss_type": ["sigmiod"]}, "Did you mean 'sigmoid'?"),
+        ({"constraint": "clip", "beta": 0.0}, "beta must be a finite number > 0"),
+        ({"constraint": "inverse_prob", "gamma": 0.1}, "needs logps_reduction='mean'"),
+        ({"constraint": "clip", "loss_type": "sigmoid_norm"}, "set logps_reduction='mean'"),
+        ({"constraint": "clip", "loss_type": ["ipo"]}, "set logps_reduction='mean'"),
+        ({"constraint": "clip", "loss_type": ["sft"]}, "reads no reference"),
+        ({"logps_reduction": "mean", "loss_type": ["hinge"]}, "TRL defines it on summed log-probabilities"),
+        ({"constraint": "clip", "f_divergence_type": "js_divergence"}, "f_divergence_type='reverse_kl' alone"),
+    ],
+)
+def test_faults_are_named(tmp_path, fields, expected):
+    with pytest.raises(ValueError) as error:
+        config(tmp_path, **fields)
+    assert expected in str(error.value)
+
+
+def test_all_faults_come_at_once(tmp_path):
+    with pytest.raises(ValueError) as error:
+        config(tmp_path, gamma=-1.0, tau=0.0, alpha=-2.0, constraint="clop", logps_reduction="total")
+    message = str(error.value)
+    assert "5 faults" in message
+    assert all(name in message for name in ("gamma", "tau", "alpha", "constraint", "logps_reduction"))
+
+
+MARGIN_FORMS = [name for name, form in CONSTRAINTS.items() if form.moves_target]
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("loss_type", LOSS_READS)
+def test_every_loss_type_is_defined_or_refused_in_words(tmp_path, constraint, loss_type):
+    """Under either reduction; which of the two is tested by what each loss type reads."""
+    reads = LOSS_READS[loss_type]
+    for reduction in ("sum", "mean"):
+        defined = reduction == "sum" or loss_type == "sigmoid" or reads != "sum"
+        if constraint in MARGIN_FORMS:
+            defined &= reads == reduction or (reduction == "mean" and loss_type == "sigmoid")
+        if constraint == "inverse_prob":
+            defined &= reduction == "mean"
+        fields = dict(constraint=constraint, loss_type=[loss_type], logps_reduction=reduction)
+        if defined:
+            assert config(tmp_path, **fields).loss_type == [
+                "sigmoid_norm" if (loss_type, reduction) == ("sigmoid", "mean") else loss_type
+            ]
+        else:
+            with pytest.raises(ValueError, match="logps_reduction|one side|reads no reference"):
+                config(tmp_path, **fields)
+
+
+def test_mean_needs_no_second_option(tmp_path):
+    once = config(tmp_path, logps_reduction="mean")
+    assert once.loss_type == ["sigmoid_norm"]
+    assert config(tmp_path, logps_reduction="mean", loss_type=once.loss_type).loss_type == ["sigmoid_norm"]
+
+
+def test_without_bfloat16_training_is_in_float32_where_trl_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr(config_module, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match="bf16"):
+        DPOConfig(str(tmp_path))
+    assert CPOConstrainedConfig(str(tmp_path)).bf16 is False
+    # Where DPOConfig does not raise, its choice stands.
+    assert CPOConstrainedConfig(str(tmp_path), use_cpu=True).bf16 is DPOConfig(str(tmp_path), use_cpu=True).bf16 is True
+    with pytest.raises(ValueError, match="bf16"):  # asked for outright, it is not taken away
+        CPOConstrainedConfig(str(tmp_path), bf16=True)
+
+
+def test_with_bfloat16_it_is_used_as_in_trl(tmp_path, monkeypatch):
+    monkeypatch.setattr(config_module, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    assert CPOConstrainedConfig(str(tmp_path)).bf16 is DPOConfig(str(tmp_path)).bf16 is True
+
+
+def test_trls_parser_reads_the_fields_and_refuses_unknown_ones(tmp_path):
+    parser = TrlParser([CPOConstrainedConfig])
+    common = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False"]
+    (parsed,) = parser.parse_args_and_config([*common, "--constraint", "softplus", "--gamma", "0.5", "--alpha", "0.25"])
+    assert (parsed.constraint, parsed.gamma, parsed.alpha) == ("softplus", 0.5, 0.25)
+    with pytest.raises(ValueError, match="gamm_a"):
+        TrlParser([CPOConstrainedConfig]).parse_args_and_config([*common, "--gamm_a", "0.5"])
+
+
+def test_every_added_field_names_its_unit():
+    for name in ("gamma", "tau", "alpha", "penalty_weight"):
+        text = CPOConstrainedConfig.__dataclass_fields__[name].metadata["help"]
+        assert "nat" in text or "without unit" in text
+        assert f"{name} (`float`" in CPOConstrainedConfig.__doc__

@@ -1,0 +1,156 @@
+"""The cpo/* metrics: their formulas, and averages that weigh every pair the same over batches, steps and processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, pairs_dataset, training_options
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_constrained_loss import make_trainer, pairs_by_hand
+
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo.metrics import METRICS, MetricLedger, PairView, per_pair
+from trl_cpo.pairs import PairLogps
+
+
+def by_hand(pairs, targets, gamma) -> dict[str, float]:
+    """From (policy chosen, policy rejected, ref chosen, ref rejected) tuples; a second statement of the table."""
+    n = len(pairs)
+    gaps = [(pc - pr, rc - rr) for pc, pr, rc, rr in pairs]
+    return {
+        "cpo/gap": sum(g for g, _ in gaps) / n,
+        "cpo/ref_gap": sum(r for _, r in gaps) / n,
+        "cpo/target": sum(targets) / n,
+        "cpo/prefers_chosen": sum(g > 0 for g, _ in gaps) / n,
+        "cpo/in_undesirable_region": sum(g < 0 and g > r for g, r in gaps) / n,
+        "cpo/violation": sum(max(0.0, gamma - g) for g, _ in gaps) / n,
+        "cpo/violation_rate": sum(g < gamma for g, _ in gaps) / n,
+        "cpo/reference_misaligned": sum(r < 0 for _, r in gaps) / n,
+        "cpo/escaped": sum(r < 0 and g > 0 for g, r in gaps) / n,
+        "cpo/chosen_logps_shift": sum(pc - rc for pc, _, rc, _ in pairs) / n,
+        "cpo/rejected_logps_shift": sum(pr - rr for _, pr, _, rr in pairs) / n,
+    }
+
+
+number = st.floats(-100, 0, width=32)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    batches=st.lists(st.lists(st.tuples(number, number, number, number), min_size=1, max_size=5), min_size=1, max_size=4),
+    gamma=st.floats(0, 10, width=32),
+)
+def test_formulas_and_averages_over_uneven_batches(batches, gamma):
+    ledger = MetricLedger()
+    for batch in batches:
+        pairs = PairLogps(*[torch.tensor(column) for column in zip(*batch, strict=True)])
+        ledger.add(per_pair(PairView(pairs, torch.clamp(pairs.ref_gap, min=gamma), gamma)))
+    flat = [pair for batch in batches for pair in batch]
+    expected = by_hand(flat, [max(rc - rr, gamma) for _, _, rc, rr in flat], gamma)
+    got = ledger.flush()
+    assert got.keys() == expected.keys()
+    for key in expected:
+        assert got[key] == pytest.approx(expected[key], abs=1e-4), key
+    assert ledger.flush() == {}
+
+
+def test_the_region_and_its_edges():
+    """U is open: δ_θ = 0 and δ_θ = δ_ref lie outside."""
+    policy, ref = torch.tensor([-1.0, 0.0, -3.0, -2.0, 1.0]), torch.tensor([-2.0, -2.0, -2.0, -2.0, -2.0])
+    zero = torch.zeros(5)
+    rows = per_pair(PairView(PairLogps(policy, zero, ref, zero), ref, 0.0))
+    column = list(METRICS).index("in_undesirable_region")
+    assert rows[:, column].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_evaluation_is_the_mean_over_pairs(tmp_path, tokenizer, model_folder, ref_model_folder, reduction):
+    """6 pairs in batches of 4: the last batch is smaller, and each pair still counts once."""
+    trainer = make_trainer(
+        tmp_path, tokenizer, model_folder, ref_model_folder, constraint="clip", logps_reduction=reduction, gamma=1.0
+    )
+    got = trainer.evaluate()
+    pairs = []
+    for batch in trainer.get_eval_dataloader():
+        pairs += pairs_by_hand(trainer, batch)
+    assert len(pairs) == 6
+    expected = by_hand(pairs, [max(rc - rr, 1.0) for _, _, rc, rr in pairs], 1.0)
+    for key, value in expected.items():
+        assert got[f"eval_{key}"] == pytest.approx(value, abs=1e-4), key
+    assert any(f"eval_{key}" in record for key in expected for record in trainer.state.log_history)
+
+
+def test_accumulation_averages_over_all_micro_batches(tmp_path, tokenizer, model_folder, ref_model_folder):
+    logs = []
+    for size, steps in ((4, 1), (2, 2), (1, 4)):
+        trainer = make_trainer(
+            tmp_path / str(size), tokenizer, model_folder, ref_model_folder, constraint="softplus",
+            per_device_train_batch_size=size, gradient_accumulation_steps=steps, learning_rate=0.0,
+        )  # fmt: skip
+        trainer.train()
+        logs.append([{k: v for k, v in r.items() if k.startswith("cpo/")} for r in trainer.state.log_history])
+        assert len(logs[-1]) == 4 and all(len(record) == len(METRICS) for record in logs[-1][:3])
+        assert logs[-1][3] == {}, "the summary at the end of training holds no step's metrics"
+    for other in logs[1:]:
+        for a, b in zip(logs[0][:3], other[:3], strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+def test_evaluation_in_the_middle_leaves_the_training_averages_alone(tmp_path, tokenizer, model_folder, ref_model_folder):
+    runs = []
+    for strategy in ("no", "steps"):
+        trainer = make_trainer(
+            tmp_path / strategy, tokenizer, model_folder, ref_model_folder, constraint="clip", logging_steps=2,
+            eval_strategy=strategy, eval_steps=1, max_steps=4,
+        )  # fmt: skip
+        trainer.train()
+        runs.append([r for r in trainer.state.log_history if "cpo/gap" in r])
+    pick = [{k: v for k, v in r.items() if k.startswith("cpo/")} for r in runs[0]]
+    assert len(pick) == 2
+    assert pick == [{k: v for k, v in r.items() if k.startswith("cpo/")} for r in runs[1]]
+
+
+def test_two_processes_log_what_one_does(tmp_path, model_folder, ref_model_folder):
+    """Same global batches; 7 pairs to evaluate, so the last batch is filled up with repeats, which must not count."""
+    script = Path(__file__).parent / "train_for_metrics.py"
+    results = []
+    for processes, batch in ((1, 4), (2, 2)):
+        out = tmp_path / f"{processes}.json"
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        arguments = [str(script), model_folder, ref_model_folder, str(batch), str(tmp_path / f"run{processes}"), str(out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command + arguments, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(out.read_text()))
+    one, two = results
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert len(one["train"]) == len(two["train"]) == 3
+    for a, b in zip(one["train"] + [one["eval"]], two["train"] + [two["eval"]], strict=True):
+        assert a.keys() == b.keys() and len(a) >= len(METRICS)
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+def test_docs_table_is_the_table():
+    """docs/metrics.md lists each metric with its formula, word for word."""
+    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    for name, (formula, _) in METRICS.items():
+        assert f"| `cpo/{name}` | {formula} |" in text, name
+
+
+def test_no_metric_is_lost_between_two_trainers(tmp_path, tokenizer):
+    """Each trainer counts for itself."""
+    trainers = [
+        CPOConstrainedTrainer(
+            model=make_model(), ref_model=make_model(1), processing_class=tokenizer, train_dataset=pairs_dataset(),
+            args=CPOConstrainedConfig(**training_options(tmp_path / str(i))), eval_dataset=pairs_dataset(4, seed=i),
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    first = trainers[0].evaluate()["eval_cpo/gap"]
+    assert trainers[1].evaluate()["eval_cpo/gap"] != first
+    assert trainers[0].evaluate()["eval_cpo/gap"] == first

@@ -1,0 +1,57 @@
+"""The table that a training run ends with: the preference gap on held-out pairs, before and after."""
+
+from collections.abc import Mapping
+
+#: Label, metric, and how it is written: "%" for a fraction, "nats" for a log-probability. A starred one compares policy
+#: and reference, so that before training, where they are the same model, it says nothing.
+_ROWS = (
+    ("prefers chosen itself (δ > 0)", "cpo/prefers_chosen", "%"),
+    ("in the undesirable region U (δ_ref < δ < 0)", "cpo/in_undesirable_region", "%*"),
+    ("violations (δ < γ)", "cpo/violation_rate", "%"),
+    ("escaped (δ_ref < 0 < δ)", "cpo/escaped", "%"),
+    ("mean gap δ", "cpo/gap", "nats"),
+    ("mean reference gap δ_ref", "cpo/ref_gap", "nats"),
+    ("mean target t", "cpo/target", "nats"),
+    ("reward accuracy (δ above δ_ref, of sums)", "rewards/accuracies", "%*"),
+    ("chosen log-prob moved by", "cpo/chosen_logps_shift", "nats*"),
+    ("rejected log-prob moved by", "cpo/rejected_logps_shift", "nats*"),
+)
+
+
+def before_after(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    *,
+    pairs: int,
+    gamma: float,
+    reduction: str,
+    constraint: str,
+    prefix: str = "eval_",
+) -> str:
+    """The table as text, from two evaluations of one set of pairs.
+
+    Args:
+        before, after: what `trainer.evaluate()` returned, keys beginning with `prefix`.
+        pairs: how many pairs were evaluated.
+        gamma: γ, nats.
+        reduction: "sum" or "mean": whether nats are per response or per token.
+        constraint: name of the constraint that was trained with.
+    """
+    unit = "nats per response" if reduction == "sum" else "nats per token"
+    lines = [
+        f"{pairs} held-out pairs, constraint {constraint}, γ = {gamma:g} {unit}",
+        f"{'':44}{'before':>10}{'after':>10}",
+    ]
+    for label, key, form in _ROWS:
+        cells = []
+        for values, is_start in ((before, True), (after, False)):
+            value = values.get(f"{prefix}{key}")
+            if value is None or (is_start and form.endswith("*")):
+                cells.append("-")
+            elif form.startswith("%"):
+                cells.append(f"{100 * value:.1f} %")
+            else:
+                cells.append(f"{value:+.3f}")
+        lines.append(f"{label:<44}{cells[0]:>10}{cells[1]:>10}")
+    lines.append(f"(gaps and log-probs in {unit}; - : policy and reference are still the same model)")
+    return "\n".join(lines)
