@@ -18,6 +18,9 @@ from trl_cpo.metrics import METRICS, MetricLedger, PairView, per_pair
 from trl_cpo.pairs import PairLogps
 
 
+# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
+pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
+
 def by_hand(pairs, targets, gamma) -> dict[str, float]:
     """From (policy chosen, policy rejected, ref chosen, ref rejected) tuples; a second statement of the table."""
     n = len(pairs)

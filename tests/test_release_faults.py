@@ -14,6 +14,9 @@ from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.constraints import CONSTRAINTS
 
 
+# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
+pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
+
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_lora_trains_the_adapter_alone(tmp_path, tokenizer, model_folder, name):
     """Fault 2: with PEFT the release's reference is None, and is then called."""
