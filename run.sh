@@ -2,7 +2,8 @@
 # Sets up what is missing, then does one thing:
 #   bash run.sh demo [options of examples/hh_rlhf.py]   the main job on the embedded model and pairs
 #   bash run.sh test [options of pytest]                the tests
-# The virtual environment is .venv in this folder; VENV=folder puts it elsewhere. A second run reuses it.
+# The virtual environment is .venv in this folder; VENV=folder puts it elsewhere. A second run reuses it. With
+# NO_INSTALL=1 the environment is taken as it is, for those who manage their own.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=${VENV:-$root/.venv}
@@ -10,6 +11,7 @@ verb=${1:-help}
 [ $# -gt 0 ] && shift
 
 need_environment() {
+    [ "${NO_INSTALL:-}" = 1 ] && return
     # What was installed is remembered by its inputs, so that an edited pin is installed and an unchanged one is not.
     local want
     want=$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root/run.sh" | cksum)
@@ -33,9 +35,10 @@ need_environment() {
 case $verb in
 demo)
     need_environment
-    # One process and no mixed precision are said outright: without them accelerate prints advice about its defaults.
+    # accelerate gives a process one thread unless told, and prints advice about every default that is left to it.
+    threads=$("$venv/bin/python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
     exec "$venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-        "$root/examples/hh_rlhf.py" --config "$root/examples/demo.yaml" "$@"
+        --num_cpu_threads_per_process "$threads" "$root/examples/hh_rlhf.py" --config "$root/examples/demo.yaml" "$@"
     ;;
 test)
     need_environment
@@ -43,7 +46,7 @@ test)
     exec "$venv/bin/python" -m pytest "$@"
     ;;
 *)
-    sed -n '2,5p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+    sed -n '2,6p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
     exit 2
     ;;
 esac

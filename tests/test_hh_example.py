@@ -1,0 +1,125 @@
+"""examples/hh_rlhf.py as a user runs it, on a tiny model and a local file in HH-RLHF's form."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import pair_rows
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "hh_rlhf.py"
+TINY = ["--use_cpu", "--bf16", "False", "--max_steps", "2", "--logging_steps", "1", "--max_length", "128"]
+
+
+def hh_rows(n, seed):
+    return [
+        {
+            "chosen": f"\n\nHuman: {row['prompt']}\n\nAssistant: {row['chosen'].strip()}",
+            "rejected": f"\n\nHuman: {row['prompt']}\n\nAssistant: {row['rejected'].strip()}",
+        }
+        for row in pair_rows(n, seed)
+    ]
+
+
+@pytest.fixture(scope="module")
+def hh_file(tmp_path_factory):
+    """24 pairs and two rows that cannot be parsed."""
+    rows = hh_rows(24, 0)
+    rows[3] = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b"}
+    rows[9] = {"chosen": "\n\nHuman: a\n\nAssistant: ", "rejected": "\n\nHuman: a\n\nAssistant: b"}
+    path = tmp_path_factory.mktemp("hh") / "pairs.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run(cwd, *options, launch=False, check=True):
+    head = [sys.executable]
+    if launch:
+        head += ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+        head += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [*head, str(SCRIPT), *map(str, options)], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    if check:
+        assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def test_accelerate_launch_with_lora_twice(tmp_path, model_folder, hh_file):
+    """Progress, a report of refused rows, a summary, files where it says; a second run goes beside the first."""
+    options = ["--model_name_or_path", model_folder, "--dataset_name", hh_file, "--use_peft", *TINY]
+    options += ["--lora_target_modules", "q_proj", "v_proj", "--constraint", "softplus", "--gamma", "0.5"]
+    done = run(tmp_path, *options, launch=True)
+    out = done.stdout
+    for words in (
+        "[1/4]", "[4/4]", "24 rows: 22 kept, 2 refused", "1 identical_answers", "1 empty_answer", "2 held-out pairs",
+        "prefers chosen itself", "undesirable region", "violations", "mean reference gap", "reward accuracy",
+        "chosen log-prob moved by", "step     2/2 train", "outputs/pairs-softplus/metrics.json",
+    ):  # fmt: skip
+        assert words in out, words
+    folder = tmp_path / "outputs" / "pairs-softplus"
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["config"]["constraint"] == "softplus" and record["held_out_pairs"] == 2
+    assert record["before"]["eval_cpo/gap"] == pytest.approx(record["before"]["eval_cpo/ref_gap"], abs=1e-5)
+    assert record["after"]["eval_cpo/gap"] != record["before"]["eval_cpo/gap"]
+    assert record["data"]["train"]["refused"] == {"empty_answer": 1, "identical_answers": 1}
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log if "loss" in r] == [1, 2]
+    assert (folder / "adapter_model.safetensors").exists() and "2605.20834" in (folder / "README.md").read_text()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert "outputs/pairs-softplus-2/metrics.json" in run(tmp_path, *options).stdout
+    assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_full_fine_tuning_with_precomputed_reference_and_plain_dpo(tmp_path, model_folder, hh_file):
+    test_file = tmp_path / "data"
+    test_file.mkdir()
+    for split, seed in (("train", 1), ("test", 2)):
+        (test_file / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in hh_rows(9, seed)))
+    options = ["--model_name_or_path", model_folder, "--dataset_name", test_file, "--constraint", "none", *TINY]
+    options += ["--precompute_ref_log_probs", "--logps_reduction", "mean", "--output_dir", "mine"]
+    options += ["--per_device_train_batch_size", "4", "--max_test_pairs", "5"]
+    out = run(tmp_path, *options).stdout
+    assert "5 held-out pairs, constraint none" in out and "nats per token" in out
+    assert (tmp_path / "mine" / "model.safetensors").exists()
+    done = run(tmp_path, *options, check=False)
+    assert done.returncode != 0 and "already holds files" in done.stderr and "mine-2 is free" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--gama", "1.0"], "--gama"),
+        (["--gamma", "-1"], "gamma must be a finite number ≥ 0; got -1.0"),
+        (["--constraint", "clipp"], "invalid choice: 'clipp'"),
+        (["--constraint", "inverse_prob"], "needs logps_reduction='mean'"),
+        (["--dataset_name", "./nothing.jsonl"], "There is no file or folder ./nothing.jsonl"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(tmp_path, options, expected):
+    """Before any model is loaded: the model's name, of a hub that cannot be reached, is never looked at."""
+    done = run(tmp_path, *TINY, *options, check=False)
+    assert done.returncode != 0
+    assert expected in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_unknown_key_in_a_config_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("gamma: 1.0\ngammma: 2.0\n")
+    done = run(tmp_path, "--config", "c.yaml", check=False)
+    assert done.returncode != 0 and "gammma" in done.stderr
+
+
+def test_plain_defaults_are_the_real_thing():
+    text = SCRIPT.read_text()
+    assert 'default="Anthropic/hh-rlhf"' in text and 'default="HuggingFaceTB/SmolLM2-135M-Instruct"' in text
+
+
+def test_help_is_there(tmp_path):
+    out = run(tmp_path, "--help").stdout
+    for option in ("--constraint", "--gamma", "--logps_reduction", "--use_peft", "--precompute_ref_log_probs"):
+        assert option in out
