@@ -32,18 +32,22 @@ need_environment() {
     echo "$want" >"$venv/.trl-cpo-installed"
 }
 
+cores() {
+    "$venv/bin/python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())'
+}
+
 case $verb in
 demo)
     need_environment
     # accelerate gives a process one thread unless told, and prints advice about every default that is left to it.
-    threads=$("$venv/bin/python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
     exec "$venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-        --num_cpu_threads_per_process "$threads" "$root/examples/hh_rlhf.py" --config "$root/examples/demo.yaml" "$@"
+        --num_cpu_threads_per_process "$(cores)" "$root/examples/hh_rlhf.py" --config "$root/examples/demo.yaml" "$@"
     ;;
 test)
     need_environment
     cd "$root"
-    exec "$venv/bin/python" -m pytest "$@"
+    # One thread a test process: several threads each would fight for the same cores.
+    OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -n "$(cores)" "$@"
     ;;
 *)
     sed -n '2,6p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'

@@ -7,6 +7,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random  # noqa: E402
+import shutil  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -151,3 +152,21 @@ def training_options(output_dir, **overrides) -> dict:
         beta=0.5,
     )
     return {**options, **overrides}
+
+
+def demo_cache_of(basetemp, is_worker: bool):
+    # A worker's own folder lies inside the one that all workers of the run share.
+    return (basetemp.parent if is_worker else basetemp) / "trl_cpo_cache"
+
+
+@pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory) -> str:
+    """A cache folder shared by all test processes, so that the embedded model is converted once in a test run."""
+    return str(demo_cache_of(tmp_path_factory.getbasetemp(), "PYTEST_XDIST_WORKER" in os.environ))
+
+
+def pytest_sessionfinish(session):
+    """Removes the converted model, half a gigabyte, which pytest would keep."""
+    factory = getattr(session.config, "_tmp_path_factory", None)
+    if factory is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(demo_cache_of(factory.getbasetemp(), is_worker=False), ignore_errors=True)

