@@ -134,10 +134,12 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("sharing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name, reduction, loss_type", CASES)
-def test_loss(tmp_path, tokenizer, model_folder, ref_model_folder, name, reduction, loss_type):
+def test_loss(tmp_path, tokenizer, model_folder, ref_model_folder, name, reduction, loss_type, sharing):
     trainer = make_trainer(
         tmp_path, tokenizer, model_folder, ref_model_folder, constraint=name, logps_reduction=reduction,
+        prefix_sharing=sharing,
         loss_type=[loss_type], label_smoothing=SMOOTHING if loss_type in ("robust", "exo_pair", "aot") else 0.0,
     )  # fmt: skip
     inputs = a_batch(trainer)
@@ -230,8 +232,9 @@ def test_rewards_keep_dpos_meaning(tmp_path, tokenizer, model_folder, ref_model_
     logged = {}
     for constraint in ("none", name):
         trainer = make_trainer(
-            tmp_path, tokenizer, model_folder, ref_model_folder, constraint=constraint, logps_reduction=reduction
-        )
+            tmp_path, tokenizer, model_folder, ref_model_folder, constraint=constraint, logps_reduction=reduction,
+            prefix_sharing=False,
+        )  # fmt: skip
         trainer.model.train()
         trainer.compute_loss(trainer.model, a_batch(trainer))
         logged[constraint] = {k: v[-1] for k, v in trainer._metrics["train"].items()}
@@ -243,6 +246,7 @@ def test_a_target_moved_by_nothing_is_bitwise_dpo(tmp_path, tokenizer, model_fol
     """Clip where every reference gap is above γ: the projection itself must not round."""
     losses = []
     for options in ({"constraint": "none"}, {"constraint": "clip"}):
+        options["prefix_sharing"] = False
         trainer = make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, **options)
         if options["constraint"] == "clip":
             import dataclasses

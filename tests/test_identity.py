@@ -245,16 +245,17 @@ def test_the_signature_is_dpotrainers():
     assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs]
 
 
+@pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_no_extra_forward_pass(tmp_path, plain, precomputed, monkeypatch):
-    """Policy once a step; reference once a step, or never where it was precomputed."""
+def test_no_extra_forward_pass(tmp_path, plain, precomputed, sharing):
+    """Policy once a step; reference once a step, or never where it was precomputed; packed or padded."""
     calls = {"policy": 0, "reference": 0}
-    args = CPOConstrainedConfig(
-        **training_options(tmp_path, precompute_ref_log_probs=precomputed), constraint="softplus", gamma=1.0
-    )
+    options = training_options(tmp_path, precompute_ref_log_probs=precomputed)
+    args = CPOConstrainedConfig(**options, constraint="softplus", gamma=1.0, prefix_sharing=sharing)
     trainer = CPOConstrainedTrainer(args=args, **plain())
-    trainer.model.register_forward_hook(lambda *_: calls.__setitem__("policy", calls["policy"] + 1))
     if trainer.ref_model is not None:
+        trainer._sharing.of(trainer.ref_model)  # probed now, not in the steps that are counted
         trainer.ref_model.register_forward_hook(lambda *_: calls.__setitem__("reference", calls["reference"] + 1))
+    trainer.model.register_forward_hook(lambda *_: calls.__setitem__("policy", calls["policy"] + 1))
     trainer.train()
     assert calls == {"policy": 3, "reference": 0 if precomputed else 3}

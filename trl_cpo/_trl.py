@@ -75,18 +75,20 @@ def load_processing_class(model, args):
 
 
 class _ObservedModel:
-    """Stands in for `model` in DPOTrainer's loss: forwards every call, and reports what the first one gave."""
+    """Stands in for `model` in DPOTrainer's loss: the first call goes through `forward`, and what it gave is reported."""
 
-    def __init__(self, model: Callable, report: Callable[[Any], None]):
+    def __init__(self, model: Callable, forward: Callable, report: Callable[[Any], None]):
         self._model = model
+        self._forward = forward
         self._report = report
         self.calls = 0
 
     def __call__(self, *args, **kwargs):
-        outputs = self._model(*args, **kwargs)
         self.calls += 1
-        if self.calls == 1:
-            self._report(outputs)
+        if self.calls > 1:
+            return self._model(*args, **kwargs)
+        outputs = self._forward(*args, **kwargs)
+        self._report(outputs)
         return outputs
 
     def __getattr__(self, name: str):
@@ -99,6 +101,7 @@ def observed_loss(
     model: Callable,
     inputs: dict[str, Tensor],
     *,
+    forward: Callable,
     reduction: str,
     target_of: Callable[[PairLogps], Tensor] | None,
     return_outputs: bool = False,
@@ -116,6 +119,7 @@ def observed_loss(
         compute_loss: the bound `compute_loss` of DPOTrainer.
         model: the policy, wrapped as the training loop has it.
         inputs: a collated batch; it is not changed.
+        forward: what computes the policy's log-probabilities in place of `model`; may be `model`.
         reduction: "sum" or "mean", how the returned log-probabilities are reduced over tokens.
         target_of: gives the target margins (B,) of a batch, in nats of `reduction`; None leaves DPO's loss untouched.
         return_outputs: passed on, as are `kwargs`.
@@ -153,7 +157,7 @@ def observed_loss(
             shift = seen["target"] - pairs.ref_gap
             inputs["ref_rejected_logps"] = reference[1] - (shift * rejected_lengths if reduction == "mean" else shift)
 
-    observed = _ObservedModel(model, report)
+    observed = _ObservedModel(model, forward, report)
     precomputed = trainer.precompute_ref_logps
     trainer.precompute_ref_logps = True
     try:

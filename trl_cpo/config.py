@@ -50,6 +50,11 @@ class CPOConstrainedConfig(DPOConfig):
         logps_reduction (`str`, *optional*, defaults to `"sum"`):
             How a response's log-probability is made of its tokens', for policy and reference alike: `"sum"` (DPO's), or
             `"mean"` (per token). With `"mean"` the default loss is TRL's `sigmoid_norm`, which is DPO's loss of means.
+        prefix_sharing (`bool`, *optional*):
+            Whether each pair's prompt is computed once and pairs are packed without padding, which gives the same
+            log-probabilities to float rounding in less time and memory. By default wherever a constraint is on and a
+            probe of the model at the start finds it exact; under `"none"` the forward is DPOTrainer's own, bit for
+            bit, unless this is `True`. `True` refuses models that cannot be packed; `False` pads as DPOTrainer does.
 
     Raises:
         ValueError: naming every fault of these fields at once.
@@ -84,6 +89,13 @@ class CPOConstrainedConfig(DPOConfig):
             "help": "How a response's log-probability is made of its tokens', for policy and reference alike: 'sum' "
             "or 'mean' (per token). With 'mean' the loss 'sigmoid' is TRL's 'sigmoid_norm'.",
             "choices": list(REDUCTIONS),
+        },
+    )
+    prefix_sharing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute each pair's prompt once and pack pairs without padding. Default: where a constraint is on "
+            "and a probe finds it exact. True: always, refusing models that cannot be packed. False: never."
         },
     )
 

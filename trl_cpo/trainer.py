@@ -22,6 +22,7 @@ from trl.data_utils import is_conversational
 from . import _trl, checks
 from .config import CPOConstrainedConfig, unused_knobs
 from .constraints import CONSTRAINTS
+from .forward.sharing import PrefixSharing
 from .metrics import MetricLedger, PairView, per_pair
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class CPOConstrainedTrainer(DPOTrainer):
     taken for `trl.experimental.cpo.CPOTrainer`, which is *Contrastive* Preference Optimization (arXiv 2401.08417).
 
     Takes the arguments of [`~trl.DPOTrainer`], with `args` a [`CPOConstrainedConfig`]. Overridden are `compute_loss`,
-    `log` and `evaluation_loop` (both for the `cpo/*` metrics), and `_prepare_dataset` (to refuse an emptied dataset).
+    `compute_ref_log_probs` (to go through the packed forward), `log` and `evaluation_loop` (both for the `cpo/*`
+    metrics), and `_prepare_dataset` (to refuse an emptied dataset).
 
     Raises:
         ImportError: the installed TRL is not one of those supported.
@@ -122,6 +124,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         self._constraint = CONSTRAINTS[args.constraint]
         self._knobs = args.knobs
         self._ledgers = {"train": MetricLedger(), "eval": MetricLedger()}
+        # With the constraint off the trainer is DPOTrainer bit for bit, so packing has to be asked for.
+        wanted = False if args.prefix_sharing is None and args.constraint == "none" else args.prefix_sharing
+        self._sharing = PrefixSharing(wanted, args.max_length, speaks=args.process_index == 0)
         if args.process_index == 0:
             self._say_cautions(args)
 
@@ -141,6 +146,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         )
         if ref_model is not None and isinstance(model, str):
             checks.check_vocabularies(self.model, ref_model)
+        # Sharded models can run only once training has wrapped them; the first batch probes those.
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self._sharing.of(self.model)
 
     def _say_cautions(self, args: CPOConstrainedConfig) -> None:
         unused = unused_knobs(args)
@@ -163,6 +171,7 @@ class CPOConstrainedTrainer(DPOTrainer):
             super().compute_loss,
             model,
             inputs,
+            forward=self._sharing.of(model),
             reduction=self.args.logps_reduction,
             target_of=self._target if self._constraint.moves_target else None,
             return_outputs=return_outputs,
@@ -176,6 +185,10 @@ class CPOConstrainedTrainer(DPOTrainer):
             loss, outputs = result
             return loss + added.mean(), outputs
         return result + added.mean()
+
+    def compute_ref_log_probs(self, model, inputs):
+        """The reference's log-probabilities of a batch, through the packed forward where it is in use."""
+        return super().compute_ref_log_probs(self._sharing.of(model), inputs)
 
     def _target(self, pairs):
         return self._constraint.target(pairs, self._knobs)

@@ -1,0 +1,177 @@
+"""The packed forward: called like the model, by TRL's DPO loss, and answering in TRL's layout."""
+
+import dataclasses
+import logging
+import weakref
+
+import torch
+
+from .mask import dense_masks, layer_kinds, rope_follows_length
+from .plan import NotPackable, PackingPlan, plan_pairs
+from .repack import backbone_of, packed_backbone, unwrap
+from .segments import NAME, register, segment_masks
+
+logger = logging.getLogger(__name__)
+
+# What was said about a model, so that a reason is logged once for it however many adapters stand around it.
+_TOLD: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+DENSE, SEGMENTS = "dense", "segments"
+_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_KNOWN = frozenset(
+    "input_ids attention_mask labels use_cache fused_lm_head output_router_logits num_items_in_batch".split()
+)
+
+
+class PackedPairForward:
+    """A model's forward over pairs that computes each pair's common prefix once and no padding.
+
+    Calling it with a batch as TRL's collator makes it, rows [chosen; rejected], calls the model once and returns its
+    `FusedCausalLMOutput` with every field as the padded call would have it, (2B, T-1) per token, gradients included.
+    It holds for models that `probe` finds fit; `packed_forward` does both.
+
+    Args:
+        model: causal language model with TRL's fused head, bare or wrapped (PEFT, DDP, DeepSpeed, FSDP).
+        attention: "segments" (attention per part of a pair; needs a model on sdpa) or "dense" (tree mask).
+        row_length: places in a packed row with dense masks; None: as many as the longest pair takes.
+        max_length: longest sequence it is known to be right for; a batch with a longer one runs padded. None: any.
+        required: raise where a batch cannot be packed, instead of running it padded.
+
+    Attributes:
+        last_plan: how the last batch was packed; None where it ran padded.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        attention: str = DENSE,
+        row_length: int | None = None,
+        max_length: int | None = None,
+        required: bool = False,
+    ):
+        if attention not in (DENSE, SEGMENTS):
+            raise ValueError(f"got attention={attention!r}, allowed are {DENSE!r} and {SEGMENTS!r}")
+        self.model = model
+        self.attention = attention
+        self.row_length = row_length
+        self.max_length = max_length
+        self.required = required
+        self.last_plan: PackingPlan | None = None
+        self._inner = unwrap(model)
+        self._config = self._inner.config.get_text_config()
+        self._kinds = layer_kinds(self._config)
+        if attention == SEGMENTS:
+            use_segments(self._inner)
+
+    def around(self, model: torch.nn.Module) -> "PackedPairForward":
+        """The same forward around another wrapping of the model, or around its reference of the same architecture."""
+        return PackedPairForward(
+            model,
+            attention=self.attention,
+            row_length=self.row_length,
+            max_length=self.max_length,
+            required=self.required,
+        )
+
+    def __call__(self, **inputs):
+        """Run the batch packed, or padded where it cannot be packed.
+
+        Args:
+            **inputs: what TRL's loss passes a model: input_ids, attention_mask, labels, all (2B, T), `use_cache`,
+                `fused_lm_head=True`, and with mixtures of experts `output_router_logits`.
+
+        Raises:
+            NotPackable: the batch cannot be packed and packing is required.
+        """
+        try:
+            plan = self._plan(inputs)
+        except NotPackable as reason:
+            if self.required:
+                raise
+            self._tell(str(reason))
+            self.last_plan = None
+            return self.model(**inputs)
+        self.last_plan = plan
+        return self._run(plan, inputs)
+
+    def _plan(self, inputs: dict) -> PackingPlan:
+        unknown = sorted(name for name in inputs.keys() - _KNOWN if inputs[name] is not None)
+        if unknown:
+            raise NotPackable(f"the batch carries {', '.join(unknown)}, which cannot be packed")
+        if not inputs.get("fused_lm_head") or inputs.get("labels") is None:
+            raise NotPackable("the call is not TRL's fused head with labels")
+        if self._inner.training and getattr(self._inner.get_input_embeddings(), "neftune_noise_alpha", None):
+            raise NotPackable("NEFTune scales its noise with the length of the row")
+        plan = plan_pairs(
+            inputs["input_ids"],
+            inputs.get("attention_mask"),
+            inputs["labels"],
+            row_length=self.row_length,
+            one_row=self.attention == SEGMENTS,
+        )
+        if self.max_length is not None and plan.longest > self.max_length:
+            raise NotPackable(f"a sequence of {plan.longest} tokens is longer than the {self.max_length} probed")
+        if inputs["input_ids"].size(1) != plan.longest and rope_follows_length(self._config):
+            raise NotPackable("the model's rotary frequencies follow the padded length, which no row fills")
+        return plan
+
+    def _run(self, plan: PackingPlan, inputs: dict, mask_plan: PackingPlan | None = None):
+        """Run a planned batch; the probe gives another plan for the mask, to try what a mistake would do."""
+        device = inputs["input_ids"].device
+        scored, labels = plan.scored, plan.labels
+        if not len(scored):
+            # Nothing is scored: one place without a label keeps the outputs tied to the model, as TRL's zeros are.
+            scored, labels = torch.zeros(1, dtype=torch.long), torch.full((1,), -100)
+        call = {name: value for name, value in inputs.items() if name != "labels"}
+        with packed_backbone(backbone_of(self.model), plan, self._masks(mask_plan or plan, device), scored):
+            outputs = self.model(**call, shift_labels=labels.to(device)[None])
+        fields = {
+            name: _spread(value, plan) for name in _PER_TOKEN if (value := getattr(outputs, name)) is not None
+        }
+        return dataclasses.replace(outputs, **fields, label_mask=inputs["labels"][:, 1:] != -100)
+
+    def _masks(self, plan: PackingPlan, device: torch.device) -> torch.Tensor | dict[str, torch.Tensor]:
+        if self.attention == SEGMENTS:
+            return segment_masks(plan, self._kinds)
+        # Eager attention adds its mask to the scores; sdpa takes a bool one.
+        additive = self._inner.dtype if self._config._attn_implementation == "eager" else None
+        return dense_masks(plan, self._kinds, additive, device)
+
+    def _tell(self, reason: str) -> None:
+        told = _TOLD.setdefault(self._inner, set())
+        if reason not in told:
+            told.add(reason)
+            logger.warning("Batch run padded, without prefix sharing: %s.", reason)
+
+
+def _spread(values: torch.Tensor, plan: PackingPlan) -> torch.Tensor:
+    """Put values (1, N) at the scored tokens' places in TRL's layout (2B, T-1), zeros elsewhere."""
+    if not len(plan.target):
+        # A sum of nothing: zeros that backward() can start from.
+        return (values * 0).sum().to(values.dtype).expand(plan.output_shape)
+    rows, columns = plan.output_shape
+    flat = values.new_zeros(rows * columns).scatter(0, plan.target.to(values.device), values[0])
+    return flat.view(rows, columns)
+
+
+def use_segments(model: torch.nn.Module) -> None:
+    """Switch a transformers model from sdpa to attention by segments; other calls of it are computed as before.
+
+    Raises:
+        NotPackable: the model is not on sdpa, or does not let its attention be chosen.
+    """
+    register()
+    if model.config._attn_implementation == NAME:
+        return
+    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        raise NotPackable(f"attention by segments needs sdpa, and the model is on {model.config._attn_implementation}")
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise NotPackable("the model does not take attention by segments")
+
+
+def drop_segments(model: torch.nn.Module) -> None:
+    """Give a model back the sdpa attention that `use_segments` took."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")

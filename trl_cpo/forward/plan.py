@@ -1,0 +1,220 @@
+"""Where every token of a batch of pairs goes when each pair's common prefix is computed once.
+
+A pair is two rows of tokens that start alike. Written once, it is three parts in a row:
+
+    shared (s tokens) | tail of the chosen row (c tokens) | tail of the rejected row (r tokens)
+
+with positions 0..s-1 | s..s+c-1 | s..s+r-1. The state of a shared token does not depend on which answer follows, so
+both rows read it: the first token of each answer is predicted from the same place, position s-1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+SHARED, CHOSEN, REJECTED = 0, 1, 2
+
+
+class NotPackable(ValueError):
+    """The batch cannot be packed; the text says why, in words for a log line."""
+
+
+@dataclass(frozen=True)
+class PairParts:
+    """One pair inside the packed rows: its row, where it starts there, and its three lengths in tokens."""
+
+    pair: int
+    row: int
+    start: int
+    shared: int
+    chosen: int
+    rejected: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the pair takes: s + c + r."""
+        return self.shared + self.chosen + self.rejected
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """The packed rows of one batch, and the way back to TRL's layout.
+
+    R packed rows of L places hold what was (2B, T) padded. "Flat" counts row-major over (R, L) for packed places and
+    over (2B, T) for padded ones.
+
+    Attributes:
+        parts: the pairs in the order of the batch; a pair without any token is left out.
+        shape: (R, L).
+        source: (R, L), flat padded place whose token stands here; filling repeats the first token.
+        position_ids: (R, L), the token's position in its own sequence; 0 for filling.
+        pair: (R, L), the pair a place belongs to; -1 for filling.
+        branch: (R, L), SHARED, CHOSEN or REJECTED.
+        home: (2B, T), flat packed place of a padded token; 0 for padding.
+        scored: (N,), flat packed place that predicts each scored token, in the order of the padded rows.
+        labels: (N,), the scored tokens.
+        target: (N,), flat place of each in TRL's output layout (2B, T-1).
+        output_shape: (2B, T-1).
+    """
+
+    parts: tuple[PairParts, ...]
+    shape: tuple[int, int]
+    source: torch.Tensor
+    position_ids: torch.Tensor
+    pair: torch.Tensor
+    branch: torch.Tensor
+    home: torch.Tensor
+    scored: torch.Tensor
+    labels: torch.Tensor
+    target: torch.Tensor
+    output_shape: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed, without filling."""
+        return sum(parts.tokens for parts in self.parts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest single sequence, prompt and answer."""
+        return max(parts.shared + max(parts.chosen, parts.rejected) for parts in self.parts)
+
+
+def shared_lengths(input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Length of the longest common prefix of each pair's two rows: (2B, T) tokens and (2B,) lengths to (B,).
+
+    It is measured on the tokens and not taken from the prompt's length: truncation from the left can shift one row of
+    a pair against the other, and answers may start with the same words.
+    """
+    chosen, rejected = input_ids.chunk(2)
+    both = torch.minimum(*lengths.chunk(2))
+    same = (chosen == rejected) & (torch.arange(chosen.size(1)) < both[:, None])
+    return same.long().cumprod(1).sum(1)
+
+
+def row_lengths(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Number of real tokens of each right-padded row: (2B, T) to (2B,).
+
+    Raises:
+        NotPackable: a row is padded on the left or has holes.
+    """
+    mask = attention_mask != 0
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise NotPackable("rows are padded on the left or have holes, and only right padding is packed")
+    return mask.sum(1)
+
+
+def fill_rows(sizes: list[int], row_length: int | None) -> list[list[int]]:
+    """Distribute items over rows by first-fit decreasing, and list each row's items.
+
+    Args:
+        sizes: tokens of each item.
+        row_length: places in a row; never less than the largest item. None: as long as the largest item.
+
+    Items of equal size keep their order, so the result depends on the sizes alone.
+    """
+    length = max([*sizes, row_length or 0])
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for row, free in enumerate(room):
+            if sizes[item] <= free:
+                break
+        else:
+            row = len(rows)
+            rows.append([])
+            room.append(length)
+        rows[row].append(item)
+        room[row] -= sizes[item]
+    return rows
+
+
+def plan_pairs(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor,
+    row_length: int | None = None,
+    one_row: bool = False,
+) -> PackingPlan:
+    """Plan the packed rows of a batch [chosen; rejected] as TRL's collator makes it.
+
+    Args:
+        input_ids: (2B, T), the rows of the chosen answers and then of the rejected ones, padded on the right.
+        attention_mask: (2B, T), 1 for real tokens; None: all are.
+        labels: (2B, T), the token where it is scored and -100 elsewhere. Column 0 is predicted by nothing and is
+            never scored, here as in TRL.
+        row_length: places in a packed row; None: as many as the longest pair takes.
+        one_row: put all pairs one after the other in a single row, which then has no filling.
+
+    Returns:
+        The plan; its tensors live on the CPU whatever the device of the batch.
+
+    Raises:
+        NotPackable: odd number of rows, shapes that differ, left padding, padding that is scored, nothing but padding.
+    """
+    if input_ids.ndim != 2 or input_ids.size(0) % 2 or input_ids.size(0) == 0:
+        raise NotPackable(f"got a batch of shape {tuple(input_ids.shape)}, and pairs need (2B, T), [chosen; rejected]")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape or labels.shape != input_ids.shape:
+        raise NotPackable(
+            f"shapes differ: input_ids {tuple(input_ids.shape)}, attention_mask {tuple(attention_mask.shape)}, "
+            f"labels {tuple(labels.shape)}"
+        )
+    # One copy to the host for the three: on a GPU every further one would wait for the device again.
+    input_ids, attention_mask, labels = torch.stack([input_ids, attention_mask.long(), labels]).cpu()
+    if bool(((labels != -100) & (attention_mask == 0)).any()):
+        raise NotPackable("padding has labels")
+    lengths = row_lengths(attention_mask)
+    pairs, columns = input_ids.size(0) // 2, input_ids.size(1)
+    shared = shared_lengths(input_ids, lengths).tolist()
+    lengths = lengths.tolist()
+    sizes = [lengths[i] + lengths[pairs + i] - shared[i] for i in range(pairs)]
+    filled = [i for i in range(pairs) if sizes[i]]
+    if not filled:
+        raise NotPackable("the batch holds nothing but padding")
+    if one_row:
+        rows = [filled]
+    else:
+        rows = [[filled[i] for i in row] for row in fill_rows([sizes[i] for i in filled], row_length)]
+    places = max(sum(sizes[i] for i in row) for row in rows)
+
+    shape = (len(rows), places)
+    source, position_ids, branch = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    pair = torch.full(shape, -1)
+    home = torch.zeros_like(input_ids)
+    parts: list[PairParts] = []
+    for row, members in enumerate(rows):
+        start = 0
+        for i in members:
+            s, c, r = shared[i], lengths[i] - shared[i], lengths[pairs + i] - shared[i]
+            trunk, stop = slice(start, start + s + c), start + s + c + r
+            # The shared part and the chosen tail are the chosen row as it stands; the rejected tail follows.
+            source[row, trunk] = torch.arange(s + c) + i * columns
+            source[row, trunk.stop : stop] = torch.arange(s, s + r) + (pairs + i) * columns
+            position_ids[row, trunk] = torch.arange(s + c)
+            position_ids[row, trunk.stop : stop] = torch.arange(s, s + r)
+            branch[row, start + s : trunk.stop] = CHOSEN
+            branch[row, trunk.stop : stop] = REJECTED
+            pair[row, start:stop] = i
+            flat = row * places + start
+            home[i, : s + c] = torch.arange(flat, flat + s + c)
+            home[pairs + i, :s] = torch.arange(flat, flat + s)
+            home[pairs + i, s : s + r] = torch.arange(flat + s + c, flat + s + c + r)
+            parts.append(PairParts(i, row, start, s, c, r))
+            start = stop
+
+    scored = labels[:, 1:] != -100
+    return PackingPlan(
+        parts=tuple(sorted(parts, key=lambda p: p.pair)),
+        shape=shape,
+        source=source,
+        position_ids=position_ids,
+        pair=pair,
+        branch=branch,
+        home=home,
+        scored=home[:, :-1][scored],
+        labels=labels[:, 1:][scored],
+        target=scored.reshape(-1).nonzero().squeeze(1),
+        output_shape=(2 * pairs, columns - 1),
+    )

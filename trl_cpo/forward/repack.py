@@ -1,0 +1,96 @@
+"""The door of the backbone: the padded batch goes in packed, and what comes out is put in order for the head.
+
+TRL's fused head calls the model's backbone with what it was called with, and scores `last_hidden_state` against
+pre-shifted labels. For the length of one call two hooks stand at the backbone: in front of it the padded batch is
+exchanged for the packed one with its mask; behind it the states that predict scored tokens are picked out, so that the
+head computes no other. Everything around the backbone (DDP, DeepSpeed, PEFT, TRL's head) sees an ordinary call.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .plan import PackingPlan
+
+
+def layers_around(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The model and what it wraps, from the outside in: torch (DDP, FSDP, compile), DeepSpeed, PEFT, transformers."""
+    while True:
+        yield model
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif "module" in model._modules:
+            model = model._modules["module"]
+        else:
+            return
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside all wrappers."""
+    *_, innermost = layers_around(model)
+    return innermost
+
+
+def backbone_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The part of a causal language model that TRL's fused head calls for hidden states."""
+    return unwrap(model).base_model
+
+
+@contextmanager
+def packed_backbone(
+    backbone: torch.nn.Module,
+    plan: PackingPlan,
+    masks: torch.Tensor | dict[str, torch.Tensor],
+    predictors: torch.Tensor,
+) -> Iterator[None]:
+    """Within the block, calls of the backbone with the padded batch run the packed one.
+
+    Args:
+        backbone: the module that TRL's fused head calls.
+        plan: the packed rows.
+        masks: what the backbone gets as its attention mask.
+        predictors: (N,), flat packed places whose states the head shall see.
+
+    The backbone's `last_hidden_state` becomes (1, N, hidden). Router logits, one tensor (R·L, experts) a layer, are
+    put back into the padded order (2B·T, experts): a shared token then counts once in each row, as it does padded.
+    """
+
+    def pack(module, args, kwargs):
+        if args or kwargs.get("inputs_embeds") is not None:
+            raise TypeError("the backbone was called in a form that is not known here; use the padded path")
+        input_ids = kwargs["input_ids"]
+        device = input_ids.device
+        packed = dict(
+            kwargs,
+            input_ids=input_ids.reshape(-1)[plan.source.to(device)],
+            attention_mask=masks,
+            position_ids=plan.position_ids.to(device),
+        )
+        return (), packed
+
+    def unpack(module, args, output):
+        states = output.last_hidden_state
+        if states.shape[:2] != plan.shape:
+            raise RuntimeError(f"hidden states have shape {tuple(states.shape)}, expected rows {plan.shape}")
+        output.last_hidden_state = states.flatten(0, 1).index_select(0, predictors.to(states.device))[None]
+        routers = output.get("router_logits")
+        if routers is not None:
+            home = plan.home.reshape(-1)
+            for router in routers:
+                if router.shape[0] != plan.source.numel():
+                    raise RuntimeError(f"router logits have shape {tuple(router.shape)} for rows {plan.shape}")
+            output.router_logits = tuple(router.index_select(0, home.to(router.device)) for router in routers)
+        return output
+
+    hooks = [
+        backbone.register_forward_pre_hook(pack, with_kwargs=True),
+        backbone.register_forward_hook(unpack),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,122 @@
+"""Attention one segment at a time: no mask over the whole row, nothing computed that is then masked away.
+
+The packed rows are one long row without filling. In it the shared part and the chosen tail of a pair are a plain
+causal sequence, and the rejected tail is a causal continuation of the shared part, so two calls of
+`scaled_dot_product_attention` a pair do it, each of the size it needs.
+
+The segments travel to the layers as the attention mask, an int64 tensor (1, 1, 6, pairs) on the CPU: models hand a
+4-D mask through unread, gradient checkpointing brings it back in the backward pass, and reading it never waits for
+a GPU. Every other mask is passed on to transformers' own sdpa attention, so a model left with this implementation
+behaves as with sdpa.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .mask import LayerKind
+from .plan import PackingPlan
+
+NAME = "trl_cpo_segments"
+_FIELDS = 6  # start, shared, chosen, rejected, window, chunk; 0 stands for no window and no chunk
+
+
+def segment_table(plan: PackingPlan, kind: LayerKind) -> torch.Tensor:
+    """The segments of a plan in one row as an int64 tensor (1, 1, 6, pairs), in the order they stand in the row."""
+    if plan.shape[0] != 1 or plan.tokens != plan.shape[1]:
+        raise ValueError(f"segments need a plan in one row without filling, got rows of shape {plan.shape}")
+    limits = (kind.window or 0, kind.chunk or 0)
+    parts = sorted(plan.parts, key=lambda p: p.start)
+    return torch.tensor([(p.start, p.shared, p.chosen, p.rejected, *limits) for p in parts]).T[None, None]
+
+
+def segment_masks(plan: PackingPlan, kinds: dict[str, LayerKind]) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The tables by kind of layer in the form a model takes masks: one tensor, or a dict."""
+    tables = {name: segment_table(plan, kind) for name, kind in kinds.items()}
+    return next(iter(tables.values())) if len(tables) == 1 else tables
+
+
+def is_segment_table(mask: torch.Tensor | None) -> bool:
+    """Whether what came as the attention mask is a table of segments: other masks are bool or floating."""
+    return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.dtype == torch.int64
+
+
+def _limited(queries: int, keys: int, window: int, chunk: int, device: torch.device) -> torch.Tensor | None:
+    """Mask (queries, keys) of a causal continuation whose last query is the last key; None where plain causal does."""
+    binds = (window and keys > window) or (chunk and keys > chunk)
+    if queries == keys and not binds:
+        return None
+    q = torch.arange(keys - queries, keys, device=device)[:, None]
+    k = torch.arange(keys, device=device)[None, :]
+    seen = k <= q
+    if binds and window:
+        seen &= k > q - window
+    if binds and chunk:
+        seen &= k // chunk == q // chunk
+    return seen
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention in transformers' interface: by segments where the mask is a table of them, and sdpa otherwise.
+
+    Args:
+        query, key, value: (1, heads, L, head size), key and value with fewer heads in grouped attention.
+        attention_mask: the table, see `segment_table`.
+
+    Returns:
+        (1, L, heads, head size), and None for the weights.
+
+    Raises:
+        NotImplementedError: the model asks for something that is not computed by segments.
+    """
+    if not is_segment_table(attention_mask):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    asked = [name for name in ("position_bias", "softcap", "s_aux", "cache") if kwargs.get(name) is not None]
+    if asked or is_causal is False or attention_mask.shape[2] != _FIELDS:
+        raise NotImplementedError(f"attention by segments does not do {asked or 'attention that is not causal'}")
+    segments = list(zip(*attention_mask[0, 0].tolist(), strict=True))
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+
+    # Split once: the backward of a split writes one gradient, that of many slices one of the full size each.
+    sizes = [size for _, s, c, r, _, _ in segments for size in (s + c, r)]
+    queries, keys, values = (t.split(sizes, dim=2) for t in (query, key, value))
+    outputs = []
+    for n, (_, s, c, r, window, chunk) in enumerate(segments):
+        q, k, v = queries[2 * n], keys[2 * n], values[2 * n]
+        if s + c:
+            outputs.append(_attend(q, k, v, _limited(s + c, s + c, window, chunk, q.device), dropout, scaling))
+        if r:
+            q, tail_k, tail_v = queries[2 * n + 1], keys[2 * n + 1], values[2 * n + 1]
+            k, v = torch.cat([k[:, :, :s], tail_k], dim=2), torch.cat([v[:, :, :s], tail_v], dim=2)
+            outputs.append(_attend(q, k, v, _limited(r, s + r, window, chunk, q.device), dropout, scaling))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend(q, k, v, mask, dropout, scaling) -> torch.Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
+    )
+
+
+def register() -> None:
+    """Make the implementation known to transformers under NAME; with ordinary 2-D masks it is sdpa."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, segment_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,68 @@
+"""Which forward the pairs of a model go through: packed where the probe finds it right, and the model itself elsewhere."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from .adapter import PackedPairForward
+from .plan import NotPackable
+from .probing import Verdict, probe
+from .repack import unwrap
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixSharing:
+    """The forward of each model of a training: policy and reference, each probed once, when it is first asked for.
+
+    Args:
+        wanted: False for the padded forward always; True to refuse models that cannot be packed; None to pack those
+            that can.
+        max_length: longest sequence that will come; None: not known.
+        speaks: whether this process writes the line that says which way it is.
+    """
+
+    def __init__(self, wanted: bool | None, max_length: int | None, speaks: bool = True):
+        self.wanted = wanted
+        self.max_length = max_length
+        self.speaks = speaks
+        # By the model inside all wrappers: the same one comes bare in evaluation and wrapped in training.
+        self._known: dict[int, tuple[torch.nn.Module, Verdict]] = {}
+
+    def of(self, model: torch.nn.Module) -> Callable:
+        """What to call in place of `model`.
+
+        Raises:
+            NotPackable: the model cannot be packed, and it was asked for.
+        """
+        if self.wanted is False:
+            return model
+        verdict = self.verdict(model)
+        if not verdict.ok:
+            return model
+        return PackedPairForward(
+            model, attention=verdict.attention, max_length=verdict.max_length, required=bool(self.wanted)
+        )
+
+    def verdict(self, model: torch.nn.Module) -> Verdict:
+        """What the probe found for `model`, now or before.
+
+        Raises:
+            NotPackable: the model cannot be packed, and it was asked for.
+        """
+        inner = unwrap(model)
+        if id(inner) not in self._known:
+            verdict = probe(model, max_length=self.max_length)
+            if not verdict.ok and self.wanted:
+                raise NotPackable(
+                    f"prefix_sharing=True, and it does not fit {type(inner).__name__}: {verdict.reason}. Leave "
+                    "prefix_sharing unset to train it padded."
+                )
+            if self.speaks:
+                logger.log(logging.INFO if verdict.ok else logging.WARNING, "%s: %s", type(inner).__name__, verdict)
+                for note in verdict.notes:
+                    logger.warning("%s: %s", type(inner).__name__, note)
+            # The model is kept with its verdict, so that no other can take its id.
+            self._known[id(inner)] = inner, verdict
+        return self._known[id(inner)][1]
