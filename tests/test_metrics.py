@@ -138,6 +138,15 @@ def test_two_processes_log_what_one_does(tmp_path, model_folder, ref_model_folde
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
+def test_an_evaluation_starts_from_nothing(tmp_path, tokenizer, model_folder, ref_model_folder):
+    """What an interrupted evaluation left, or a loss computed by hand, is not counted in the next one."""
+    trainer = make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, constraint="clip")
+    expected = trainer.evaluate()["eval_cpo/gap"]
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert trainer.evaluate()["eval_cpo/gap"] == expected
+
+
 def test_docs_table_is_the_table():
     """docs/metrics.md lists each metric with its formula, word for word."""
     text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
