@@ -55,6 +55,9 @@ class CPOConstrainedConfig(DPOConfig):
             log-probabilities to float rounding in less time and memory. By default wherever a constraint is on and a
             probe of the model at the start finds it exact; under `"none"` the forward is DPOTrainer's own, bit for
             bit, unless this is `True`. `True` refuses models that cannot be packed; `False` pads as DPOTrainer does.
+        balance_tokens (`bool`, *optional*, defaults to `False`):
+            Whether the pairs of each optimizer step are dealt to processes and micro-batches so that each computes about
+            as many tokens. The pairs of a step stay those of a plain shuffle, and so does its loss.
 
     Raises:
         ValueError: naming every fault of these fields at once.
@@ -96,6 +99,13 @@ class CPOConstrainedConfig(DPOConfig):
         metadata={
             "help": "Compute each pair's prompt once and pack pairs without padding. Default: where a constraint is on "
             "and a probe finds it exact. True: always, refusing models that cannot be packed. False: never."
+        },
+    )
+    balance_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Deal the pairs of each optimizer step to processes and micro-batches so that each computes about as "
+            "many tokens. Which pairs a step holds stays a plain shuffle."
         },
     )
 
@@ -168,6 +178,11 @@ class CPOConstrainedConfig(DPOConfig):
                 )
         if form.moves_target:
             faults += self._target_faults(reads)
+        if self.balance_tokens and self.train_sampling_strategy != "random":
+            faults.append(
+                f"balance_tokens=True orders the training pairs itself; got train_sampling_strategy="
+                f"{self.train_sampling_strategy!r} beside it. Leave one of them out."
+            )
         return faults
 
     def _target_faults(self, reads: dict[str, str]) -> list[str]:

@@ -22,6 +22,7 @@ from trl.data_utils import is_conversational
 from . import _trl, checks
 from .config import CPOConstrainedConfig, unused_knobs
 from .constraints import CONSTRAINTS
+from .forward.balance import BalancedSampler, pair_tokens
 from .forward.sharing import PrefixSharing
 from .metrics import MetricLedger, PairView, per_pair
 
@@ -121,6 +122,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         if train_dataset is not None and isinstance(processing_class, PreTrainedTokenizerBase):
             checks.check_tokenizer(processing_class, is_conversational(next(iter(train_dataset))))
 
+        if args.balance_tokens:
+            checks.check_lengths_known(train_dataset)
+
         self._constraint = CONSTRAINTS[args.constraint]
         self._knobs = args.knobs
         self._ledgers = {"train": MetricLedger(), "eval": MetricLedger()}
@@ -185,6 +189,18 @@ class CPOConstrainedTrainer(DPOTrainer):
             loss, outputs = result
             return loss + added.mean(), outputs
         return result + added.mean()
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.args.balance_tokens:
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = zip(*(map(len, dataset[name]) for name in _trl.TOKENIZED_COLUMNS), strict=True)
+        return BalancedSampler(
+            [pair_tokens(*parts, max_length=self.args.max_length) for parts in lengths],
+            micro_batch=self.args.train_batch_size,
+            micro_batches=self.args.world_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
 
     def compute_ref_log_probs(self, model, inputs):
         """The reference's log-probabilities of a batch, through the packed forward where it is in use."""
