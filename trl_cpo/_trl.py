@@ -48,7 +48,7 @@ LOSS_READS = {
 #: The loss type that is `sigmoid` over means per token instead of sums.
 MEAN_OF = {"sigmoid": "sigmoid_norm"}
 
-#: Columns of a dataset that DPOTrainer has already tokenized.
+#: Columns that DPOTrainer adds to a dataset of text when it prepares it.
 TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 

@@ -10,22 +10,20 @@ _FORMAT = (
 )
 
 
-def check_preference_dataset(dataset: Any, name: str, tokenized: tuple[str, ...] = ()) -> None:
+def check_preference_dataset(dataset: Any, name: str) -> None:
     """Raises `ValueError` if a dataset, called `name`, is empty or lacks the columns of preference pairs.
 
-    Vision and tokenized datasets (with the columns `tokenized`) are left to DPOTrainer.
+    Of a streamed dataset the first row is looked at.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
-            check_preference_dataset(part, f"{name}[{key!r}]", tokenized)
+            check_preference_dataset(part, f"{name}[{key!r}]")
         return
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return  # DPOTrainer names the types that it takes.
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{name} is empty. {_FORMAT}; check the split and any filter in front of the trainer.")
-    if tokenized and all(column in first for column in tokenized):
-        return
     missing = [column for column in ("chosen", "rejected") if column not in first]
     if missing:
         raise ValueError(

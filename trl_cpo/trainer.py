@@ -114,7 +114,7 @@ class CPOConstrainedTrainer(DPOTrainer):
             )
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
-                checks.check_preference_dataset(dataset, name, _trl.TOKENIZED_COLUMNS)
+                checks.check_preference_dataset(dataset, name)
         if ref_model is not None and not isinstance(model, str):
             checks.check_vocabularies(model, ref_model)
         if processing_class is None:

@@ -1,0 +1,1 @@
+"""Benchmarks of trl-cpo against the installed DPOTrainer: `python -m benchmarks --help`."""

@@ -1,0 +1,192 @@
+"""What is compared: a step of DPOTrainer, of ours padded and packed, and a stand-in for the release's step."""
+
+import dataclasses
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo.sources import load_pairs, to_conversational
+
+#: Shapes of random weights by name: hidden, MLP, layers, heads, key-value heads, vocabulary.
+SHAPES = {"8b": (4096, 14336, 32, 32, 8, 128256), "tiny": (32, 48, 2, 4, 2, 400)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One case: what is trained on what. Picklable, so that memory can be measured in a fresh process."""
+
+    model: str
+    pairs: str = "demo"
+    lora: bool = True
+    batch: int = 8
+    max_length: int = 512
+    batches: int = 3
+    made_up: tuple[int, int] | None = None  # prompt : answer, in parts of max_length
+    shape: str | None = None  # random weights of this shape instead of the model's
+    dtype: str = "float32"
+    checkpointing: bool = False
+    precomputed: bool = False
+    forward_only: bool = False
+
+
+def made_up_tokens(setting: Setting, count: int) -> list[dict[str, list[int]]]:
+    """`count` pairs of random tokens, all of one length, as DPOTrainer's collator takes them."""
+    prompt, answer = (setting.max_length * part // sum(setting.made_up) for part in setting.made_up)
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length):
+        return torch.randint(5, 390, (length,), generator=generator).tolist()
+
+    return [
+        {"prompt_ids": tokens(prompt), "chosen_ids": tokens(answer), "rejected_ids": tokens(answer)} for _ in range(count)
+    ]
+
+
+def dataset_of(setting: Setting, count: int):
+    """`count` pairs of the setting's source in TRL's form."""
+    pairs, _ = to_conversational(load_pairs(setting.pairs, "train"))
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    repeated = (order * (count // len(order) + 1))[:count]
+    return pairs.select(repeated)
+
+
+def model_of(setting: Setting, seed: int = 0):
+    """The setting's model, from its folder or of random weights."""
+    if setting.shape is None:
+        return AutoModelForCausalLM.from_pretrained(setting.model, dtype=getattr(torch, setting.dtype))
+    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[setting.shape]
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=8192, dtype=setting.dtype,
+    )  # fmt: skip
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, setting.dtype))
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def trainer_of(setting: Setting, arm: str, count: int | None = None):
+    """A trainer by arm: "dpo" (TRL's), "padded" and "packed" (ours, constraint clip)."""
+    import datasets
+
+    on_gpu = torch.cuda.is_available()
+    options = dict(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=setting.batch, max_length=setting.max_length,
+        gradient_checkpointing=setting.checkpointing, report_to="none", save_strategy="no", disable_tqdm=True,
+        bf16=on_gpu and setting.dtype == "bfloat16", use_cpu=not on_gpu, beta=0.1,
+        dataloader_pin_memory=on_gpu, precompute_ref_log_probs=False,
+    )  # fmt: skip
+    if arm == "dpo":
+        trainer_class, args = DPOTrainer, DPOConfig(**options)
+    else:
+        trainer_class = CPOConstrainedTrainer
+        args = CPOConstrainedConfig(**options, constraint="clip", prefix_sharing=arm == "packed")
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(setting.model)
+    # With the reference precomputed none is kept, which LoRA has as well; a second copy of 8B weights would not help.
+    reference = None if setting.lora or setting.shape is None else model_of(setting)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if setting.lora else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = trainer_class(
+            model=model_of(setting), ref_model=reference, args=args, processing_class=tokenizer, peft_config=lora,
+            train_dataset=dataset_of(setting, count or setting.batch * (setting.batches + 1)),
+        )  # fmt: skip
+    trainer.model.train()
+    return trainer
+
+
+def batches_of(trainer, setting: Setting) -> list[dict[str, torch.Tensor]]:
+    """The collated batches that every arm runs, with made-up precomputed references if the setting has them."""
+    count = setting.batch * setting.batches
+    if setting.made_up is not None:
+        rows = made_up_tokens(setting, count)
+    else:
+        rows = [trainer.train_dataset[i] for i in range(count)]
+    batches = [
+        trainer.data_collator(rows[i : i + setting.batch]) for i in range(0, len(rows), setting.batch)
+    ]
+    for batch in batches:
+        if setting.precomputed:
+            batch["ref_chosen_logps"] = torch.full((setting.batch,), -50.0)
+            batch["ref_rejected_logps"] = torch.full((setting.batch,), -40.0)
+    device = trainer.accelerator.device
+    return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+
+
+def step_of(trainer, setting: Setting) -> Callable[[dict[str, Any]], Any]:
+    """Loss and gradients of one batch by a trainer, without the optimizer's step, which is the same for all."""
+    trainer.precompute_ref_logps = setting.precomputed
+
+    def step(batch):
+        with trainer.compute_loss_context_manager():
+            if setting.forward_only:
+                with torch.no_grad():
+                    return trainer.compute_loss(trainer.model, dict(batch))
+            trainer.model.zero_grad(set_to_none=True)
+            loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        return loss
+
+    return step
+
+
+def reference_pass_of(trainer) -> Callable[[dict[str, Any]], Any]:
+    """The reference's log-probabilities of one batch, as a precompute pass takes them."""
+    return lambda batch: trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
+
+
+def release_step_of(trainer) -> Callable[[dict[str, Any]], Any]:
+    """A stand-in, written for this benchmark, for a step as the authors' release makes it.
+
+    Full-vocabulary logits of every position of policy and reference, log-softmax over them, and a cross-entropy on the
+    chosen answers every step, used or not. The clip target's loss on means.
+    """
+    model, beta = trainer.model, trainer.beta
+
+    def log_probs(network, batch):
+        logits = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        tokens = batch["input_ids"][:, 1:]
+        mask = batch["completion_mask"][:, 1:]
+        values = logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        return (values * mask).sum(1) / mask.sum(1).clamp(min=1), logits, tokens, mask
+
+    def reference(batch):
+        with torch.no_grad():
+            if trainer.ref_model is not None:
+                return log_probs(trainer.ref_model, batch)[0]
+            with model.disable_adapter():
+                return log_probs(model, batch)[0]
+
+    def step(batch):
+        model.zero_grad(set_to_none=True)
+        policy, logits, tokens, mask = log_probs(model, batch)
+        chosen, rejected = policy.chunk(2)
+        ref_chosen, ref_rejected = reference(batch).chunk(2)
+        labels = tokens.masked_fill(mask == 0, -100)
+        half = len(logits) // 2
+        unused = F.cross_entropy(logits[:half].flatten(0, 1), labels[:half].flatten(), ignore_index=-100)
+        target = (ref_chosen - ref_rejected).clamp(min=0)
+        loss = -F.logsigmoid(beta * (chosen - rejected - target)).mean() + 0.0 * unused
+        loss.backward()
+        return loss
+
+    return step
+
+
+def reduced(setting: Setting, **changes) -> Setting:
+    """The setting with some fields changed."""
+    return dataclasses.replace(setting, **changes)

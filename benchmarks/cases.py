@@ -1,0 +1,175 @@
+"""The cases of the benchmark, each a function from options to a record; the table `CASES` names them."""
+
+import functools
+import statistics
+import time
+
+import torch
+
+from .arms import (
+    SHAPES,
+    Setting,
+    batches_of,
+    reduced,
+    reference_pass_of,
+    release_step_of,
+    step_of,
+    trainer_of,
+)
+from .measure import compared, interleaved, peak_memory
+
+H200_TFLOPS = 788.0
+
+
+def _steps(setting: Setting, *arms: str):
+    trainers = {arm: trainer_of(setting, arm) for arm in arms}
+    batches = batches_of(trainers[arms[0]], setting)
+    return trainers, {arm: step_of(trainer, setting) for arm, trainer in trainers.items()}, batches
+
+
+def _work(setting: Setting, arm: str, loaded) -> None:
+    """For `peak_memory`: the longest batch, twice, in a fresh process."""
+    torch.set_num_threads(1)
+    trainer = trainer_of(setting, "dpo" if arm == "release" else arm)
+    batches = sorted(batches_of(trainer, setting), key=lambda batch: batch["input_ids"].numel())
+    step = release_step_of(trainer) if arm == "release" else step_of(trainer, setting)
+    loaded()
+    for _ in range(2):
+        step(batches[-1])
+
+
+def _with_memory(record: dict, setting: Setting, baseline: str, ours: str) -> dict:
+    peaks = {arm: peak_memory(functools.partial(_work, setting, arm)) for arm in (baseline, ours)}
+    ratio = peaks[ours] / peaks[baseline] if peaks[baseline] else float("nan")
+    memory = {"baseline_mib": peaks[baseline], "ours_mib": peaks[ours], "memory_ratio": ratio}
+    return {**record, **memory}
+
+
+def constraint_cost(setting: Setting, memory: bool) -> dict:
+    """Constraint on, padded path, against DPOTrainer: what the constraint itself costs."""
+    _, steps, batches = _steps(setting, "dpo", "padded")
+    record = compared(interleaved(steps, batches * 2), "dpo", "padded")
+    return _with_memory(record, setting, "dpo", "padded") if memory else record
+
+
+def packed(setting: Setting, memory: bool) -> dict:
+    """Packed and shared, forward and backward, against DPOTrainer."""
+    _, steps, batches = _steps(setting, "dpo", "packed")
+    record = compared(interleaved(steps, batches), "dpo", "packed")
+    record["pairs_per_s"] = setting.batch / record["ours_s"]
+    return _with_memory(record, setting, "dpo", "packed") if memory else record
+
+
+def equal_lengths(setting: Setting, memory: bool) -> dict:
+    """All lengths equal, so that only sharing counts: against the limit (2p + 2a)/(p + 2a) that unique tokens set."""
+    prompt, answer = setting.made_up
+    record = packed(setting, memory=False)
+    record["limit"] = (2 * prompt + 2 * answer) / (prompt + 2 * answer)
+    record["share_of_limit"] = record["ratio"] / record["limit"]
+    return record
+
+
+def reference_pass(setting: Setting, memory: bool) -> dict:
+    """The reference pass of precompute and audit, against TRL's."""
+    trainers = {arm: trainer_of(setting, arm) for arm in ("dpo", "packed")}
+    batches = batches_of(trainers["dpo"], setting)
+    return compared(
+        interleaved({arm: reference_pass_of(trainer) for arm, trainer in trainers.items()}, batches), "dpo", "packed"
+    )
+
+
+def release(setting: Setting, memory: bool) -> dict:
+    """A step with full-vocabulary logits and an extra cross-entropy (a stand-in written here) against ours."""
+    trainers = {"release": trainer_of(setting, "dpo"), "packed": trainer_of(setting, "packed")}
+    batches = batches_of(trainers["release"], setting)
+    steps = {"release": release_step_of(trainers["release"]), "packed": step_of(trainers["packed"], setting)}
+    record = compared(interleaved(steps, batches), "release", "packed")
+    return _with_memory(record, setting, "release", "packed") if memory else record
+
+
+def growth(setting: Setting, memory: bool, sizes=(100, 1000, 10000)) -> dict:
+    """Seconds per pair of preparing and training 10² to 10⁴ pairs, in epochs of one pass; batches as they come."""
+    per_pair = {}
+    for size in sizes:
+        start = time.perf_counter()
+        trainer = trainer_of(setting, "packed", count=size)
+        prepared = time.perf_counter()
+        trainer.args.max_steps, trainer.args.num_train_epochs = -1, 1
+        trainer.train()
+        end = time.perf_counter()
+        per_pair[size] = {"prepare_s": (prepared - start) / size, "train_s": (end - prepared) / size}
+    spread = max(v["train_s"] for v in per_pair.values()) / min(v["train_s"] for v in per_pair.values())
+    return {"seconds_per_pair": per_pair, "largest_over_smallest": spread}
+
+
+def flops_per_step(setting: Setting, batches) -> float:
+    """Useful floating-point operations of a step: unique tokens only, 2 per weight and multiply-add.
+
+    Forward 2N per token, backward 4N (full) or 2N (LoRA: weight gradients are the adapters' only); attention
+    4·hidden·(keys seen) per query and layer forward, twice that backward. Embeddings are looked up, the head scores
+    completion tokens alone.
+    """
+    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[setting.shape]
+    per_layer = hidden * hidden * 2 + 2 * hidden * hidden * kv_heads // heads + 3 * hidden * mlp
+    total = 0.0
+    for batch in batches:
+        lengths = batch["attention_mask"].sum(1).tolist()
+        answers = batch["completion_mask"].sum(1).tolist()
+        half = len(lengths) // 2
+        for i in range(half):
+            prompt = lengths[i] - answers[i]
+            tails = (answers[i], answers[half + i])
+            tokens = prompt + sum(tails)
+            attended = prompt**2 / 2 + sum(a * prompt + a**2 / 2 for a in tails)
+            dense = 2 * layers * per_layer * tokens + 2 * hidden * vocabulary * sum(tails)
+            attention = 4 * layers * hidden * attended
+            total += dense * (2 if setting.lora else 3) + attention * 3
+    return total / len(batches)
+
+
+def gpu(setting: Setting, memory: bool) -> dict:
+    """Random weights of a large model's shape, bfloat16, precomputed reference: share of the GPU's matrix rate."""
+    trainers, steps, batches = _steps(setting, "dpo")
+    flops = flops_per_step(setting, batches)
+    seconds = interleaved(steps, batches)["dpo"]
+    del trainers, steps
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    _, steps, batches = _steps(setting, "packed")
+    ours = interleaved(steps, batches)["packed"]
+    median = statistics.median(ours)
+    return {
+        "baseline_s": statistics.median(seconds),
+        "ours_s": median,
+        "ratio": statistics.median(seconds) / median,
+        "pairs_per_s": setting.batch / median,
+        "useful_tflops": flops / median / 1e12,
+        "share_of_h200": flops / median / 1e12 / H200_TFLOPS,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def cases(model: str, pairs: str, batches: int, gpu_shape: str, max_length: int = 512) -> dict:
+    """Name to (function, setting, target in words)."""
+    base = Setting(model=model, pairs=pairs, batches=batches, max_length=max_length)
+    table = {
+        "constraint-cost": (constraint_cost, reduced(base, batch=2), "step time 1/1.01, memory 1.00"),
+        "packed-lora-8": (packed, base, "3.0× pairs/s, 0.6× memory"),
+        "packed-full-8": (packed, reduced(base, lora=False), "3.0× pairs/s, 0.6× memory"),
+        "packed-lora-2": (packed, reduced(base, batch=2), "reported"),
+        "packed-lora-16": (packed, reduced(base, batch=16), "reported"),
+        "reference-pass-8": (reference_pass, base, "3× pairs/s"),
+        "release-4": (release, reduced(base, batch=4), "4× pairs/s, 1/3 memory"),
+        "growth": (growth, reduced(base, batch=8), "within 10 %"),
+    }
+    for made_up in ((4, 1), (1, 1), (1, 4)):
+        setting = reduced(base, batch=2, made_up=made_up, precomputed=True)
+        table[f"equal-{made_up[0]}to{made_up[1]}"] = (equal_lengths, setting, "90 % of the limit, never slower")
+    for lora in (True, False):
+        for name, made_up, length in (("long", (3, 1), 2048), ("short", (1, 1), 256)):
+            setting = reduced(
+                base, shape=gpu_shape, lora=lora, dtype="bfloat16", made_up=made_up, precomputed=True,
+                max_length=length if gpu_shape != "tiny" else 64, checkpointing=True,
+            )  # fmt: skip
+            table[f"gpu-{'lora' if lora else 'full'}-{name}"] = (gpu, setting, "45 % of 788 TFLOP/s")
+    return table
