@@ -1,0 +1,68 @@
+"""The benchmark's command, on a tiny model: every case runs and its record and table hold what the docs explain."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(tmp_path, model_folder, *options):
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks", "--model", model_folder, "--pairs", "demo", "--batches", "2"]
+    command += ["--max_length", "256", "--out", str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {record["case"]: record for record in json.loads(out.read_text())}, done.stdout
+
+
+def test_times(tmp_path, model_folder):
+    names = ["constraint-cost", "packed-lora-8", "packed-full-8", "reference-pass-8", "release-4", "equal-4to1"]
+    names += ["gpu-lora-short", "gpu-full-long"]
+    records, table = run(tmp_path, model_folder, "--no-memory", "--gpu_shape", "tiny", "--cases", *names)
+    assert list(records) == names
+    for name in names:
+        assert records[name]["ratio"] > 0 and f"| {name} |" in table
+    assert records["equal-4to1"]["limit"] == pytest.approx(10 / 6)
+    assert records["gpu-lora-short"]["useful_tflops"] > 0
+    assert records["packed-full-8"]["lowest"] <= records["packed-full-8"]["highest"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process is read from Linux")
+def test_memory(tmp_path, model_folder):
+    records, table = run(tmp_path, model_folder, "--cases", "packed-full-8")
+    record = records["packed-full-8"]
+    # A batch of 8 pairs of some 120 tokens, on a model of 20 thousand parameters: activations are what there is.
+    assert record["baseline_mib"] > 20 and 0 < record["memory_ratio"] < 1
+    assert "MiB)" in table
+
+
+def test_useful_operations_of_a_dense_layer_by_hand():
+    """One pair: 2 per weight forward, 4 backward, each unique token once; 4 per hidden unit and key seen in attention."""
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.arms import SHAPES, Setting
+    from benchmarks.cases import flops_per_step
+
+    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES["8b"]
+    batch = {"attention_mask": torch.ones(2, 5), "completion_mask": torch.tensor([[0, 0, 0, 1, 1]] * 2)}
+    weights = layers * (2 * hidden * hidden + 2 * hidden * (hidden // 4) + 3 * hidden * mlp)
+    tokens, scored = 3 + 2 + 2, 4
+    dense = 6 * (weights * tokens + hidden * vocabulary * scored)
+    keys_seen = 3 * 3 / 2 + 2 * (2 * 3 + 2 * 2 / 2)
+    attention = 3 * 4 * layers * hidden * keys_seen
+    assert flops_per_step(Setting("m", shape="8b", lora=False), [batch]) == pytest.approx(dense + attention)
+
+
+def test_an_unknown_case_is_named(tmp_path, model_folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--model", model_folder, "--cases", "packd"], cwd=ROOT,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and "no case packd; there are constraint-cost" in done.stderr
