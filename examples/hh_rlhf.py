@@ -45,7 +45,7 @@ class PairArguments(ScriptArguments):
     )
     held_out: float = field(
         default=0.1,
-        metadata={"help": "Where the dataset has no test split: the fraction (below 1) or number of pairs held out."},
+        metadata={"help": "Where the dataset has but one split: the fraction (below 1) or number of pairs held out."},
     )
     max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs only."})
     max_test_pairs: int | None = field(default=1000, metadata={"help": "Evaluate on the first so many pairs only."})
@@ -79,8 +79,8 @@ class PolicyConfig(ModelConfig):
 
 
 def load_sets(options: PairArguments):
-    """Training and held-out pairs as messages, and the reports on rows that were refused."""
-    from trl_cpo.sources import SourceError, hold_out, load_pairs, to_conversational
+    """Training and held-out pairs as messages, the reports on rows that were refused, and how many were held out."""
+    from trl_cpo.sources import NoSuchSplit, hold_out, load_pairs, to_conversational
 
     def load(split):
         return load_pairs(
@@ -91,21 +91,43 @@ def load_sets(options: PairArguments):
     def first(pairs, count):
         return pairs if count is None else pairs.take(min(count, len(pairs)) if hasattr(pairs, "__len__") else count)
 
-    reports = {}
+    reports, held_out = {}, None
     train, reports["train"] = to_conversational(load(options.dataset_train_split))
     try:
         test = load(options.dataset_test_split)
-    except SourceError as error:
-        if "has no split" not in str(error):
+    except NoSuchSplit as error:
+        # Where there is another split, or one was asked for by name, a part of the training pairs is not what was meant.
+        asked = options.dataset_test_split != PairArguments.dataset_test_split
+        if asked or error.known != [options.dataset_train_split]:
             raise
         count = options.held_out if options.held_out < 1 else int(options.held_out)
         train, test = hold_out(train, count, seed=0)
+        held_out = len(test)
     else:
         test, reports["test"] = to_conversational(test)
-    return first(train, options.max_train_pairs), first(test, options.max_test_pairs), reports
+    return first(train, options.max_train_pairs), first(test, options.max_test_pairs), reports, held_out
+
+
+def checkpoint_of(args: "RunConfig") -> str | None:
+    """The checkpoint to go on from: the folder given, or with `latest` the newest one in the output folder."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    given = args.resume_from_checkpoint
+    if given is None or str(given).lower() in ("false", "none", ""):
+        return None
+    if str(given).lower() not in ("latest", "true"):
+        return given
+    found = get_last_checkpoint(args.output_dir) if args.chose_output_dir and Path(args.output_dir).is_dir() else None
+    if found is None:
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {given}: there is no checkpoint-* folder in {args.output_dir}. Give the --output_dir "
+            "of the run to go on with (checkpoints are written with --save_strategy steps), or a checkpoint's folder."
+        )
+    return found
 
 
 def main(options: PairArguments, args: RunConfig, policy: PolicyConfig) -> None:
+    import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
     from transformers import PrinterCallback, ProgressCallback
@@ -128,17 +150,19 @@ def main(options: PairArguments, args: RunConfig, policy: PolicyConfig) -> None:
         chosen = [str(next_free(f"outputs/{name}-{args.constraint}"))]
         broadcast_object_list(chosen, from_process=0)
         args.output_dir = chosen[0]
-    elif args.resume_from_checkpoint is None:
+    checkpoint = checkpoint_of(args)
+    if args.chose_output_dir and checkpoint is None:
         refuse_taken(args.output_dir)
     state.wait_for_everyone()
     output_dir = Path(args.output_dir)
 
     say(f"[1/4] Reading pairs: {options.dataset_name}")
     with state.main_process_first():
-        train, test, reports = load_sets(options)
-    for split, report in reports.items():
-        if report is not None:
-            say(f"      {split}: {report}".replace("\n", "\n      "))
+        train, test, reports, held_out = load_sets(options)
+    if not options.dataset_streaming:
+        say_reports(reports, say)
+    if held_out is not None:
+        say(f"      no test split: held {held_out} of {held_out + len(train)} pairs out")
 
     say(f"[2/4] Loading the model: {policy.model_name_or_path}")
     model = policy.model_name_or_path
@@ -149,7 +173,7 @@ def main(options: PairArguments, args: RunConfig, policy: PolicyConfig) -> None:
             model = str(demo_model_folder())
     loading = dict(revision=policy.model_revision, attn_implementation=policy.attn_implementation, dtype=policy.dtype)
     args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
-    args.eval_on_start = args.resume_from_checkpoint is None
+    args.eval_on_start = checkpoint is None
     run_log = RunLog(output_dir / "log.jsonl")
     trainer = CPOConstrainedTrainer(
         model=model,
@@ -160,25 +184,32 @@ def main(options: PairArguments, args: RunConfig, policy: PolicyConfig) -> None:
         peft_config=get_peft_config(policy),
         callbacks=[run_log],
     )
+    if options.ignore_bias_buffers:
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
     # RunLog prints one line where these print every number; the numbers are in the log.
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ProgressCallback):
             callback.on_log = lambda *_, **__: None
 
-    held_out = len(trainer.eval_dataset) if hasattr(trainer.eval_dataset, "__len__") else options.max_test_pairs
     trained_on = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed"
-    say(f"[3/4] Training on {trained_on} pairs with constraint {args.constraint}; evaluating {held_out} before and after")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    say(f"[3/4] Training on {trained_on} pairs with constraint {args.constraint}; held-out pairs before and after")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    starts = [r for r in trainer.state.log_history if r["step"] == 0 and "eval_cpo/gap" in r]
+    before = starts[0] if starts else None
     after = trainer.evaluate()
-    before = next(record for record in trainer.state.log_history if "eval_cpo/gap" in record)
+    evaluated = after["eval_cpo/pairs"]
+    if options.dataset_streaming:
+        say_reports(reports, say)
 
     say(f"[4/4] Saving to {output_dir}")
     trainer.save_model(str(output_dir))
     trainer.create_model_card(model_name=output_dir.name)
     if state.is_main_process:
         record = {
-            "held_out_pairs": held_out,
+            "held_out_pairs": evaluated,
             "before": before,
             "after": after,
             "seconds": round(time.time() - started, 1),
@@ -191,13 +222,20 @@ def main(options: PairArguments, args: RunConfig, policy: PolicyConfig) -> None:
         }
         (output_dir / "metrics.json").write_text(json.dumps(record, indent=1, default=str, ensure_ascii=False) + "\n")
         table = before_after(
-            before, after, pairs=held_out, gamma=args.gamma, reduction=args.logps_reduction, constraint=args.constraint
+            before, after, pairs=evaluated, gamma=args.gamma, reduction=args.logps_reduction, constraint=args.constraint
         )
         say(
             f"\n{table}\n\nmodel    {output_dir}\nmetrics  {output_dir / 'metrics.json'}\nlog      {run_log.file}\n"
             f"took {time.time() - started:.0f} s"
         )
     trainer.end()
+
+
+def say_reports(reports, say) -> None:
+    """Rows kept and refused, by split; a streamed split's report is whole once it has been read."""
+    for split, report in reports.items():
+        if report is not None:
+            say(f"      {split}: {report}".replace("\n", "\n      "))
 
 
 def versions() -> dict[str, str]:
@@ -209,9 +247,15 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((PairArguments, RunConfig, PolicyConfig))
+    from trl_cpo.demo.model import DemoModelError
+    from trl_cpo.sources import SourceError
+
+    parser, name = TrlParser((PairArguments, RunConfig, PolicyConfig)), Path(sys.argv[0]).name
     try:
         parsed = parser.parse_args_and_config()
     except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    main(*parsed)
+        sys.exit(f"{name}: {error}")
+    try:
+        main(*parsed)
+    except (SourceError, DemoModelError, FileExistsError, FileNotFoundError) as error:
+        sys.exit(f"{name}: {error}")

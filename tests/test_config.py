@@ -51,6 +51,20 @@ def test_faults_are_named(tmp_path, fields, expected):
     assert expected in str(error.value)
 
 
+def test_faults_of_values_and_of_combinations_come_together(tmp_path):
+    with pytest.raises(ValueError) as error:
+        config(tmp_path, tau=0.0, constraint="clip", f_divergence_type="js_divergence", loss_type=["sft"])
+    assert all(words in str(error.value) for words in ("3 faults", "tau", "reverse_kl", "reads no reference"))
+    with pytest.raises(ValueError, match=r"gamma(.|\n)*needs logps_reduction='mean'"):
+        config(tmp_path, gamma=-1.0, constraint="inverse_prob")
+
+
+@pytest.mark.parametrize("fields", [{"constraint": ["clip"]}, {"logps_reduction": None}, {"prefix_sharing": "yes"}])
+def test_values_of_another_type_are_refused(tmp_path, fields):
+    with pytest.raises(ValueError, match="must be"):
+        config(tmp_path, **fields)
+
+
 def test_all_faults_come_at_once(tmp_path):
     with pytest.raises(ValueError) as error:
         config(tmp_path, gamma=-1.0, tau=0.0, alpha=-2.0, constraint="clop", logps_reduction="total")
@@ -68,7 +82,7 @@ def test_every_loss_type_is_defined_or_refused_in_words(tmp_path, constraint, lo
     """Under either reduction; which of the two is tested by what each loss type reads."""
     reads = LOSS_READS[loss_type]
     for reduction in ("sum", "mean"):
-        defined = reduction == "sum" or loss_type == "sigmoid" or reads != "sum"
+        defined = reduction == "sum" or loss_type == "sigmoid" or reads in ("mean", "no reference")
         if constraint in MARGIN_FORMS:
             defined &= reads == reduction or (reduction == "mean" and loss_type == "sigmoid")
         if constraint == "inverse_prob":

@@ -1,14 +1,19 @@
 """Under a constraint, the trainer's loss and metrics are those computed by hand, pair by pair, from the models' logits."""
 
+import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model, pairs_dataset, training_options
+from datasets import load_dataset
 from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.constraints import CONSTRAINTS
+from trl_cpo.constraints import CONSTRAINTS, Knobs
 
 # The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
@@ -281,9 +286,97 @@ def test_precomputed_and_on_the_fly_references_train_alike(tmp_path, tokenizer, 
     assert len(logs[0]) == 3 and logs[0] == pytest.approx(logs[1], rel=1e-5)
 
 
-def test_the_seam_notices_a_loss_that_calls_the_model_twice(tmp_path, tokenizer, model_folder, monkeypatch):
-    from trl import DPOTrainer
+def test_precomputed_values_are_not_taken_for_those_of_other_settings(tmp_path, tokenizer, model_folder):
+    """On a dataset with a file behind it DPOTrainer finds earlier values by data and weights alone; ours by all settings.
 
+    Without truncation, since DPOTrainer's filter for it happens to hash every option.
+    """
+    pairs_dataset().to_json(tmp_path / "pairs.jsonl")
+
+    def precomputed(trainer_class, config_class, number, **options):
+        args = config_class(
+            **training_options(tmp_path / number, precompute_ref_log_probs=True, max_length=None, **options)
+        )
+        dataset = load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), split="train")
+        trainer = trainer_class(model=model_folder, args=args, processing_class=tokenizer, train_dataset=dataset)
+        return torch.tensor(trainer.train_dataset["ref_chosen_logps"][:])
+
+    ours = (CPOConstrainedTrainer, CPOConstrainedConfig)
+    packed = precomputed(*ours, "packed", constraint="clip", prefix_sharing=True)
+    padded = precomputed(*ours, "padded")
+    weighted = precomputed(*ours, "weighted", ld_alpha=0.0)
+    assert torch.allclose(packed, padded, atol=1e-4) and not torch.allclose(padded, weighted, atol=1e-2)
+    assert torch.equal(padded, precomputed(*ours, "again"))
+    assert torch.equal(padded, precomputed(DPOTrainer, DPOConfig, "theirs"))
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "margin_forms.json").read_text())["cases"]
+
+
+class OneToken:
+    """Answers as a model whose two responses, one token each, have the log-probabilities that it is given."""
+
+    def __init__(self, chosen, rejected):
+        self.log_probs = torch.stack([chosen, rejected]).unsqueeze(1)
+        self.entropy = self.mean_logits = torch.zeros_like(self.log_probs)
+        self.is_top1 = torch.zeros_like(self.log_probs, dtype=torch.bool)
+
+    def __call__(self, **kwargs):
+        return self
+
+
+def through_the_trainer(trainer, name, knobs, logps, dtype):
+    """Loss, target and both gradients as the trainer's compute_loss gives them for one pair of four log-probabilities."""
+    trainer._constraint, trainer._knobs, trainer.beta = CONSTRAINTS[name], knobs, knobs.beta
+    policy = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in logps[:2]]
+    inputs = {
+        "input_ids": torch.ones(2, 2, dtype=torch.long),
+        "attention_mask": torch.ones(2, 2, dtype=torch.long),
+        "completion_mask": torch.tensor([[0, 1], [0, 1]]),
+        "ref_chosen_logps": torch.tensor([logps[2]], dtype=dtype),
+        "ref_rejected_logps": torch.tensor([logps[3]], dtype=dtype),
+    }
+    trainer.precompute_ref_logps = True
+    trainer._ledgers["train"].clear()
+    trainer.model.train()
+    loss = trainer.compute_loss(OneToken(*policy), inputs)
+    loss.backward()
+    target = trainer._ledgers["train"].flush()["cpo/target"]
+    return {"loss": loss.item(), "target": target, "grad_chosen": policy[0].grad, "grad_rejected": policy[1].grad}
+
+
+@pytest.fixture
+def one_token_trainer(tmp_path, tokenizer, model_folder, ref_model_folder):
+    return make_trainer(
+        tmp_path, tokenizer, model_folder, ref_model_folder, constraint="none", logps_reduction="mean",
+        prefix_sharing=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN[0]["expect"]))
+def test_golden_values_through_the_trainer(one_token_trainer, name):
+    """The 64 cases in float64, in TRL's own loss at the projected reference: projecting costs no more than rounding."""
+    for case in GOLDEN:
+        gamma = 0.0 if name == "clip_release" else case["gamma"]
+        knobs = Knobs(case["beta"], gamma, case["tau"], case["alpha"], logps_reduction="mean")
+        logps = [case[side] for side in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
+        got = through_the_trainer(one_token_trainer, name.removesuffix("_release"), knobs, logps, torch.float64)
+        for key, value in case["expect"][name].items():
+            assert abs(float(got[key]) - value) <= 1e-12 * max(1.0, abs(value), knobs.beta), (key, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_extremes_through_the_trainer(one_token_trainer, name, dtype):
+    """±1e4 nats: loss and gradients finite in TRL's own loss as well."""
+    knobs = Knobs(0.1, 0.5, 2.0, 0.5, logps_reduction="mean")
+    for logps in itertools.product((-1e4, 0.0), repeat=4):
+        got = through_the_trainer(one_token_trainer, name, knobs, logps, dtype)
+        assert math.isfinite(got["loss"]) and math.isfinite(got["target"])
+        assert torch.isfinite(got["grad_chosen"]) and torch.isfinite(got["grad_rejected"])
+
+
+def test_the_seam_notices_a_loss_that_calls_the_model_twice(tmp_path, tokenizer, model_folder, monkeypatch):
     trainer = CPOConstrainedTrainer(
         model=make_model(), ref_model=make_model(1), args=CPOConstrainedConfig(**training_options(tmp_path)),
         processing_class=tokenizer, train_dataset=pairs_dataset(),

@@ -138,7 +138,6 @@ def test_mean_log_probabilities_are_sigmoid_norm(tmp_path, plain, ref_model_fold
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
         {"bf16": True},
         {"max_length": 16, "truncation_mode": "keep_start"},
-        {"disable_dropout": False},
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()) or "default",
 )
@@ -173,6 +172,16 @@ def test_streaming_dataset(tmp_path, model_folder, tokenizer):
 @pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}, {"use_weighting": True}], ids=str)
 def test_lora(tmp_path, plain, options):
     check(tmp_path, lambda: plain(peft_config=LORA), options)
+
+
+def test_full_fine_tuning_with_live_dropout(tmp_path, tokenizer):
+    def build():
+        return dict(
+            model=make_model(attention_dropout=0.3), ref_model=make_model(1, attention_dropout=0.3),
+            processing_class=tokenizer, train_dataset=pairs_dataset(),
+        )  # fmt: skip
+
+    check(tmp_path, build, {"disable_dropout": False})
 
 
 def test_lora_with_live_dropout_draws_the_same_random_numbers(tmp_path, tokenizer):

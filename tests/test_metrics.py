@@ -30,6 +30,7 @@ def by_hand(pairs, targets, gamma) -> dict[str, float]:
         "cpo/ref_gap": sum(r for _, r in gaps) / n,
         "cpo/target": sum(targets) / n,
         "cpo/prefers_chosen": sum(g > 0 for g, _ in gaps) / n,
+        "cpo/beats_reference": sum(g > r for g, r in gaps) / n,
         "cpo/in_undesirable_region": sum(g < 0 and g > r for g, r in gaps) / n,
         "cpo/violation": sum(max(0.0, gamma - g) for g, _ in gaps) / n,
         "cpo/violation_rate": sum(g < gamma for g, _ in gaps) / n,
@@ -81,7 +82,7 @@ def test_evaluation_is_the_mean_over_pairs(tmp_path, tokenizer, model_folder, re
     pairs = []
     for batch in trainer.get_eval_dataloader():
         pairs += pairs_by_hand(trainer, batch)
-    assert len(pairs) == 6
+    assert len(pairs) == got["eval_cpo/pairs"] == 6
     expected = by_hand(pairs, [max(rc - rr, 1.0) for _, _, rc, rr in pairs], 1.0)
     for key, value in expected.items():
         assert got[f"eval_{key}"] == pytest.approx(value, abs=1e-4), key

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 from conftest import make_model, pairs_dataset, training_options
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from trl import DPOConfig
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
@@ -49,6 +49,30 @@ def test_empty_dataset(make, streaming):
         empty = IterableDataset.from_generator(lambda: iter([]))
     with pytest.raises(ValueError, match="train_dataset is empty"):
         make(train_dataset=empty)
+
+
+def test_evaluate_is_checked_as_well(make):
+    trainer = make()
+    with pytest.raises(ValueError, match="the eval dataset is empty"):
+        trainer.evaluate(pairs_dataset().select([]))
+    with pytest.raises(ValueError, match="the eval dataset has no column 'rejected'"):
+        trainer.evaluate(pairs_dataset().remove_columns("rejected"))
+
+
+def test_a_whole_datasetdict_as_training_set(make):
+    with pytest.raises(TypeError, match="must be a `Dataset` or `IterableDataset`, got `DatasetDict`"):
+        make(train_dataset=DatasetDict({"train": pairs_dataset()}))
+
+
+def test_reference_by_name(make):
+    with pytest.raises(TypeError, match="ref_model must be a model, got 'some/name'"):
+        make(ref_model="some/name")
+
+
+def test_reference_vocabulary_is_checked_before_the_reference_runs(make, tmp_path, model_folder):
+    args = CPOConstrainedConfig(**training_options(tmp_path, precompute_ref_log_probs=True))
+    with pytest.raises(ValueError, match="400 tokens"):
+        make(model=model_folder, ref_model=make_model(vocab_size=384), args=args)
 
 
 def test_dataset_emptied_by_max_length(make, tmp_path):

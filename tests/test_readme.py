@@ -65,6 +65,8 @@ def test_the_demo(tmp_path, demo_cache):
     (metrics,) = tmp_path.glob("outputs/*/metrics.json")
     record = json.loads(metrics.read_text())
     assert record["model"] == record["pairs"]["dataset_name"] == "demo"
+    # The pairs are chosen so that the model prefers the rejected answer on some: these two are among them.
+    assert record["before"]["eval_cpo/reference_misaligned"] > 0
 
 
 def test_the_test_command(tmp_path):

@@ -9,14 +9,17 @@ What it rests on, in TRL 1.16, and the identity tests hold (tests/test_identity.
 - `_metrics[mode]` holds one number per logged name and call, averaged in `log`.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from datasets import Dataset
+from datasets.fingerprint import Hasher
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import Tensor
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 from trl import DPOTrainer
 from trl import __version__ as trl_version
 
@@ -67,11 +70,32 @@ def model_id(model) -> str:
     return getattr(model.config, "_name_or_path", "")
 
 
+def config_of(model, args):
+    """The config of a model, read from its name or folder where it is not loaded yet."""
+    if not isinstance(model, str):
+        return model.config
+    init = args.model_init_kwargs or {}
+    return AutoConfig.from_pretrained(
+        model, revision=init.get("revision"), trust_remote_code=init.get("trust_remote_code", args.trust_remote_code)
+    )
+
+
 def load_processing_class(model, args):
     """The tokenizer or processor that DPOTrainer would load for `model` itself, so that it can be checked first."""
     path = model if isinstance(model, str) else model_id(model)
     revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
     return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def keyed(dataset: Dataset, *parts) -> Dataset:
+    """`dataset` under a fingerprint that `parts` changes, so that precomputed values are cached by them as well.
+
+    DPOTrainer's own key is the data and the weights alone: it would take up, under another `ld_alpha` or another forward,
+    what was computed before.
+    """
+    dataset = copy.copy(dataset)
+    dataset._fingerprint = Hasher.hash((dataset._fingerprint, *parts))
+    return dataset
 
 
 class _ObservedModel:
@@ -142,8 +166,10 @@ def observed_loss(
         # Called after the policy's forward, where DPOTrainer would run the reference: with dropout left on, running it
         # before would draw the random numbers in another order.
         if not precomputed:
+            # Not `or`: a compiled model has no truth value.
+            reference_model = trainer.model if trainer.ref_model is None else trainer.ref_model
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = trainer.compute_ref_log_probs(
-                trainer.ref_model or trainer.model, inputs
+                reference_model, inputs
             )
         reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         policy = sequence_logps(outputs.log_probs, mask, trainer.ld_alpha).chunk(2)

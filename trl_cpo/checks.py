@@ -54,9 +54,17 @@ def check_tokenizer(tokenizer: Any, conversational: bool) -> None:
         )
 
 
-def check_vocabularies(model: Any, ref_model: Any) -> None:
-    """Raises `ValueError` if policy and reference do not score the same vocabulary."""
-    ours, theirs = (m.config.get_text_config().vocab_size for m in (model, ref_model))
+def check_vocabularies(config: Any, ref_model: Any) -> None:
+    """Raises `ValueError` if the policy (by its config) and the reference score different vocabularies.
+
+    `TypeError` if the reference is no model.
+    """
+    if not hasattr(ref_model, "config"):
+        raise TypeError(
+            f"ref_model must be a model, got {ref_model!r}. Load it first, with AutoModelForCausalLM.from_pretrained(...), "
+            "or leave it out to take the model's own start."
+        )
+    ours, theirs = (c.get_text_config().vocab_size for c in (config, ref_model.config))
     if ours != theirs:
         raise ValueError(
             f"model has a vocabulary of {ours} tokens and ref_model one of {theirs}: their log-probabilities of the same "

@@ -112,7 +112,12 @@ class CPOConstrainedConfig(DPOConfig):
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        faults = self._knob_faults() or self._combination_faults()
+        for name in ("constraint", "logps_reduction"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{type(self).__name__}: {name} must be a string; got {getattr(self, name)!r}.")
+        faults = self._knob_faults()
+        if self.constraint in CONSTRAINTS and self.logps_reduction in REDUCTIONS and set(self.loss_type) <= set(LOSS_READS):
+            faults += self._combination_faults()
         if faults:
             count = "" if len(faults) == 1 else f" ({len(faults)} faults)"
             raise ValueError(f"{type(self).__name__}{count}: " + "\n".join(faults))
@@ -156,6 +161,8 @@ class CPOConstrainedConfig(DPOConfig):
             if not is_number or value < lowest or (value == lowest and not allowed):
                 sign = "≥" if allowed else ">"
                 faults.append(f"{name} must be a finite number {sign} {lowest:g}; got {value!r}.")
+        if self.prefix_sharing not in (None, True, False):
+            faults.append(f"prefix_sharing must be True, False or None; got {self.prefix_sharing!r}.")
         for loss_type in self.loss_type:
             if loss_type not in LOSS_READS:
                 faults.append(one_of("loss_type", loss_type, LOSS_READS))
@@ -166,11 +173,10 @@ class CPOConstrainedConfig(DPOConfig):
         faults = []
         if form.reads and not (isinstance(self.beta, (int, float)) and math.isfinite(self.beta) and self.beta > 0):
             faults.append(f"beta must be a finite number > 0 under constraint={self.constraint!r}; got {self.beta!r}.")
-        else:
-            faults += form.faults(self.knobs)
+        faults += form.faults(self.knobs)
         reads = {loss_type: LOSS_READS[loss_type] for loss_type in self.loss_type}
         if self.logps_reduction == "mean":
-            summed = [name for name, read in reads.items() if read == "sum" and name not in MEAN_OF]
+            summed = [name for name, read in reads.items() if read in ("sum", "one side") and name not in MEAN_OF]
             if summed:
                 faults.append(
                     f"logps_reduction='mean' with loss_type {summed}: TRL defines it on summed log-probabilities. Use "

@@ -25,6 +25,7 @@ METRICS: dict[str, tuple[str, Callable[[PairView], Tensor]]] = {
     "ref_gap": ("δ_ref = s_ref(chosen) − s_ref(rejected)", lambda v: v.pairs.ref_gap),
     "target": ("t, the target margin of the loss; δ_ref for none and penalty", lambda v: v.target),
     "prefers_chosen": ("[δ_θ > 0]", lambda v: v.pairs.gap > 0),
+    "beats_reference": ("[δ_θ > δ_ref]: the reward accuracy", lambda v: v.pairs.gap > v.pairs.ref_gap),
     "in_undesirable_region": (
         "[δ_θ < 0 and δ_θ > δ_ref]: the loss has fallen, the policy still prefers the rejected response",
         lambda v: (v.pairs.gap < 0) & (v.pairs.gap > v.pairs.ref_gap),
@@ -62,23 +63,24 @@ class MetricLedger:
 
     def __init__(self):
         self._sums: list[Tensor] = []
-        self._count = 0
+        #: Pairs added since the last flush.
+        self.count = 0
 
     def add(self, rows: Tensor) -> None:
         """Adds the pairs of one batch, (B, len(METRICS)), as `per_pair` makes them."""
         self._sums.append(rows.sum(dim=0))
-        self._count += len(rows)
+        self.count += len(rows)
 
     def flush(self, prefix: str = "") -> dict[str, float]:
         """The mean of each metric over the pairs added since the last flush, as `<prefix>cpo/<name>`; empty if none."""
-        if not self._count:
+        if not self.count:
             return {}
         # Summed in float64, on the CPU because not every device has it.
         totals = torch.stack(self._sums).cpu().double().sum(dim=0)
-        means = {f"{prefix}cpo/{name}": total / self._count for name, total in zip(METRICS, totals.tolist(), strict=True)}
+        means = {f"{prefix}cpo/{name}": total / self.count for name, total in zip(METRICS, totals.tolist(), strict=True)}
         self.clear()
         return means
 
     def clear(self) -> None:
         """Forgets what was added."""
-        self._sums, self._count = [], 0
+        self._sums, self.count = [], 0

@@ -23,5 +23,5 @@ def refuse_taken(folder: str | Path) -> None:
     if is_taken(folder):
         raise FileExistsError(
             f"The output folder {folder} already holds files, and nothing in it is overwritten. Give another "
-            f"--output_dir ({next_free(folder)} is free), or --resume_from_checkpoint to go on with the run in it."
+            f"--output_dir ({next_free(folder)} is free), or --resume_from_checkpoint latest to go on with the run in it."
         )

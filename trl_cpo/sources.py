@@ -39,6 +39,14 @@ class SourceError(ValueError):
     """Pairs that cannot be loaded or used: what was got, what is allowed, what to do next."""
 
 
+class NoSuchSplit(SourceError):
+    """A split that the source does not have; `known` are those that it has."""
+
+    def __init__(self, message: str, known: list[str]):
+        super().__init__(message)
+        self.known = known
+
+
 def load_pairs(
     name_or_path: str | Path,
     split: str = "train",
@@ -158,7 +166,7 @@ def _check_split(split: str, known: list[str], name: str, slices: bool = True) -
         advice = "Give one of these."
         if len(known) == 1:
             advice = "For a test set hold a fraction of the rows out, or give a second source."
-        raise SourceError(f"{name} has no split {split!r}; it has {', '.join(known)}. {advice}")
+        raise NoSuchSplit(f"{name} has no split {split!r}; it has {', '.join(known)}. {advice}", known)
 
 
 @contextmanager

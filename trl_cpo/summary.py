@@ -12,14 +12,14 @@ _ROWS = (
     ("mean gap δ", "cpo/gap", "nats"),
     ("mean reference gap δ_ref", "cpo/ref_gap", "nats"),
     ("mean target t", "cpo/target", "nats"),
-    ("reward accuracy (δ above δ_ref, of sums)", "rewards/accuracies", "%*"),
+    ("reward accuracy (δ > δ_ref)", "cpo/beats_reference", "%*"),
     ("chosen log-prob moved by", "cpo/chosen_logps_shift", "nats*"),
     ("rejected log-prob moved by", "cpo/rejected_logps_shift", "nats*"),
 )
 
 
 def before_after(
-    before: Mapping[str, float],
+    before: Mapping[str, float] | None,
     after: Mapping[str, float],
     *,
     pairs: int,
@@ -31,7 +31,7 @@ def before_after(
     """The table as text, from two evaluations of one set of pairs.
 
     Args:
-        before, after: what `trainer.evaluate()` returned, keys beginning with `prefix`.
+        before, after: what `trainer.evaluate()` returned, keys beginning with `prefix`; before may be unknown.
         pairs: how many pairs were evaluated.
         gamma: γ, nats.
         reduction: "sum" or "mean": whether nats are per response or per token.
@@ -45,7 +45,7 @@ def before_after(
     for label, key, form in _ROWS:
         cells = []
         for values, is_start in ((before, True), (after, False)):
-            value = values.get(f"{prefix}{key}")
+            value = (values or {}).get(f"{prefix}{key}")
             if value is None or (is_start and form.endswith("*")):
                 cells.append("-")
             elif form.startswith("%"):
@@ -53,5 +53,5 @@ def before_after(
             else:
                 cells.append(f"{value:+.3f}")
         lines.append(f"{label:<44}{cells[0]:>10}{cells[1]:>10}")
-    lines.append(f"(gaps and log-probs in {unit}; - : policy and reference are still the same model)")
+    lines.append(f"(gaps and log-probs in {unit}; - : policy and reference are still the same model, or not known)")
     return "\n".join(lines)

@@ -42,14 +42,15 @@ class CPOConstrainedTrainer(DPOTrainer):
     taken for `trl.experimental.cpo.CPOTrainer`, which is *Contrastive* Preference Optimization (arXiv 2401.08417).
 
     Takes the arguments of [`~trl.DPOTrainer`], with `args` a [`CPOConstrainedConfig`]. Overridden are `compute_loss`,
-    `compute_ref_log_probs` (to go through the packed forward), `log` and `evaluation_loop` (both for the `cpo/*`
-    metrics), and `_prepare_dataset` (to refuse an emptied dataset).
+    `compute_ref_log_probs` (to go through the packed forward), `_precompute_ref_logps` (to cache by all that changes the
+    numbers), `_prepare_dataset` (to refuse datasets in words), `_get_train_sampler` (for `balance_tokens`), `log` and
+    `evaluation_loop` (both for the `cpo/*` metrics).
 
     Raises:
         ImportError: the installed TRL is not one of those supported.
         TypeError: `args` is a plain `DPOConfig`.
         ValueError: the dataset is empty or lacks a column, the tokenizer cannot pad or end a text, or `ref_model` has
-            another vocabulary.
+            another vocabulary or is no model.
 
     Example:
 
@@ -115,11 +116,11 @@ class CPOConstrainedTrainer(DPOTrainer):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 checks.check_preference_dataset(dataset, name)
-        if ref_model is not None and not isinstance(model, str):
-            checks.check_vocabularies(model, ref_model)
+        if ref_model is not None:
+            checks.check_vocabularies(_trl.config_of(model, args), ref_model)
         if processing_class is None:
             processing_class = _trl.load_processing_class(model, args)
-        if train_dataset is not None and isinstance(processing_class, PreTrainedTokenizerBase):
+        if isinstance(train_dataset, (Dataset, IterableDataset)) and isinstance(processing_class, PreTrainedTokenizerBase):
             checks.check_tokenizer(processing_class, is_conversational(next(iter(train_dataset))))
 
         if args.balance_tokens:
@@ -148,8 +149,6 @@ class CPOConstrainedTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        if ref_model is not None and isinstance(model, str):
-            checks.check_vocabularies(self.model, ref_model)
         # Sharded models can run only once training has wrapped them; the first batch probes those.
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._sharing.of(self.model)
@@ -161,9 +160,21 @@ class CPOConstrainedTrainer(DPOTrainer):
             warnings.warn(note, stacklevel=3)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        # Evaluation sets given to `evaluate` are seen here first.
+        checks.check_preference_dataset(dataset, f"the {dataset_name} dataset")
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         checks.check_not_all_dropped(dataset, dataset_name, args.max_length)
         return dataset
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if isinstance(dataset, Dataset):
+            # Asked for, and not found: sharded models cannot be probed before they are wrapped.
+            args, packed = self.args, self._sharing.wanted is not False
+            precision = args.bf16, args.fp16, str(self.model.dtype)
+            dataset = _trl.keyed(
+                dataset, packed, args.ld_alpha, args.max_length, args.truncation_mode, *precision, args.disable_dropout
+            )
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """DPOTrainer's loss at the constraint's target margin, plus what the constraint adds.
@@ -221,7 +232,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         self._ledgers["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # Under the set's own prefix: with several sets, DPOTrainer's metrics all come under "eval_".
+        pairs = self._ledgers["eval"].count
         output.metrics.update(self._ledgers["eval"].flush(f"{metric_key_prefix}_"))
+        output.metrics[f"{metric_key_prefix}_cpo/pairs"] = pairs
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,6 +1,7 @@
 """Which forward the pairs of a model go through: packed where the probe finds it right, and the model itself elsewhere."""
 
 import logging
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -27,8 +28,9 @@ class PrefixSharing:
         self.wanted = wanted
         self.max_length = max_length
         self.speaks = speaks
-        # By the model inside all wrappers: the same one comes bare in evaluation and wrapped in training.
-        self._known: dict[int, tuple[torch.nn.Module, Verdict]] = {}
+        # By the model inside all wrappers: the same one comes bare in evaluation and wrapped in training. Held weakly,
+        # because a reference is dropped once its log-probabilities are precomputed, and must be free to go.
+        self._known: weakref.WeakKeyDictionary[torch.nn.Module, Verdict] = weakref.WeakKeyDictionary()
 
     def of(self, model: torch.nn.Module) -> Callable:
         """What to call in place of `model`.
@@ -52,7 +54,7 @@ class PrefixSharing:
             NotPackable: the model cannot be packed, and it was asked for.
         """
         inner = unwrap(model)
-        if id(inner) not in self._known:
+        if inner not in self._known:
             verdict = probe(model, max_length=self.max_length)
             if not verdict.ok and self.wanted:
                 raise NotPackable(
@@ -63,6 +65,5 @@ class PrefixSharing:
                 logger.log(logging.INFO if verdict.ok else logging.WARNING, "%s: %s", type(inner).__name__, verdict)
                 for note in verdict.notes:
                     logger.warning("%s: %s", type(inner).__name__, note)
-            # The model is kept with its verdict, so that no other can take its id.
-            self._known[id(inner)] = inner, verdict
-        return self._known[id(inner)][1]
+            self._known[inner] = verdict
+        return self._known[inner]
