@@ -131,7 +131,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         self._ledgers = {"train": MetricLedger(), "eval": MetricLedger()}
         # With the constraint off the trainer is DPOTrainer bit for bit, so packing has to be asked for.
         wanted = False if args.prefix_sharing is None and args.constraint == "none" else args.prefix_sharing
-        self._sharing = PrefixSharing(wanted, args.max_length, speaks=args.process_index == 0)
+        self._sharing = PrefixSharing(
+            wanted, args.max_length, speaks=args.process_index == 0, compiled=args.torch_compile
+        )
         if args.process_index == 0:
             self._say_cautions(args)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .adapter import PackedPairForward
+from .adapter import DENSE, PackedPairForward
 from .plan import NotPackable
 from .probing import Verdict, probe
 from .repack import unwrap
@@ -22,12 +22,15 @@ class PrefixSharing:
             that can.
         max_length: longest sequence that will come; None: not known.
         speaks: whether this process writes the line that says which way it is.
+        compiled: whether the models will be compiled, which they are not yet when they are first asked for.
     """
 
-    def __init__(self, wanted: bool | None, max_length: int | None, speaks: bool = True):
+    def __init__(self, wanted: bool | None, max_length: int | None, speaks: bool = True, compiled: bool = False):
         self.wanted = wanted
         self.max_length = max_length
         self.speaks = speaks
+        # A compiled model would be compiled anew for every table of segments.
+        self.attention = DENSE if compiled else "auto"
         # By the model inside all wrappers: the same one comes bare in evaluation and wrapped in training. Held weakly,
         # because a reference is dropped once its log-probabilities are precomputed, and must be free to go.
         self._known: weakref.WeakKeyDictionary[torch.nn.Module, Verdict] = weakref.WeakKeyDictionary()
@@ -55,7 +58,7 @@ class PrefixSharing:
         """
         inner = unwrap(model)
         if inner not in self._known:
-            verdict = probe(model, max_length=self.max_length)
+            verdict = probe(model, attention=self.attention, max_length=self.max_length)
             if not verdict.ok and self.wanted:
                 raise NotPackable(
                     f"prefix_sharing=True, and it does not fit {type(inner).__name__}: {verdict.reason}. Leave "
