@@ -4,7 +4,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 
-from transformers.utils import is_torch_bf16_gpu_available, logging
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import DPOConfig
 
 from ._trl import LOSS_READS, MEAN_OF
@@ -147,7 +147,7 @@ class CPOConstrainedConfig(DPOConfig):
         # On the CPU DPOConfig uses bfloat16 only when told `use_cpu`; then it is left alone.
         if self.use_cpu:
             return True
-        return is_torch_bf16_gpu_available()
+        return is_torch_bf16_gpu_available() or is_torch_xla_available()
 
     def _knob_faults(self) -> list[str]:
         faults = []
