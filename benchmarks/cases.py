@@ -38,26 +38,28 @@ def _work(setting: Setting, arm: str, loaded) -> None:
         step(batches[-1])
 
 
-def _with_memory(record: dict, setting: Setting, baseline: str, ours: str) -> dict:
+def _memory(setting: Setting, baseline: str, ours: str, wanted: bool) -> dict:
+    """Peaks of two arms. Taken before the times: this process then holds no model beside the measured one."""
+    if not wanted:
+        return {}
     peaks = {arm: peak_memory(functools.partial(_work, setting, arm)) for arm in (baseline, ours)}
     ratio = peaks[ours] / peaks[baseline] if peaks[baseline] else float("nan")
-    memory = {"baseline_mib": peaks[baseline], "ours_mib": peaks[ours], "memory_ratio": ratio}
-    return {**record, **memory}
+    return {"baseline_mib": peaks[baseline], "ours_mib": peaks[ours], "memory_ratio": ratio}
 
 
 def constraint_cost(setting: Setting, memory: bool) -> dict:
     """Constraint on, padded path, against DPOTrainer: what the constraint itself costs."""
+    peaks = _memory(setting, "dpo", "padded", memory)
     _, steps, batches = _steps(setting, "dpo", "padded")
-    record = compared(interleaved(steps, batches * 2), "dpo", "padded")
-    return _with_memory(record, setting, "dpo", "padded") if memory else record
+    return {**compared(interleaved(steps, batches * 2), "dpo", "padded"), **peaks}
 
 
 def packed(setting: Setting, memory: bool) -> dict:
     """Packed and shared, forward and backward, against DPOTrainer."""
+    peaks = _memory(setting, "dpo", "packed", memory)
     _, steps, batches = _steps(setting, "dpo", "packed")
     record = compared(interleaved(steps, batches), "dpo", "packed")
-    record["pairs_per_s"] = setting.batch / record["ours_s"]
-    return _with_memory(record, setting, "dpo", "packed") if memory else record
+    return {**record, "pairs_per_s": setting.batch / record["ours_s"], **peaks}
 
 
 def equal_lengths(setting: Setting, memory: bool) -> dict:
@@ -80,11 +82,11 @@ def reference_pass(setting: Setting, memory: bool) -> dict:
 
 def release(setting: Setting, memory: bool) -> dict:
     """A step with full-vocabulary logits and an extra cross-entropy (a stand-in written here) against ours."""
+    peaks = _memory(setting, "release", "packed", memory)
     trainers = {"release": trainer_of(setting, "dpo"), "packed": trainer_of(setting, "packed")}
     batches = batches_of(trainers["release"], setting)
     steps = {"release": release_step_of(trainers["release"]), "packed": step_of(trainers["packed"], setting)}
-    record = compared(interleaved(steps, batches), "release", "packed")
-    return _with_memory(record, setting, "release", "packed") if memory else record
+    return {**compared(interleaved(steps, batches), "release", "packed"), **peaks}
 
 
 def growth(setting: Setting, memory: bool, sizes=(100, 1000, 10000)) -> dict:
