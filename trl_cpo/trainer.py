@@ -25,6 +25,7 @@ from .constraints import CONSTRAINTS
 from .forward.balance import BalancedSampler, pair_tokens
 from .forward.sharing import PrefixSharing
 from .metrics import MetricLedger, PairView, per_pair
+from .quantized import keep_trainable
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -151,6 +152,7 @@ class CPOConstrainedTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        keep_trainable(self.model)
         # Sharded models can run only once training has wrapped them; the first batch probes those.
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._sharing.of(self.model)
@@ -217,6 +219,7 @@ class CPOConstrainedTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model, inputs):
         """The reference's log-probabilities of a batch, through the packed forward where it is in use."""
+        keep_trainable(model)  # a precomputed reference runs before the trainer is whole
         return super().compute_ref_log_probs(self._sharing.of(model), inputs)
 
     def _target(self, pairs):

@@ -263,8 +263,8 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
         model.eval()
         for module, _ in modes:
-            # A 4-bit layer of bitsandbytes that runs in evaluation on a CPU with AVX512-BF16 is packed anew for good, for
-            # a kernel without a backward: training would go on without the gradients that pass through it.
+            # A 4-bit layer of bitsandbytes that runs in evaluation on a CPU with AVX512-BF16 is packed anew for good,
+            # for a kernel without a backward: training would go on without the gradients that pass through it.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.training = True
         try:
