@@ -59,7 +59,8 @@ def test_the_demo(tmp_path, demo_cache):
     assert command != COMMANDS[0]
     out = shell(
         f"{command} --max_steps 1 --max_train_pairs 4 --max_test_pairs 2 --per_device_train_batch_size 2",
-        tmp_path, NO_INSTALL="1", VENV=sys.prefix, TRL_CPO_CACHE=demo_cache,
+        # Two threads beside another test process on two cores would wait for each other most of the time.
+        tmp_path, NO_INSTALL="1", VENV=sys.prefix, TRL_CPO_CACHE=demo_cache, THREADS="1",
     )  # fmt: skip
     assert "2 held-out pairs" in out
     (metrics,) = tmp_path.glob("outputs/*/metrics.json")
