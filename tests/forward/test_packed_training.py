@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from pair_batches import HARD_SIZES, model_inputs, random_pairs
 from peft import LoraConfig, get_peft_model
@@ -128,20 +127,6 @@ def test_wrappers_are_seen_through():
     packed, verdict = packed_forward(Engine(inner), required=True)
     assert verdict.ok
     assert_same_outputs(inner(**inputs), packed(**inputs))
-
-
-def test_one_process_of_ddp(tmp_path):
-    inner = lora_model()
-    inputs = model_inputs(random_pairs(HARD_SIZES))
-    expected = gradients(inner, inner(**inputs))
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model = torch.nn.parallel.DistributedDataParallel(inner)
-        packed, verdict = packed_forward(model, required=True)
-        assert verdict.ok
-        assert_same_gradients(expected, gradients(inner, packed(**inputs)))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at every tensor it traces
