@@ -4,6 +4,7 @@ from .base import Constraint, Knobs
 from .clip import Clip
 from .inverse_logp import InverseLogp
 from .inverse_prob import InverseProb
+from .lagrangian import Lagrangian
 from .none import NoConstraint
 from .penalty import Penalty
 from .softplus import Softplus
@@ -15,6 +16,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "inverse_prob": InverseProb(),
     "inverse_logp": InverseLogp(),
     "penalty": Penalty(),
+    "lagrangian": Lagrangian(),
 }
 
 __all__ = ["CONSTRAINTS", "Constraint", "Knobs"]

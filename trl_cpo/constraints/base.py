@@ -9,7 +9,10 @@ from ..pairs import PairLogps
 
 @dataclass(frozen=True)
 class Knobs:
-    """The numbers that constraints read. Log-probabilities, and so γ and 1/τ, are in nats of `logps_reduction`."""
+    """The numbers that constraints read. Log-probabilities, and so γ and 1/τ, are in nats of `logps_reduction`.
+
+    Of the dual ones, documented in `CPOConstrainedConfig`, `dual_lr` and `dual_max` are None where β sets them.
+    """
 
     beta: float
     gamma: float = 0.0
@@ -17,6 +20,12 @@ class Knobs:
     alpha: float = 1.0
     penalty_weight: float = 1.0
     logps_reduction: str = "sum"
+    epsilon: float = 0.0
+    dual_lr: float | None = None
+    dual_max: float | None = None
+    dual_init: float = 0.0
+    dual_warmup_steps: int = 0
+    dual_signal: str = "violation"
 
 
 class Constraint:
@@ -30,6 +39,8 @@ class Constraint:
     reads: tuple[str, ...] = ()
     #: Whether `target` can differ from δ_ref.
     moves_target: bool = False
+    #: Whether the weight of the added term, `penalty_weight`, is a multiplier that the trainer updates (`trl_cpo.dual`).
+    dual: bool = False
 
     def target(self, pairs: PairLogps, knobs: Knobs) -> Tensor:
         """The target margin t of each pair, (B,), nats. DPO's is δ_ref."""
