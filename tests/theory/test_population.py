@@ -1,0 +1,252 @@
+"""Where each constraint has its optimum, against numerical minimisation; and where printed claims go too far."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize, minimize_scalar
+
+from trl_cpo.constraints import CONSTRAINTS, Knobs
+from trl_cpo.objective import pair_loss
+from trl_cpo.pairs import PairLogps
+from trl_cpo.theory import (
+    alignment_threshold,
+    assumption_holds,
+    constrained_optimum,
+    escape_time,
+    in_undesirable_region,
+    population_gap,
+    population_gaps,
+    population_lagrangian,
+    population_loss,
+    population_penalty,
+    pull,
+    rlhf_optimum,
+)
+
+RNG = np.random.default_rng(5)
+REF_CHOSEN, REF_REJECTED = (torch.tensor(RNG.uniform(-4, -0.2, 12)) for _ in range(2))
+PAIRS = PairLogps(torch.zeros(12).double(), torch.zeros(12).double(), REF_CHOSEN, REF_REJECTED)
+P = torch.tensor(RNG.uniform(0.05, 0.95, 12))
+KNOBS = Knobs(beta=0.6, gamma=0.8, tau=3.0, alpha=0.5, penalty_weight=0.2, logps_reduction="mean", epsilon=0.15)
+
+
+def vector(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def both_labels(form, index, gap, knobs=KNOBS):
+    """The expected loss of one pair at a gap, through the constraint itself: chosen with probability p, else exchanged."""
+    one = [side[index : index + 1] for side in (REF_CHOSEN, REF_REJECTED)]
+    policy = torch.tensor([gap], dtype=torch.float64)
+    pairs = PairLogps(policy, torch.zeros_like(policy), *one)
+    u = knobs.beta * (pairs.gap - form.target(pairs, knobs))
+    p = P[index].item()
+    loss = -p * torch.nn.functional.logsigmoid(u) - (1 - p) * torch.nn.functional.logsigmoid(-u)
+    added = form.added_loss(pairs, knobs)
+    return (loss if added is None else loss + added).item()
+
+
+@pytest.mark.parametrize("name", [name for name in CONSTRAINTS if name != "lagrangian"])
+def test_population_gaps_minimise_the_loss(name):
+    gaps = population_gaps(name, PAIRS, P, KNOBS)
+    moved = 0
+    for index in range(len(P)):
+        found = minimize_scalar(lambda gap: both_labels(CONSTRAINTS[name], index, gap), bounds=(-300, 300), method="bounded",
+                                options={"xatol": 1e-10})  # fmt: skip
+        assert gaps[index].item() == pytest.approx(found.x, abs=1e-4)
+        assert both_labels(CONSTRAINTS[name], index, gaps[index].item()) <= found.fun + 1e-12
+        moved += abs(gaps[index] - population_gap(PAIRS.ref_gap, P, beta=KNOBS.beta)[index]).item() > 0.01
+    assert moved == 0 if name == "none" else moved > 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_lagrangian_solves_the_constrained_problem(seed):
+    """Against SLSQP on gaps and slack variables, which knows nothing of λ; and the conditions of Kuhn and Tucker."""
+    rng = np.random.default_rng(seed)
+    n, beta, gamma, epsilon = int(rng.integers(1, 6)), rng.uniform(0.2, 2), rng.uniform(0, 2), rng.uniform(0.01, 0.5)
+    p, ref_gap = rng.uniform(0.05, 0.95, n), rng.normal(-1, 3, n)
+    gaps, multiplier = population_lagrangian(torch.tensor(p), torch.tensor(ref_gap), beta, gamma, epsilon)
+
+    def loss(z):
+        u = beta * (z[:n] - ref_gap)
+        return np.mean(p * np.logaddexp(0, -u) + (1 - p) * np.logaddexp(0, u))
+
+    constraints = [
+        {"type": "ineq", "fun": lambda z: z[n:] - (gamma - z[:n])},
+        {"type": "ineq", "fun": lambda z: z[n:]},
+        {"type": "ineq", "fun": lambda z: epsilon - z[n:].mean()},
+    ]
+    start = np.concatenate([np.full(n, gamma + 1), np.full(n, epsilon / 2)])
+    found = minimize(loss, start, constraints=constraints, method="SLSQP", options={"ftol": 1e-14, "maxiter": 500})
+    assert found.success
+    assert loss(gaps.numpy()) == pytest.approx(found.fun, abs=1e-8)
+    assert np.allclose(gaps, found.x[:n], atol=1e-3)
+    violation = torch.relu(gamma - gaps).mean().item()
+    assert violation <= epsilon + 1e-12 and 0 <= multiplier < beta
+    assert multiplier * (violation - epsilon) == pytest.approx(0, abs=1e-9)
+    # No gap is better at this multiplier: the Lagrangian is at its minimum.
+    assert torch.allclose(gaps, population_penalty(torch.tensor(p), torch.tensor(ref_gap), beta=beta, gamma=gamma,
+                                                   weight=multiplier))  # fmt: skip
+
+
+def test_the_lagrangian_by_hand():
+    """One pair, β = 1, δ_ref = −2, p = 1/2, γ = 0: free δ = −2; at mean hinge 1, δ = −1 and λ = σ(1) − 1/2."""
+    gaps, multiplier = population_lagrangian(vector(0.5), vector(-2), 1.0, 0.0, 1.0)
+    assert gaps.item() == pytest.approx(-1, abs=1e-12)
+    assert multiplier == pytest.approx(1 / (1 + math.exp(-1)) - 0.5, abs=1e-12)
+    gaps, multiplier = population_lagrangian(vector(0.5), vector(-2), 1.0, 0.0, 0.0)
+    assert gaps.item() == 0 and multiplier == pytest.approx(1 / (1 + math.exp(-2)) - 0.5, abs=1e-15)
+
+
+def test_the_lagrangian_at_its_ends():
+    p, ref_gap = vector(0.5, 0.9, 1.0, 0.0), vector(-3, -40, -500, 2)
+    gaps, multiplier = population_lagrangian(p, ref_gap, 0.1, 1.0, math.inf)
+    assert multiplier == 0 and gaps[2] == math.inf and gaps[3] == -math.inf
+    gaps, multiplier = population_lagrangian(p, ref_gap, 0.1, 1.0, 0.0)
+    assert (gaps >= 1).all() and 0 < multiplier <= 0.1
+    multipliers = [population_lagrangian(p, ref_gap, 0.1, 1.0, epsilon)[1] for epsilon in (0.0, 0.1, 0.5, 2.0, 30.0)]
+    assert multipliers == sorted(multipliers, reverse=True) and multipliers[-1] < multipliers[0]
+    # A pair far below γ, where floats next to each other in λ are far apart in δ: still feasible.
+    for epsilon in (0.0, 0.01, 1.0):
+        gaps, _ = population_lagrangian(vector(0.5, 0.9), vector(-300, -40), 1.0, 2.0, epsilon)
+        assert torch.relu(2.0 - gaps).mean().item() <= epsilon + 1e-12
+    with pytest.raises(ValueError, match="epsilon must be >= 0; got nan"):
+        population_lagrangian(p, ref_gap, 0.1, 1.0, math.nan)
+    with pytest.raises(ValueError, match="weight must be >= 0"):
+        population_penalty(p, ref_gap, beta=0.1, gamma=1.0, weight=-1.0)
+    with pytest.raises(ValueError, match=r"p must lie in \[0, 1\]; got \[1.5\]"):
+        population_penalty(vector(0.5, 1.5), vector(0, 0), beta=0.1, gamma=1.0, weight=0.0)
+
+
+def test_by_name_is_the_same_as_directly():
+    expected, _ = population_lagrangian(P, PAIRS.ref_gap, KNOBS.beta, KNOBS.gamma, KNOBS.epsilon)
+    assert torch.equal(population_gaps("lagrangian", PAIRS, P, KNOBS), expected)
+    assert torch.relu(KNOBS.gamma - expected).mean().item() == pytest.approx(KNOBS.epsilon, abs=1e-12)
+    with pytest.raises(ValueError, match="must be one of none, clip"):
+        population_gaps("clamp", PAIRS, P, KNOBS)
+
+
+def test_dpo_is_rlhf_where_labels_are_bradley_terrys():
+    """With logit p = Δr, DPO's optimum has the gap of RLHF's; where Assumption 3.1 fails, that gap is negative."""
+    reward_gap = torch.logit(P)
+    gaps = population_gaps("none", PAIRS, P, KNOBS)
+    for index in range(len(P)):
+        ref = torch.stack([REF_CHOSEN[index], REF_REJECTED[index], vector(-1.0)[0]])
+        optimum = rlhf_optimum(ref, torch.stack([reward_gap[index], *vector(0, 0.3)]), beta=KNOBS.beta)
+        assert gaps[index].item() == pytest.approx((optimum[0] - optimum[1]).item(), abs=1e-12)
+    assert torch.equal(gaps > 0, assumption_holds(PAIRS.ref_gap, reward_gap, beta=KNOBS.beta))
+    assert (gaps > 0).any() and (gaps < 0).any()
+
+
+def test_clip_asks_for_at_least_what_constrained_rlhf_has():
+    """max(δ_ref, γ) + Δr/β ≥ max(δ_ref + Δr/β, γ) for Δr ≥ 0, with equality only where δ_ref ≥ γ or Δr = 0: not the same."""
+    preferred = P.clamp(min=0.5)
+    gaps = population_gaps("clip", PAIRS, preferred, KNOBS)
+    for index in range(len(P)):
+        ref = torch.stack([REF_CHOSEN[index], REF_REJECTED[index]])
+        star = rlhf_optimum(ref, torch.stack([torch.logit(preferred[index]), vector(0)[0]]), beta=KNOBS.beta)
+        exact = constrained_optimum(star, [(0, 1)], gamma=KNOBS.gamma)
+        difference = (gaps[index] - (exact[0] - exact[1])).item()
+        same = PAIRS.ref_gap[index] >= KNOBS.gamma or preferred[index] == 0.5
+        assert abs(difference) < 1e-12 if same else difference > 1e-6
+
+
+@pytest.mark.parametrize("name", ["clip", "softplus"])
+def test_a_target_above_gamma_is_no_gap_above_gamma(name):
+    """t ≥ γ on every pair gives δ ≥ γ at the optimum where p ≥ 1/2; where labels say otherwise more often, it need not."""
+    targets = CONSTRAINTS[name].target(PAIRS, KNOBS)
+    assert (targets >= KNOBS.gamma).all()
+    gaps = population_gaps(name, PAIRS, P, KNOBS)
+    assert (gaps[P >= 0.5] >= KNOBS.gamma).all() and (gaps[P < 0.5] < KNOBS.gamma).any()
+
+
+def test_the_one_sided_loss_has_no_minimiser():
+    """One label alone: its loss falls for ever, its infimum 0 is at infinity, and nothing finite is stationary."""
+    assert population_gap(vector(-3), vector(1.0), beta=0.5).item() == math.inf
+    gaps = torch.linspace(-50, 1400, 2000, dtype=torch.float64)
+    target = torch.full_like(gaps, -3.0)
+    losses = population_loss(gaps, target, torch.ones_like(gaps), beta=0.5)
+    assert torch.equal(losses, pair_loss(gaps, target, beta=0.5))
+    assert (losses.diff() < 0).all() and (losses > 0).all() and losses[-1] < 1e-300
+    assert (pull(gaps, target, beta=0.5) > 0).all()
+    # With any doubt about the label it has one.
+    assert population_gap(vector(-3), vector(0.999), beta=0.5).item() < 12
+
+
+@pytest.mark.parametrize("depth, beta", [(3.0, 1.0), (10.0, 0.5)])
+def test_dpo_leaves_u_in_the_end(depth, beta):
+    """Gradient descent on one misaligned pair's DPO loss reaches δ > 0: late, as the escape time says, but it does."""
+    gap, target = vector(-depth), vector(-depth)
+    expected = escape_time(gap, vector(0), target, beta=beta).item()
+    step = expected / 20_000
+    gap = gap + 1e-9
+    entered, taken = in_undesirable_region(gap, target).item(), 0
+    while gap.item() < 0:
+        gap, taken = gap + step * pull(gap, target, beta=beta), taken + 1
+    assert entered and not in_undesirable_region(gap, target).item()
+    assert taken * step == pytest.approx(expected, rel=1e-3)
+
+
+def test_dpo_on_labels_of_both_kinds_stays_in_u():
+    """δ_ref = −2, β = 1, p = 0.7: the optimum of infinite training is −2 + logit 0.7 = −1.15, in U; clip's is above γ."""
+    pairs = PairLogps(vector(0), vector(0), vector(-3), vector(-1))
+    knobs = Knobs(beta=1.0, gamma=0.5)
+    dpo, clip = (population_gaps(name, pairs, vector(0.7), knobs) for name in ("none", "clip"))
+    assert dpo.item() == pytest.approx(-2 + math.log(7 / 3), abs=1e-12)
+    assert in_undesirable_region(dpo, pairs.ref_gap).item() and clip.item() > 0.5
+
+
+def finite_problem(rng, count):
+    """`count` disjoint pairs among the responses of one prompt, their reference and Bradley–Terry labels."""
+    logps = torch.tensor(rng.normal(0, 1.5, 2 * count)).log_softmax(0)
+    none = torch.zeros(count, dtype=torch.float64)
+    return PairLogps(none, none, logps[:count], logps[count:]), torch.tensor(rng.uniform(0.02, 0.98, count))
+
+
+def test_above_the_threshold_every_gap_is_positive():
+    """Theorem 4.9 on 300 random finite problems: all δ > 0 above γ*, δ = 0 at γ* for the worst pair, some δ < 0 below."""
+    rng, positive = np.random.default_rng(1), 0
+    for _ in range(300):
+        pairs, p = finite_problem(rng, int(rng.integers(1, 6)))
+        beta = rng.uniform(0.1, 2)
+        threshold = alignment_threshold(pairs, p, beta=beta)
+
+        def worst(gamma, pairs=pairs, p=p, beta=beta):
+            knobs = Knobs(beta=beta, gamma=gamma, logps_reduction="mean")
+            return population_gaps("inverse_prob", pairs, p, knobs).min().item()
+
+        assert worst(threshold + 1e-6) > 0 and worst(10 * threshold + 1) > 0
+        if threshold > 0:
+            positive += 1
+            assert worst(threshold) == pytest.approx(0, abs=1e-9)
+            assert worst(0.99 * threshold) < 0
+        else:
+            assert worst(0.0) >= 0
+    assert 100 < positive < 300
+
+
+def test_eq_17_contradicts_itself_where_pairs_share_responses():
+    """a > b, b > c, a > c: gaps of a policy add up, those that Eq. 17 asks for do not. So it is for disjoint pairs."""
+    a, b, c = vector(0.5, 0.3, 0.2).log()
+    chosen, rejected = torch.stack([a, b, a]), torch.stack([b, c, c])
+    pairs = PairLogps(torch.zeros(3).double(), torch.zeros(3).double(), chosen, rejected)
+    rewards = vector(2, 1, 0)
+    p = torch.sigmoid(vector(rewards[0] - rewards[1], rewards[1] - rewards[2], rewards[0] - rewards[2]))
+    for gamma, consistent in ((0.0, True), (0.1, False)):
+        ab, bc, ac = population_gaps("inverse_prob", pairs, p, Knobs(beta=1.0, gamma=gamma, logps_reduction="mean")).tolist()
+        assert (abs(ab + bc - ac) < 1e-12) is consistent
+    # By 2γ/(β π_ref(b)), the response in the middle.
+    assert ab + bc - ac == pytest.approx(2 * 0.1 / 0.3, abs=1e-12)
+
+
+def test_the_bare_objective_of_eq_10_has_no_maximum():
+    """E[r] − β KL + γ E[δ] grows without bound as π(rejected) → 0: KL stays finite, δ does not."""
+    ref, rewards, beta, gamma = vector(0.25, 0.25, 0.5).log(), vector(0, 5, 1), 1.0, 0.01
+    values = []
+    for k in (10, 100, 1000, 10_000):
+        # (1/2, 0, 1/2) to rounding; the logarithm of the rejected response's probability is −k.
+        logps = vector(math.log(0.5), -k, math.log(0.5))
+        values.append((logps.exp() * (rewards - beta * (logps - ref))).sum().item() + gamma * (logps[0] - logps[1]).item())
+    assert values == sorted(values) and values[-1] > 99 and values[-1] - values[-2] == pytest.approx(gamma * 9000, rel=1e-9)
