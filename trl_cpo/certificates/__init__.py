@@ -1,0 +1,83 @@
+"""What a run proves of its pairs, as small JSON documents that anyone can recompute from their evidence."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import CertificateError, is_number, read_json
+from .evidence import evidence_of
+from .statement import FORMAT, KINDS, document
+
+__all__ = ["FORMAT", "KINDS", "CertificateError", "certify_run", "check", "document", "read_json"]
+
+
+def certify_run(
+    folder: str | Path, *, kind: str = "held_out", gamma: float | None = None, at_least: float = 0.0
+) -> dict[str, Any]:
+    """The certificate of a run's folder (docs/theory.md, 'Certificates').
+
+    - "held_out": with k of n held-out pairs at `δ_θ ≥ γ`, the exact one-sided 95 % Clopper–Pearson lower bound on the
+      share of such pairs in the population. From pairs.json, or, for the run's own γ, from the counts in metrics.json.
+    - "loss": with L̄ the mean pair loss of the n pairs in pairs.json, at most `n L̄ / log 2` have `δ_θ < t`, and at most
+      `n L̄ / softplus(β(min t − γ))` have `δ_θ < γ`, where γ ≤ min t.
+
+    Training losses are never used: they are means over weights that changed, and say nothing of the final policy.
+
+    Args:
+        folder: holds pairs.json and metrics.json, as `trl-cpo train` writes them.
+        kind: one of `KINDS`.
+        gamma: γ, nats of the run's reduction; by default the run's.
+        at_least: the share, in [0, 1], that the certified share is held against.
+
+    Returns:
+        The document, ready for JSON. Its "holds" says whether the certified share is above 0 and at least `at_least`.
+
+    Raises:
+        CertificateError: a file is missing or cannot be read; a number is NaN; there are no pairs; pairs that were
+            trained on are to speak for others; the loss type is not the pair loss.
+    """
+    if kind not in KINDS:
+        raise CertificateError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")
+    return document(kind=kind, at_least=at_least, **evidence_of(folder, kind, gamma))
+
+
+def check(found: Any, folder: str | Path | None = None) -> list[str]:
+    """Recomputes a certificate and says, a line each, which fields differ; empty where none does.
+
+    Without a folder it is recomputed from the numbers in it, which shows that it does not contradict itself; with the
+    run's folder, from the run's files, which shows that it is theirs.
+
+    Raises:
+        CertificateError: it is no certificate of this format, or `certify_run` cannot make one of the folder.
+    """
+    if not isinstance(found, dict) or found.get("certificate") != "trl-cpo":
+        raise CertificateError("This is no certificate of trl-cpo: it lacks \"certificate\": \"trl-cpo\".")
+    if found.get("format") != FORMAT:
+        raise CertificateError(f"This certificate has format {found.get('format')!r}; this version reads format {FORMAT}.")
+    asked, evidence = (found.get(name) if isinstance(found.get(name), dict) else {} for name in ("asked", "evidence"))
+    parts = {"subject": found.get("subject"), "numbers": evidence.get("numbers"), "files": evidence.get("files")}
+    lacking = [name for name in ("gamma", "at_least", "confidence") if name not in asked]
+    lacking += [name for name, value in parts.items() if not isinstance(value, dict)]
+    if lacking or not all(isinstance(print_, dict) for print_ in parts["files"].values()):
+        raise CertificateError(f"This certificate cannot be recomputed: it lacks {', '.join(lacking) or 'hashes of files'}.")
+    kind = found.get("kind")
+    if folder is None:
+        return list(_differences(found, document(kind=kind, **asked, **parts), ""))
+    return list(_differences(found, certify_run(folder, kind=kind, gamma=asked["gamma"], at_least=asked["at_least"]), ""))
+
+
+def _differences(found: Any, recomputed: Any, path: str) -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(recomputed, dict):
+        for name in found.keys() | recomputed.keys():
+            inner = f"{path}.{name}" if path else str(name)
+            if name not in recomputed or name not in found:
+                yield f"{inner}: {'there should be none' if name not in recomputed else 'missing'}"
+            else:
+                yield from _differences(found[name], recomputed[name], inner)
+    elif is_number(found) and is_number(recomputed):
+        # Versions of the libraries may differ in the last digits.
+        if not math.isclose(found, recomputed, rel_tol=1e-9, abs_tol=1e-12):
+            yield f"{path}: {found!r} in the certificate, {recomputed!r} recomputed"
+    elif type(found) is not type(recomputed) or found != recomputed:
+        yield f"{path}: {found!r} in the certificate, {recomputed!r} recomputed"

@@ -1,0 +1,226 @@
+"""The evidence of a run's folder: the numbers in pairs.json and metrics.json, and hashes of both."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..constraints import CONSTRAINTS, Knobs
+from ..objective import pair_loss
+from ..pairs import PairLogps
+from .errors import CertificateError, is_number, read_json
+from .statement import UNITS, exact
+
+#: Settings under which the loss of a run is `−log σ(β(δ_θ − t))` and nothing else, with the value they must have.
+_PLAIN_LOSS = {
+    "label_smoothing": 0.0, "use_weighting": False, "f_divergence_type": "reverse_kl", "ld_alpha": None,
+    "loss_weights": None,
+}  # fmt: skip
+
+#: No log-probability is so large; arithmetic on larger numbers could overflow.
+_BEYOND = 1e15
+
+#: The loss types that are that loss, and the log-probabilities they read.
+_PAIR_LOSSES = {"sigmoid": "sum", "sigmoid_norm": "mean"}
+
+
+def evidence_of(folder: str | Path, kind: str, gamma: float | None) -> dict[str, Any]:
+    """What `document` needs from a run's folder: gamma (by default the run's), subject, numbers, files.
+
+    Raises:
+        CertificateError: as `certify_run`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CertificateError(f"There is no folder {folder}. Give the folder of a run, which holds pairs.json and metrics.json.")
+    pairs, metrics = (
+        read_json(folder / name) if (folder / name).is_file() else None for name in ("pairs.json", "metrics.json")
+    )
+    if pairs is None and metrics is None:
+        raise CertificateError(
+            f"{folder} holds neither pairs.json nor metrics.json, which a run writes at its end. Training losses, as in "
+            "log.jsonl, certify nothing: they are of weights that changed."
+        )
+    used = [name for name, content in (("pairs.json", pairs), ("metrics.json", metrics)) if content is not None]
+    return read_evidence(pairs, metrics, kind, gamma) | {"files": {name: _fingerprint(folder / name) for name in used}}
+
+
+def read_evidence(pairs: Any, metrics: Any, kind: str, gamma: float | None) -> dict[str, Any]:
+    """gamma, subject and numbers out of what pairs.json and metrics.json hold; None for a file that is not there.
+
+    Raises:
+        CertificateError: as `certify_run`.
+    """
+    subject = _subject(pairs, metrics)
+    gamma = subject["gamma"] if gamma is None else gamma
+    if not is_number(gamma):
+        raise CertificateError(f"gamma must be a finite number; got {gamma!r}.")
+    if pairs is None:
+        numbers = _numbers_of_metrics(metrics, subject, kind, gamma)
+    else:
+        numbers = _numbers_of_pairs(pairs, metrics, subject, kind, gamma)
+    return {"gamma": gamma, "subject": subject, "numbers": numbers}
+
+
+def _subject(pairs: Mapping | None, metrics: Mapping | None) -> dict[str, Any]:
+    """Of which run, from both files; they must agree."""
+    config = _part(metrics, "config", "metrics.json") if metrics is not None else {}
+    names = {"constraint": "constraint", "beta": "beta", "gamma": "gamma", "reduction": "logps_reduction"}
+    subject = {}
+    for name, field in names.items():
+        told = {}
+        if pairs is not None:
+            told["pairs.json"] = _part(pairs, name, "pairs.json", object)
+        if metrics is not None:
+            told["metrics.json"] = _part(config, field, "metrics.json's config", object)
+        first, *others = told.values()
+        if any(other != first for other in others):
+            raise CertificateError(
+                f"The files of this run disagree on {name}: {told}. They are of different runs; evaluate the run again."
+            )
+        subject[name] = first
+    # Pairs that a model scored outside a run have no β and no constraint.
+    known = is_number(subject["beta"]) or (subject["beta"] is None and metrics is None)
+    if subject["reduction"] not in UNITS or not is_number(subject["gamma"]) or not known:
+        raise CertificateError(f"The run's files do not say with what it was trained: {subject}.")
+    subject["split"] = "held out" if pairs is None else _part(pairs, "split", "pairs.json", str)
+    if metrics is not None:
+        data = metrics.get("pairs")
+        subject["dataset"] = data.get("dataset_name") if isinstance(data, dict) else None
+        subject["model"] = metrics.get("model")
+        subject["loss_type"] = config.get("loss_type")
+    else:
+        subject |= {name: pairs[name] for name in ("dataset", "model", "ref_model") if name in pairs}
+    return subject
+
+
+def _numbers_of_pairs(pairs, metrics, subject, kind, gamma) -> dict[str, Any]:
+    import torch
+
+    if kind == "held_out" and subject["split"].startswith("train"):
+        raise CertificateError(
+            f"The pairs of pairs.json are of the split {subject['split']!r}: pairs that were trained on say nothing of "
+            "others. Evaluate held-out pairs, or certify the loss of these."
+        )
+    sides = ("policy_chosen", "policy_rejected") + (("ref_chosen", "ref_rejected") if kind == "loss" else ())
+    columns, rows = _part(pairs, "columns", "pairs.json", list), _part(pairs, "rows", "pairs.json", list)
+    if not set(sides) <= set(columns) or any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
+        raise CertificateError(f"pairs.json must have the columns {', '.join(sides)}, and a number for each in every row.")
+    if not rows:
+        raise CertificateError("pairs.json holds no pair: there is nothing to certify. Evaluate held-out pairs.")
+    where = [columns.index(side) for side in sides]
+    values = [[row[column] for column in where] for row in rows]
+    bad = [index for index, row in enumerate(values) if not all(is_number(value) and abs(value) < _BEYOND for value in row)]
+    if bad:
+        raise CertificateError(
+            f"pairs.json: {len(bad)} pairs have log-probabilities that are none, the first in row {bad[0]}: "
+            f"{values[bad[0]]}. A pair without a gap cannot be counted; find out why the model gives none."
+        )
+    values = torch.tensor(values, dtype=torch.float64)
+    gap = values[:, 0] - values[:, 1]
+    if metrics is not None:
+        _refuse_stale(gap, metrics)
+    meeting = _reaching(values, [gamma] * len(rows))
+    if kind == "loss":
+        return {"pairs": len(rows), "meeting": meeting} | _numbers_of_losses(PairLogps.from_rows(values), metrics, subject)
+    left_out = pairs.get("left_out", 0)
+    if type(left_out) is not int or left_out < 0:
+        raise CertificateError(f"pairs.json: left_out must be a count; got {left_out!r}.")
+    # A pair that could not be scored has no gap to meet γ with.
+    return {"pairs": len(rows) + left_out, "meeting": meeting}
+
+
+def _reaching(values, bars) -> int:
+    """How many pairs have `s(chosen) − s(rejected) ≥ bar`, of the recorded numbers exactly: a difference that was rounded could
+    reach a bar that the numbers miss by less than a float can tell."""
+    chosen_and_rejected = values[:, :2].tolist()
+    return sum(math.fsum((c, -r, -bar)) >= 0.0 for (c, r), bar in zip(chosen_and_rejected, bars, strict=True))
+
+
+def _numbers_of_losses(logps, metrics, subject) -> dict[str, Any]:
+    if metrics is None:
+        raise CertificateError("The loss cannot be certified without metrics.json, which says what loss the run had.")
+    config, name = metrics["config"], subject["constraint"]
+    if name not in CONSTRAINTS:
+        raise CertificateError(f"The run's constraint must be one of {', '.join(CONSTRAINTS)}; got {name!r}.")
+    loss_type = config.get("loss_type")
+    losses = [loss_type] if isinstance(loss_type, str) else loss_type
+    if not isinstance(losses, list) or len(losses) != 1 or _PAIR_LOSSES.get(losses[0]) != subject["reduction"]:
+        raise CertificateError(
+            f"Only the loss −log σ(β(δ_θ − t)) tells the gap: loss_type sigmoid of sums, or sigmoid_norm of means. This run "
+            f"had loss_type={loss_type!r} of {subject['reduction']}s. Losses that read one side by itself, smooth labels or "
+            "weigh pairs do not bound it. The count of held-out pairs can be certified all the same (kind held_out)."
+        )
+    other = {key: config[key] for key, plain in _PLAIN_LOSS.items() if config.get(key) not in (plain, None)}
+    if other:
+        raise CertificateError(
+            f"The run's loss was not −log σ(β(δ_θ − t)) alone: {other}. The count of held-out pairs can be certified all the "
+            "same (kind held_out)."
+        )
+    defaults = Knobs(beta=subject["beta"])
+    knobs = Knobs(
+        beta=subject["beta"], gamma=subject["gamma"], logps_reduction=subject["reduction"],
+        tau=config.get("tau", defaults.tau), alpha=config.get("alpha", defaults.alpha),
+    )  # fmt: skip
+    target = CONSTRAINTS[name].target(logps, knobs)
+    mean_loss = pair_loss(logps.gap, target, beta=knobs.beta).mean().item()
+    if not math.isfinite(mean_loss):
+        raise CertificateError("The mean loss of the pairs overflows: their log-probabilities are beyond use.")
+    return {
+        "mean_loss": mean_loss,
+        "smallest_target": target.min().item(),
+        "meeting_target": _reaching(logps.rows(), target.tolist()),
+    }
+
+
+def _numbers_of_metrics(metrics, subject, kind, gamma) -> dict[str, Any]:
+    if kind == "loss":
+        raise CertificateError(
+            "The loss is certified from pairs.json, which this run lacks. The eval_loss in metrics.json is no mean over "
+            "pairs: with several processes transformers weighs the last batches otherwise, it leaves losses that are not "
+            "finite out, and penalties are in it."
+        )
+    if gamma != subject["gamma"]:
+        raise CertificateError(
+            f"metrics.json counts the pairs at the run's γ = {exact(subject['gamma'])} alone; γ = {gamma!r} needs pairs.json."
+        )
+    after = _part(metrics, "after", "metrics.json")
+    count, rate = (after.get(f"eval_cpo/{name}") for name in ("pairs", "violation_rate"))
+    if not is_number(count) or not is_number(rate) or not 0.0 <= rate <= 1.0 or count < 1 or count != int(count):
+        raise CertificateError(
+            f"metrics.json must say on how many pairs it evaluated and what fraction violates γ: eval_cpo/pairs is {count!r}, "
+            f"eval_cpo/violation_rate {rate!r}."
+        )
+    violating = rate * count
+    if abs(violating - round(violating)) > 1e-6 * count:
+        raise CertificateError(
+            f"metrics.json: a fraction of {rate!r} of {count} pairs is no whole number of pairs. It is not of this evaluation."
+        )
+    # As in pairs.json, pairs that were left out do not meet γ.
+    left_out = sum(after.get(f"eval_cpo/{reason}", 0) for reason in ("nonfinite_pairs", "incomparable_pairs"))
+    return {"pairs": int(count) + int(left_out), "meeting": int(count) - round(violating)}
+
+
+def _refuse_stale(gap, metrics) -> None:
+    """Raises where the mean gap of pairs.json is not about that of the last evaluation: it is of other weights or pairs."""
+    after = metrics.get("after")
+    logged = after.get("eval_cpo/gap") if isinstance(after, dict) else None
+    mean = gap.mean().item()
+    # Another batch's padding moves a log-probability in half precision, and a mean over pairs by far less than this.
+    if is_number(logged) and abs(mean - logged) > 0.05 * (1.0 + gap.abs().mean().item()):
+        raise CertificateError(
+            f"The files of this run disagree: the mean gap is {mean:.6g} nats in pairs.json and {logged:.6g} in metrics.json. "
+            "One of them is of another evaluation; evaluate the run again."
+        )
+
+
+def _part(whole: Any, name: str, where: str, kind: type = dict) -> Any:
+    if not isinstance(whole, dict) or name not in whole or not isinstance(whole[name], kind):
+        raise CertificateError(f"{where} lacks {name!r}, or it is not what it should be. Was it written by trl-cpo train?")
+    return whole[name]
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    return {"blake2b": hashlib.blake2b(content, digest_size=32).hexdigest(), "bytes": len(content)}

@@ -1,0 +1,32 @@
+"""Exact confidence intervals for a fraction: Clopper and Pearson's, from the number of successes alone."""
+
+CONFIDENCE = 0.95
+
+
+def _checked(successes: int, trials: int, confidence: float) -> None:
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"An interval needs 0 <= successes <= trials and trials >= 1; got {successes} of {trials}.")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie between 0 and 1; got {confidence!r}.")
+
+
+def lower_bound(successes: int, trials: int, confidence: float = CONFIDENCE) -> float:
+    """The exact one-sided lower bound of a fraction, `p` with `P(X ≥ k | n, p) = 1 − confidence`; 0 where k = 0.
+
+    That is the (1 − confidence) quantile of Beta(k, n − k + 1) (Clopper and Pearson, Biometrika 26, 1934). Raises
+    `ValueError` unless 0 ≤ k ≤ n, n ≥ 1 and 0 < confidence < 1.
+    """
+    from scipy.special import betaincinv
+
+    _checked(successes, trials, confidence)
+    return 0.0 if successes == 0 else float(betaincinv(successes, trials - successes + 1, 1.0 - confidence))
+
+
+def clopper_pearson(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The exact two-sided interval of a fraction, (lower, upper): each end leaves out (1 − confidence)/2.
+
+    The upper end is one minus the lower end of the failures. Raises as `lower_bound`.
+    """
+    one_sided = (1.0 + confidence) / 2
+    _checked(successes, trials, confidence)
+    return lower_bound(successes, trials, one_sided), 1.0 - lower_bound(trials - successes, trials, one_sided)
