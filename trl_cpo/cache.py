@@ -1,0 +1,12 @@
+"""The folder for what can be made again: the demo's model, tables of log-probabilities."""
+
+import os
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """Gives the cache folder: $TRL_CPO_CACHE, else $XDG_CACHE_HOME/trl_cpo, else ~/.cache/trl_cpo. It need not exist yet."""
+    if own := os.environ.get("TRL_CPO_CACHE"):
+        return Path(own).expanduser().absolute()
+    general = os.environ.get("XDG_CACHE_HOME")
+    return (Path(general).absolute() if general else Path.home() / ".cache") / "trl_cpo"
