@@ -1,0 +1,569 @@
+"""Checkpoints: whole or not there, and a resumed run is the uninterrupted one, number for number."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_model, pairs_dataset, training_options
+from datasets import IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kill_and_resume import differences, same, without_timings
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.trainer_utils import HPSearchBackend, rotate_checkpoints
+from trl import DPOConfig, DPOTrainer
+
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer, _trl, checkpoints
+from trl_cpo.checkpoints import CheckpointError, fault_of, newest_checkpoint, settle, staging, whole_checkpoints
+from trl_cpo.constraints import CONSTRAINTS
+from trl_cpo.metrics import METRICS, MetricLedger
+from trl_cpo.progress import RunLog, read_log
+
+# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
+pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
+
+DUAL = dict(constraint="lagrangian", epsilon=0.2, dual_lr=0.3, dual_max=5.0)
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, as a kill would that came between two steps."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step >= self.step
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory, tokenizer_session) -> str:
+    folder = tmp_path_factory.mktemp("small")
+    make_model(num_hidden_layers=1).save_pretrained(folder)
+    tokenizer_session.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_model_cards(monkeypatch):
+    """Half of what a tiny checkpoint costs, and no part of it."""
+    monkeypatch.setattr(DPOTrainer, "create_model_card", lambda *_, **__: None)
+
+
+def trainer_of(folder, model, tokenizer, *, lora=False, stop=None, plain=False, callbacks=(), data=None, **options):
+    """An epoch of three steps and one step more, saved every second step and logged every third."""
+    defaults = dict(
+        max_steps=4, per_device_train_batch_size=2, save_strategy="steps", save_steps=2, logging_steps=3,
+        lr_scheduler_type="cosine",
+    )  # fmt: skip
+    if not plain:
+        defaults["gamma"] = 0.5
+    torch.manual_seed(0)
+    return (DPOTrainer if plain else CPOConstrainedTrainer)(
+        model=AutoModelForCausalLM.from_pretrained(model),
+        args=(DPOConfig if plain else CPOConstrainedConfig)(**training_options(folder, **{**defaults, **options})),
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(6) if data is None else data,
+        eval_dataset=pairs_dataset(3, seed=5) if "eval_strategy" in options else None,
+        peft_config=LORA if lora else None,
+        callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
+    )
+
+
+def assert_same_end(resumed, alone):
+    checkpoint = f"checkpoint-{alone.state.global_step}"
+    logs = [[without_timings(record) for record in trainer.state.log_history] for trainer in (resumed, alone)]
+    assert logs[0] == logs[1] and len(logs[0]) > 1
+    assert resumed.state.global_step == alone.state.global_step
+    ours, theirs = (dict(trainer.model.named_parameters()) for trainer in (resumed, alone))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not differences(*(Path(trainer.args.output_dir) / checkpoint for trainer in (resumed, alone)))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_resumed_is_uninterrupted(tmp_path, tokenizer, small_model, constraint, lora):
+    """From the middle of an epoch and of a logging window: weights, optimizer, schedule, random states, λ, every log.
+
+    Every constraint meets full and LoRA, a reference live and precomputed; each of these pairs meets every second constraint.
+    """
+    precompute = bool((list(CONSTRAINTS).index(constraint) + lora) % 2)
+    options = dict(constraint=constraint, lora=lora, precompute_ref_log_probs=precompute)
+    if CONSTRAINTS[constraint].dual:
+        options |= DUAL
+    if constraint == "inverse_prob":
+        options |= dict(logps_reduction="mean")
+    alone = trainer_of(tmp_path / "alone", small_model, tokenizer, **options)
+    alone.train()
+    # Its second step's checkpoint is what a run that was killed after that step has left.
+    resumed = trainer_of(tmp_path / "resumed", small_model, tokenizer, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "alone" / "checkpoint-2"))
+    assert_same_end(resumed, alone)
+    assert not staging(tmp_path / "alone").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(gradient_accumulation_steps=2, per_device_train_batch_size=1),
+        dict(balance_tokens=True, gradient_accumulation_steps=2, per_device_train_batch_size=1),
+        dict(dataloader_num_workers=1),
+        dict(sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.5),
+        dict(eval_strategy="steps", eval_steps=1, eval_on_start=True, lora=True),
+        dict(data=IterableDataset.from_generator(lambda: iter(pairs_dataset(12)))),
+        dict(max_grad_norm=0.0, optim="sgd", include_num_input_tokens_seen="all"),
+        dict(disable_dropout=False, lora=True, constraint="none"),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_resumed_is_uninterrupted_with(tmp_path, tokenizer, small_model, options):
+    options = {"constraint": "clip", **options}
+    alone = trainer_of(tmp_path / "alone", small_model, tokenizer, **options)
+    alone.train()
+    resumed = trainer_of(tmp_path / "resumed", small_model, tokenizer, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "alone" / "checkpoint-2"))
+    assert_same_end(resumed, alone)
+
+
+def test_stopped_twice_and_resumed_from_the_newest(tmp_path, tokenizer, small_model):
+    """Stopped after steps 3 and 5, each time a step beyond a checkpoint; the first one is the end of an epoch."""
+    options = {**DUAL, "save_steps": 1, "max_steps": 7, "save_total_limit": 2}
+    alone = trainer_of(tmp_path / "alone", small_model, tokenizer, **options)
+    alone.train()
+    for stop in (3, 5):
+        trainer_of(tmp_path / "run", small_model, tokenizer, stop=stop, **options).train(resume_from_checkpoint=stop > 3)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    resumed = trainer_of(tmp_path / "run", small_model, tokenizer, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_end(resumed, alone)
+
+
+@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize("strategy", ["eval_strategy", "logging_strategy"])
+def test_what_an_epochs_end_adds_is_in_the_checkpoint_of_its_last_step(tmp_path, tokenizer, small_model, strategy, step):
+    """Else a kill during an epoch's evaluation would lose it: the checkpoint of step 3 was written before it."""
+    options = dict(constraint="clip", save_steps=1, max_steps=5, **{strategy: "epoch"})
+    alone = trainer_of(tmp_path / "alone", small_model, tokenizer, **options)
+    alone.train()
+    resumed = trainer_of(tmp_path / "resumed", small_model, tokenizer, **options)
+    shutil.copytree(tmp_path / "alone" / f"checkpoint-{step}", tmp_path / "resumed" / f"checkpoint-{step}")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_end(resumed, alone)
+    name = "eval_loss" if strategy == "eval_strategy" else "loss"
+    assert [r["step"] for r in resumed.state.log_history if name in r and (name != "loss" or r["step"] in (3, 5))] == [3, 5]
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path, tokenizer, small_model):
+    """In the middle of an epoch transformers' own loop makes one step more; ours makes none, and says the same summary."""
+    counts = {}
+    for plain in (True, False):
+        folder = tmp_path / str(plain)
+        extra = {} if plain else {"constraint": "none"}
+        with warnings.catch_warnings():
+            trainer_of(folder, small_model, tokenizer, plain=plain, **extra).train()
+            again = trainer_of(folder, small_model, tokenizer, plain=plain, **extra)
+            again.train(resume_from_checkpoint=True)
+        counts[plain] = again.state.global_step
+    assert counts == {True: 5, False: 4}, "if plain is 4, transformers has changed and _run_epoch need not be overridden"
+
+
+def test_the_ledger_continues_exactly():
+    rows = torch.rand(7, 4, len(METRICS), generator=torch.Generator().manual_seed(0)) * 100
+    whole, first, second = MetricLedger(), MetricLedger(), MetricLedger()
+    for batch in rows:
+        whole.add(batch)
+    for batch in rows[:3]:
+        first.add(batch)
+    second.add(rows[0])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for batch in rows[3:]:
+        second.add(batch)
+    assert second.state_dict() == whole.state_dict() and second.flush() == whole.flush() != {}
+    assert second.flush() == {} and second.state_dict()["count"] == 0
+    with pytest.raises(ValueError, match="other metrics than these: gap"):
+        second.load_state_dict({"count": 1, "sums": {name: [0.0] for name in METRICS if name != "gap"}})
+
+
+# Folders
+
+
+def fake_checkpoint(run_dir: Path, step: int, content: bytes = b"w") -> Path:
+    folder = run_dir / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(content * 10)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    checkpoints.write_state(folder, {"format": 1})
+    return folder
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing of ours may catch it and go on."""
+
+
+def killed_at(monkeypatch, moment: int):
+    """Has the `moment`-th change to the disk end the process: a rename before it is made, a deletion in its middle."""
+    count, rename, rmtree = iter(range(10**6)), os.rename, shutil.rmtree
+
+    def tick():
+        if next(count) == moment:
+            raise Killed
+
+    def dying_rename(source, target):
+        tick()
+        rename(source, target)
+
+    def dying_rmtree(path, ignore_errors=False, **kwargs):
+        if next(count) == moment:
+            for file in sorted(Path(path).rglob("*"))[::2]:
+                if file.is_file():
+                    file.unlink()
+            raise Killed
+        rmtree(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(os, "rename", dying_rename)
+    monkeypatch.setattr(shutil, "rmtree", dying_rmtree)
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_killed_at_every_change_of_the_disk(tmp_path, monkeypatch, moment):
+    """A checkpoint replaces one of its step, and the oldest goes: folders are whole throughout, none finished is lost."""
+    for step in (2, 4, 6):
+        fake_checkpoint(tmp_path, step)
+    fake_checkpoint(staging(tmp_path), 6, b"new")
+    with monkeypatch.context() as patch:
+        killed_at(patch, moment)
+        try:
+            checkpoints.publish(tmp_path, "checkpoint-6")
+            for folder in checkpoints.surplus(tmp_path, 2):
+                checkpoints.remove(folder)
+            finished = True
+        except Killed:
+            finished = False
+    assert all(fault_of(folder) is None for folder in tmp_path.glob("checkpoint-*"))
+    settle(tmp_path)
+    assert {4, 6} <= whole_checkpoints(tmp_path).keys() and not staging(tmp_path).exists()
+    assert finished == (moment >= 5), "the number of moments has changed: test them all"
+    if finished:
+        assert (tmp_path / "checkpoint-6" / "model.safetensors").read_bytes() == b"new" * 10
+        assert list(whole_checkpoints(tmp_path)) == [4, 6]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.integers(1, 40), unique=True, max_size=6),
+    limit=st.one_of(st.none(), st.integers(-1, 5)),
+    best=st.one_of(st.none(), st.integers(1, 40)),
+)
+def test_the_checkpoints_that_go_are_those_that_transformers_would_delete(tmp_path_factory, steps, limit, best):
+    run_dir = tmp_path_factory.mktemp("rotation")
+    for age, step in enumerate(steps):
+        (run_dir / f"checkpoint-{step}").mkdir()
+        os.utime(run_dir / f"checkpoint-{step}", (10 * age, 10 * age))
+    best = None if best is None else str(run_dir / f"checkpoint-{best}")
+    going = {path.name for path in checkpoints.surplus(run_dir, limit, best)}
+    before = set(os.listdir(run_dir))
+    rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
+    assert going == before - set(os.listdir(run_dir))
+    shutil.rmtree(run_dir)
+
+
+def break_nothing(folder: Path):
+    pass
+
+
+def half_weights(folder: Path):
+    (folder / "model.safetensors").write_bytes(b"w" * 5)
+
+
+def no_optimizer(folder: Path):
+    (folder / "optimizer.pt").unlink()
+
+
+def torn_state(folder: Path):
+    text = (folder / "trainer_state.json").read_text()
+    (folder / "trainer_state.json").write_text(text[: len(text) // 2])
+
+
+def no_state(folder: Path):
+    (folder / "trainer_state.json").unlink()
+
+
+def torn_own_state(folder: Path):
+    (folder / "trl_cpo_state.json").write_text('{"format": 1,')
+
+
+def no_weights(folder: Path):
+    (folder / "trl_cpo_state.json").unlink()
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (break_nothing, None), (half_weights, "model.safetensors has 5 bytes and not 10"),
+        (no_optimizer, "optimizer.pt is missing"), (torn_state, "trainer_state.json cannot be read"),
+        (no_state, "has no trainer_state.json"), (torn_own_state, "trl_cpo_state.json cannot be read"),
+        (no_weights, "holds no weights"), (shutil.rmtree, "no such folder"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_what_is_not_whole_is_seen_and_not_picked(tmp_path, damage, words):
+    for step in (2, 10):
+        folder = fake_checkpoint(tmp_path, step)
+        (folder / "optimizer.pt").write_bytes(b"o" * 7)
+        checkpoints.write_state(folder, {"format": 1})
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-12.bak").mkdir()
+    damage(folder)
+    fault = fault_of(folder)
+    assert fault is None if words is None else words in fault
+    assert newest_checkpoint(tmp_path) == tmp_path / ("checkpoint-10" if words is None else "checkpoint-2")
+    if words:
+        text = str(checkpoints.refusal(folder, fault))
+        assert words in text and f"newest whole checkpoint there is {tmp_path / 'checkpoint-2'}" in text
+        assert "train from the start" in str(checkpoints.refusal(tmp_path / "empty" / "checkpoint-1", "no"))
+
+
+def test_a_model_card_may_be_edited(tmp_path):
+    folder = fake_checkpoint(tmp_path, 2)
+    (folder / "README.md").write_text("mine")
+    (folder / "config.json").write_text("{}")
+    assert fault_of(folder) is None
+
+
+def test_a_half_written_checkpoint_is_refused_before_the_model_is_touched(tmp_path, tokenizer, small_model, monkeypatch):
+    trainer = trainer_of(tmp_path, small_model, tokenizer, constraint="none", stop=4)
+    trainer.train()
+    no_state(tmp_path / "checkpoint-4")
+    shutil.copytree(tmp_path / "checkpoint-2", staging(tmp_path) / "checkpoint-3")
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    monkeypatch.setattr(CPOConstrainedTrainer, "_load_from_checkpoint", lambda *_: pytest.fail("touched"))
+    newest = rf"newest whole checkpoint there is {tmp_path / 'checkpoint-2'}; resume from that"
+    with pytest.raises(CheckpointError, match=f"(?s)checkpoint-4: it has no trainer_state.json.*{newest}"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    with pytest.raises(CheckpointError, match=f"(?s)there is no such folder.*{newest}"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert trainer._resumption.prepare(True) == str(tmp_path / "checkpoint-2")
+    assert not staging(tmp_path).exists(), "what a killed run left is cleared"
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(CheckpointError, match="no whole checkpoint in .* call train\\(\\) without"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer._resumption.prepare(False) is None and trainer._resumption.prepare(None) is None
+
+
+def test_staged_checkpoints_are_not_resumed_from(tmp_path):
+    folder = fake_checkpoint(staging(tmp_path), 4)
+    assert "being written" in fault_of(folder)
+    fake_checkpoint(tmp_path, 2)
+    assert f"newest whole checkpoint there is {tmp_path / 'checkpoint-2'}" in str(checkpoints.refusal(folder, "x"))
+
+
+# The trainer's side
+
+
+def test_the_best_checkpoint_is_named_where_it_is(tmp_path, tokenizer, small_model):
+    """In memory and in each trainer_state.json, as plain DPOTrainer names it; and it is the model that is loaded at the end."""
+    states, models = {}, {}
+    for plain in (True, False):
+        folder = tmp_path / ("plain" if plain else "ours")
+        trainer = trainer_of(
+            folder, small_model, tokenizer, plain=plain, eval_strategy="steps", eval_steps=2, save_total_limit=1,
+            load_best_model_at_end=True, metric_for_best_model="eval_rewards/margins", greater_is_better=False,
+            max_steps=6, **({} if plain else {"constraint": "none"}),
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.state.best_model_checkpoint == str(folder / f"checkpoint-{trainer.state.best_global_step}")
+        named = {}
+        for path in sorted(folder.glob("checkpoint-*")):
+            best = json.loads((path / "trainer_state.json").read_text())["best_model_checkpoint"]
+            named[path.name] = Path(best).relative_to(folder).as_posix()
+        states[plain], models[plain] = (trainer.state.best_metric, named), trainer.model.state_dict()
+    assert states[True] == states[False] and same(dict(models[True]), dict(models[False]))
+    assert states[False][1]
+
+
+def test_the_old_checkpoint_goes_when_the_new_one_is_in_place(tmp_path, tokenizer, small_model, monkeypatch):
+    there = []
+    publish, remove = checkpoints.publish, checkpoints.remove
+
+    def seen(action):
+        def wrapped(*args):
+            there.append((action.__name__, *sorted(path.name for path in tmp_path.glob("checkpoint-*"))))
+            action(*args)
+            assert not staging(tmp_path).exists()
+
+        return wrapped
+
+    monkeypatch.setattr(checkpoints, "publish", seen(publish))
+    monkeypatch.setattr(checkpoints, "remove", seen(remove))
+    trainer_of(tmp_path, small_model, tokenizer, constraint="clip", save_total_limit=1).train()
+    assert there == [
+        ("publish",), ("publish", "checkpoint-2"), ("remove", "checkpoint-2", "checkpoint-4"),
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-4"]
+
+
+def test_uploads_are_of_the_checkpoint_in_place(tmp_path, tokenizer, small_model, monkeypatch):
+    pushed = []
+    push = lambda self, folder: pushed.append((folder, fault_of(folder)))  # noqa: E731
+    monkeypatch.setattr(CPOConstrainedTrainer, "_push_from_checkpoint", push)
+    trainer = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=2)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == [(str(tmp_path / "checkpoint-2"), None)]
+    # The arguments that lie in it are those of the run.
+    assert torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False).push_to_hub
+
+
+def test_a_trial_of_a_search_has_checkpoints_of_its_own(tmp_path, tokenizer, small_model):
+    trainer = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=1)
+    trainer.train()
+    trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.OPTUNA, None
+    trainer._save_checkpoint(trainer.model, trial=SimpleNamespace(number=3))
+    assert whole_checkpoints(tmp_path / "run-3").keys() == {1} and not staging(tmp_path / "run-3").exists()
+
+
+def test_an_error_while_saving_leaves_the_trainer_as_it_was(tmp_path, tokenizer, small_model, monkeypatch):
+    """A full disk, say: no checkpoint, the error as it is, and the next attempt saves."""
+    trainer = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=1, save_strategy="no")
+    trainer.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            trainer._save_checkpoint(trainer.model, None)
+    assert not list(tmp_path.glob("checkpoint-*")) and staging(tmp_path).is_dir()
+    trainer._save_checkpoint(trainer.model, None)
+    assert list(whole_checkpoints(tmp_path)) == [1] and not staging(tmp_path).exists()
+
+
+def test_a_checkpoint_of_plain_trl_is_resumed_as_trl_does(tmp_path, tokenizer, small_model):
+    theirs = trainer_of(tmp_path / "plain", small_model, tokenizer, plain=True)
+    theirs.train()
+    again = trainer_of(tmp_path / "again", small_model, tokenizer, plain=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
+    ours = trainer_of(tmp_path / "ours", small_model, tokenizer, constraint="none")
+    with pytest.warns(UserWarning, match="was not written by trl-cpo. The loss, the metrics and num_tokens .* start from zero"):
+        ours.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
+    for a, b in zip(again.state.log_history, ours.state.log_history, strict=True):
+        b = {k: v for k, v in b.items() if not k.startswith("cpo/")}
+        assert without_timings(a) == without_timings(b)
+    assert same(dict(again.model.state_dict()), dict(ours.model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        (DUAL, dict(constraint="clip"), "constraint was 'lagrangian' and is 'clip'.* multiplier in it .* is not used"),
+        (dict(constraint="clip"), DUAL, "(?s)was 'clip' and is 'lagrangian'.* no multiplier, which starts from dual_init"),
+        (dict(constraint="clip"), dict(constraint="clip", gamma=2.0), "gamma was 0.5 and is 2.0. Training goes on"),
+        (dict(constraint="clip", save_only_model=True), dict(constraint="clip"), "optimizer and the schedule start anew"),
+    ],
+    ids=["dual to none", "none to dual", "gamma", "weights alone"],
+)
+def test_another_runs_checkpoint_is_taken_with_a_warning(tmp_path, tokenizer, small_model, first, then, words):
+    trainer_of(tmp_path, small_model, tokenizer, max_steps=2, **first).train()
+    trainer = trainer_of(tmp_path, small_model, tokenizer, **then)
+    with pytest.warns(UserWarning) as caught:
+        trainer.train(resume_from_checkpoint=True)
+    assert re.search(words, " ".join(str(w.message) for w in caught))
+    assert trainer.state.global_step == 4
+
+
+def test_a_multiplier_beyond_the_cap_is_refused_before_the_model_is_touched(tmp_path, tokenizer, small_model, monkeypatch):
+    trainer_of(tmp_path, small_model, tokenizer, max_steps=2, **{**DUAL, "dual_init": 4.0}).train()
+    trainer = trainer_of(tmp_path, small_model, tokenizer, **{**DUAL, "dual_max": 1.0})
+    monkeypatch.setattr(CPOConstrainedTrainer, "_load_from_checkpoint", lambda *_: pytest.fail("touched"))
+    with pytest.raises(ValueError, match="Raise dual_max"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(("processes", "index", "loss"), [(2, 0, 1.0), (2, 1, 4.0), (1, 0, 2.5), (3, 2, 2.5)])
+def test_counters_of_two_processes_go_to_as_many_or_to_others(processes, index, loss):
+    """Each takes up its own loss; where their number has changed, all take the mean, which is what is logged."""
+    shared = {"loss_logged": 7.0, "last_logged_step": 3, "first_step": 0, "tokens": 9, "training": True}
+    saved = [{"loss": x, "metrics": {"entropy": [x, 2.0]}, **shared} for x in (1.0, 4.0)]
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=processes, process_index=index), model=torch.nn.Linear(1, 1).eval(),
+        _tr_loss=torch.tensor(0.0), _metrics={"train": {"old": [1.0]}},
+    )  # fmt: skip
+    _trl.load_loop_state(trainer, saved)
+    assert trainer._tr_loss.item() == loss and trainer.model.training
+    assert trainer._metrics["train"] == {"entropy": [4.0 if (processes, index) == (2, 1) else 1.0, 2.0]}
+    assert (trainer._total_loss_scalar, trainer._globalstep_last_logged, trainer._total_train_tokens) == (7.0, 3, 9)
+
+
+# The log
+
+
+def test_the_log_is_appended_to_and_read_as_if_never_interrupted(tmp_path):
+    file = tmp_path / "log.jsonl"
+    control, args = None, None
+
+    def run(start, *steps, after=()):
+        log, state = RunLog(file), SimpleNamespace(is_world_process_zero=True, global_step=start, max_steps=9)
+        log.on_train_begin(args, state, control)
+        for step in steps:
+            state.global_step = step
+            log.on_log(args, state, control, {"loss": step + start / 10})
+        for logs in after:
+            log.on_log(args, state, control, logs)
+        RunLog(file).on_log(args, SimpleNamespace(is_world_process_zero=False), control, {"loss": 0.0})
+
+    run(0, 1, 2, 3)
+    with file.open("a") as lines:
+        lines.write('{"step": 4, "lo')
+    first = file.read_bytes()
+    run(2, 3, 4, after=[{"eval_loss": 1.0}, {"train_runtime": 5.0}])
+    second = file.read_bytes()
+    assert second.startswith(first + b"\n" + b'{"resumed_from": 2}\n'), "what was there stays, a torn line is ended"
+    ends = [{"step": 4, "eval_loss": 1.0}, {"step": 4, "train_runtime": 5.0}]
+    resumed = [{"step": s, "loss": x} for s, x in ((1, 1.0), (2, 2.0), (3, 3.2), (4, 4.2))]
+    assert read_log(file) == resumed + ends
+    run(4, after=[{"eval_loss": 1.0}, {"train_runtime": 6.0}])  # killed after training: its end is said again
+    assert read_log(file) == [*resumed, ends[0], {"step": 4, "train_runtime": 6.0}]
+    run(0, 1)  # begun anew
+    assert file.read_bytes().startswith(second) and read_log(file) == [{"step": 1, "loss": 1.0}]
+    with file.open("ab") as lines:
+        lines.write(b'{"step": 2, "loss": 2.0}')  # whole but for its newline
+    run(2, 3)
+    assert [line["step"] for line in read_log(file)] == [1, 2, 3]
+
+
+def test_an_evaluation_before_training_stays_in_the_log(tmp_path, tokenizer, small_model):
+    log = RunLog(tmp_path / "log.jsonl")
+    trainer = trainer_of(tmp_path / "run", small_model, tokenizer, constraint="clip", max_steps=1, callbacks=[log])
+    trainer.evaluate(pairs_dataset(3))
+    trainer.train()
+    assert [line["step"] for line in read_log(log.file)] == [0, 1]
+    assert "eval_loss" in read_log(log.file)[0] and "resumed_from" not in log.file.read_text()
+
+
+# Killed in earnest
+
+
+def kill_and_resume(*options) -> str:
+    script = Path(__file__).parent / "kill_and_resume.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_killed_three_times_with_one_process():
+    assert "3 of 3 equal" in kill_and_resume("--times", 3, "--seed", 7)
+
+
+def test_killed_once_with_two_processes():
+    """Under DDP, with accumulation, in the middle of the first checkpoint."""
+    assert "1 of 1 equal" in kill_and_resume("--times", 1, "--processes", 2, "--seed", 7)

@@ -1,0 +1,182 @@
+"""Checkpoint folders: written aside and moved into place whole; found again; refused where they are not whole."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+#: Folder, inside a run's folder, of everything that is on its way in or out. Uploads to the hub leave out `_*`.
+UNFINISHED = "_unfinished"
+#: What trl-cpo keeps in a checkpoint beside what transformers keeps there.
+STATE_FILE = "trl_cpo_state.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_REPLACED, _REMOVED = "replaced-", "removed-"
+#: Any of these holds weights: whole, in shards, of adapters, of FSDP, of DeepSpeed.
+_WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model.*", "*/adapter_model.*", "latest")
+#: Files that a resume reads numbers from. The others (a model card, a tokenizer) may be edited.
+_MEASURED = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
+
+
+class CheckpointError(ValueError):
+    """There is no checkpoint to resume from, or it is not whole."""
+
+
+def staging(run_dir: str | Path) -> Path:
+    """The folder that checkpoints of `run_dir` are written into."""
+    return Path(run_dir) / UNFINISHED
+
+
+def settle(run_dir: str | Path) -> None:
+    """Clears what a killed run left: half-written checkpoints go, a finished one that was to be replaced comes back."""
+    folder = staging(run_dir)
+    if not folder.is_dir():
+        return
+    for replaced in folder.glob(f"{_REPLACED}checkpoint-*"):
+        final = Path(run_dir) / replaced.name.removeprefix(_REPLACED)
+        if not final.exists():
+            with suppress(FileNotFoundError):  # another machine on the same disk was first
+                os.rename(replaced, final)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Waits until everything in `folder` is on the disk, so that a rename cannot come to it before the contents."""
+    for here, _, names in os.walk(folder):
+        for path in [*(os.path.join(here, name) for name in names), here]:
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except OSError:
+                if path == here:  # not every system opens folders
+                    continue
+                raise
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                if error.errno not in _NO_SYNC:
+                    raise
+            finally:
+                os.close(descriptor)
+
+
+def publish(run_dir: str | Path, name: str) -> None:
+    """Moves the checkpoint `name` from the staging folder into `run_dir` by one rename, in place of an older one."""
+    staged, final = staging(run_dir) / name, Path(run_dir) / name
+    if final.exists():
+        os.rename(final, staging(run_dir) / f"{_REPLACED}{name}")
+    os.rename(staged, final)
+    with suppress(OSError):
+        descriptor = os.open(run_dir, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    shutil.rmtree(staging(run_dir), ignore_errors=True)
+
+
+def surplus(run_dir: str | Path, limit: int | None, best: str | None = None) -> list[Path]:
+    """The checkpoints that transformers' `rotate_checkpoints` would delete: the oldest beyond `limit`, never the newest or best."""
+    from transformers.trainer_utils import sort_checkpoints
+
+    if limit is None or limit <= 0:
+        return []
+    checkpoints = [Path(path) for path in sort_checkpoints(str(run_dir), use_mtime=True)]
+    kept = {checkpoints[-1]} if checkpoints else set()
+    if best is not None:
+        kept.add(Path(best))
+    excess = len(checkpoints) - max(limit, len(kept))
+    return [path for path in checkpoints if path not in kept][: max(excess, 0)]
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint so that it is there whole or not at all, whenever the process is killed."""
+    aside = staging(folder.parent)
+    aside.mkdir(exist_ok=True)
+    os.rename(folder, aside / f"{_REMOVED}{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes `state`, and the sizes of the checkpoint's files, into `folder`; floats are exact."""
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(_measured(folder))}
+    (folder / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_state(folder: str | Path) -> dict[str, Any] | None:
+    """What `write_state` wrote, or None if another trainer wrote the checkpoint."""
+    file = Path(folder) / STATE_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _measured(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.suffix in _MEASURED and path.is_file())
+
+
+def fault_of(folder: str | Path) -> str | None:
+    """Why nothing can be resumed from `folder`, in words, or None if it is a whole checkpoint."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "there is no such folder"
+    if UNFINISHED in folder.absolute().parts:
+        return "it was being written or deleted when the run ended"
+    for name, required in ((TRAINER_STATE_FILE, True), (STATE_FILE, False)):
+        file = folder / name
+        if not file.exists():
+            if required:
+                return f"it has no {name}, which is written last, so it was probably being written when the run ended"
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            return f"its {name} cannot be read ({error})"
+        if required and not (isinstance(content, dict) and isinstance(content.get("global_step"), int)):
+            return f"its {name} names no global_step"
+        if not required and not (isinstance(content, dict) and isinstance(content.get("files"), dict)):
+            return f"its {name} names no files"
+        if not required:
+            for path, size in content["files"].items():
+                found = (folder / path).stat().st_size if (folder / path).is_file() else None
+                if found != size:
+                    return f"its {path} " + ("is missing" if found is None else f"has {found} bytes and not {size}")
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+        return "it holds no weights"
+    return None
+
+
+def whole_checkpoints(run_dir: str | Path) -> dict[int, Path]:
+    """The whole checkpoints of a run by their steps, oldest first."""
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        return {}
+    named = {int(match[1]): folder / match[0] for match in map(_NAME.fullmatch, sorted(os.listdir(folder))) if match}
+    return {step: path for step, path in sorted(named.items()) if fault_of(path) is None}
+
+
+def newest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The whole checkpoint of a run with the highest step, or None."""
+    return next(reversed(whole_checkpoints(run_dir).values()), None)
+
+
+def refusal(folder: str | Path, fault: str) -> CheckpointError:
+    """The error for a checkpoint that is not whole, with the newest one beside it that is."""
+    inside = [part for part in Path(folder).absolute().parents if part.name == UNFINISHED]
+    run_dir = inside[0].parent if inside else Path(folder).absolute().parent
+    newest = newest_checkpoint(run_dir)
+    step = f"The newest whole checkpoint there is {newest}" if newest else f"There is no whole checkpoint in {run_dir}"
+    then = "resume from that" if newest else "train from the start"
+    return CheckpointError(f"Cannot resume from {folder}: {fault}. {step}; {then}.")
+
+
+def is_fresh(run_dir: str | Path) -> bool:
+    """Whether `run_dir` holds nothing but what a run leaves that was killed before its first checkpoint."""
+    traces = {UNFINISHED, "log.jsonl", "README.md", "runs"}
+    return Path(run_dir).is_dir() and all(
+        name in traces or _NAME.fullmatch(name) and fault_of(Path(run_dir) / name) for name in os.listdir(run_dir)
+    )
