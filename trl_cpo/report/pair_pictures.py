@@ -1,0 +1,300 @@
+"""Pictures of single held-out pairs: the phase portrait, the gaps' distributions, and displacement."""
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from .run import HeldOut, Run, by_unit
+from .style import COLOURS, LINES, OUTCOMES, QUIET, U_SHADE, canvas, panels, plain_ticks, run_style, run_title
+
+#: Above so many pairs, arrows are drawn for so many of them alone.
+MOST_ARROWS = 300
+_BINS = 40
+
+
+def outcomes(pairs: HeldOut) -> dict[str, np.ndarray]:
+    """Which pairs prefer chosen, lie in U, or do neither, as masks (n,) that share no pair and leave none out."""
+    prefers = pairs.gap > 0
+    in_u = (pairs.gap < 0) & (pairs.gap > pairs.ref_gap)
+    return {"prefers": prefers, "in_u": in_u, "neither": ~prefers & ~in_u}
+
+
+def limits(*values: np.ndarray, include: tuple[float, ...] = ()) -> tuple[float, float]:
+    """Axis limits: all values, unless a few lie so far out that the rest would shrink to a line; then the inner 99 %."""
+    found = np.concatenate([np.asarray(value, dtype=float).ravel() for value in values])
+    found = found[np.isfinite(found)]
+    inner = np.quantile(found, [0.005, 0.995]) if len(found) else np.zeros(2)
+    low, high = (found.min(), found.max()) if len(found) else (0.0, 0.0)
+    if high - low > 3 * (inner[1] - inner[0]) > 0:
+        low, high = inner
+    low, high = min(low, *include), max(high, *include)
+    margin = 0.06 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def outside(pairs_x: np.ndarray, pairs_y: np.ndarray, across: tuple[float, float], up: tuple[float, float]) -> int:
+    """How many points lie outside the axes."""
+    return int(np.sum((pairs_x < across[0]) | (pairs_x > across[1]) | (pairs_y < up[0]) | (pairs_y > up[1])))
+
+
+def evenly(order: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` indices, evenly spaced in the order of `order`, always the same ones."""
+    ranked = np.argsort(order, kind="stable")
+    return ranked if len(ranked) <= most else ranked[np.linspace(0, len(ranked) - 1, most).round().astype(int)]
+
+
+def _count(share: np.ndarray) -> str:
+    return f"{100 * np.mean(share):.0f} %"
+
+
+def phase_portrait(runs: list[Run]) -> tuple[Figure, list[str]]:
+    """δ_ref across, δ_θ up, an arrow a pair from before to after training, U shaded; a panel a run. And notes."""
+    figure, axes = panels(len(runs))
+    notes, seen = [], set()
+    for group in by_unit(runs):
+        held = [run.held_out for run in group]
+        across = limits(*(pairs.ref_gap for pairs in held), include=(0.0,))
+        gammas = tuple(run.gamma or 0.0 for run in group)
+        up = limits(*(pairs.gap for pairs in held), *(pairs.start_gap for pairs in held), include=(0.0, *gammas))
+        for run in group:
+            seen |= _portrait(axes[runs.index(run)], run, across, up)
+            beyond = outside(run.held_out.ref_gap, run.held_out.gap, across, up)
+            if beyond:
+                notes.append(
+                    f"{run.letter}: {beyond} of {len(run.held_out)} pairs lie outside the axes and are drawn at their edge."
+                )
+            if len(run.held_out) > MOST_ARROWS:
+                notes.append(
+                    f"{run.letter}: arrows of {MOST_ARROWS} of {len(run.held_out)} pairs, evenly spaced in δ_ref; heads of all."
+                )
+            if not np.isfinite(run.held_out.start_gap).any():
+                notes.append(
+                    f"{run.letter}: where the policy stood before training is not known, so there are no arrows."
+                )
+    handles = [Patch(color=U_SHADE, label="U, the undesirable region")]
+    handles += [Line2D([], [], color=QUIET, linestyle=LINES[1], label="δ_θ = δ_ref (the reference itself)")]
+    if any(run.gamma is not None for run in runs):
+        handles.append(
+            Line2D([], [], color=COLOURS[2], linestyle=LINES[3], linewidth=1.8, label="δ_θ = γ, the gap asked for")
+        )
+    handles += [Patch(color=colour, label=label) for key, (label, colour, _) in OUTCOMES.items() if key in seen]
+    handles += [
+        Line2D([], [], color=QUIET, marker=marker, linestyle="", label=label)
+        for marker, label in (
+            ("^", "after: the gap grew"),
+            ("v", "after: the gap fell"),
+            ("o", "after: start not known"),
+        )
+        if marker in seen
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    return figure, notes
+
+
+def _portrait(axes: Axes, run: Run, across: tuple[float, float], up: tuple[float, float]) -> set[str]:
+    """Draws one panel; gives the outcomes and markers that are in it."""
+    pairs, seen = run.held_out, set()
+    axes.set(xlim=across, ylim=up)
+    corner = max(across[0], up[0])
+    if corner < 0:
+        # The triangle between the diagonal and 0, cut off by the axes.
+        axes.fill([across[0], across[0], corner, 0.0], [0.0, corner, corner, 0.0], color=U_SHADE, zorder=0, linewidth=0)
+    ends = max(across[0], up[0]), min(across[1], up[1])
+    if ends[0] < ends[1]:
+        axes.plot(ends, ends, color=QUIET, linestyle=LINES[1], linewidth=1.2, zorder=1)
+    axes.axhline(0, color="#222222", linewidth=1.0, zorder=1)
+    axes.axvline(0, color="#222222", linewidth=0.6, zorder=1)
+    if run.gamma is not None:
+        axes.axhline(run.gamma, color=COLOURS[2], linestyle=LINES[3], linewidth=1.8, zorder=2)
+
+    x, y, start = np.clip(pairs.ref_gap, *across), np.clip(pairs.gap, *up), np.clip(pairs.start_gap, *up)
+    shown = evenly(pairs.ref_gap, MOST_ARROWS)
+    size, width = min(34.0, max(8.0, 500 / math.sqrt(len(pairs)))), min(1.3, max(0.8, 14 / math.sqrt(len(shown))))
+    alpha = min(0.75, max(0.5, 10 / math.sqrt(len(shown))))
+    for key, mask in outcomes(pairs).items():
+        if not mask.any():
+            continue
+        seen.add(key)
+        _, colour, _ = OUTCOMES[key]
+        arrows = shown[mask[shown] & np.isfinite(start[shown])]
+        shafts = np.stack([np.stack([x[arrows], start[arrows]], 1), np.stack([x[arrows], y[arrows]], 1)], 1)
+        axes.add_collection(LineCollection(shafts, colors=colour, linewidths=width, alpha=alpha, zorder=3))
+        for marker, chosen in (
+            ("^", pairs.gap >= pairs.start_gap),
+            ("v", pairs.gap < pairs.start_gap),
+            ("o", np.isnan(start)),
+        ):
+            of_kind = mask & chosen
+            if of_kind.any():
+                seen.add(marker)
+                axes.scatter(
+                    x[of_kind], y[of_kind], s=size, marker=marker, color=colour, alpha=alpha, linewidths=0, zorder=4
+                )
+
+    plain_ticks(axes)
+    masks = outcomes(pairs)
+    axes.set_title(
+        f"{run_title(run)}\n{len(pairs)} pairs: {_count(masks['in_u'])} in U, {_count(masks['prefers'])} prefer chosen"
+    )
+    axes.set_xlabel(f"reference gap δ_ref ({run.unit})")
+    axes.set_ylabel(f"policy gap δ_θ ({run.unit})")
+    room = min(-across[0] / (across[1] - across[0]), -up[0] / (up[1] - up[0]))
+    if room > 0.12:
+        axes.annotate(
+            "U", (across[0], 0.0), xytext=(8, -8), textcoords="offset points", ha="left", va="top", fontsize=20, fontweight="bold",
+            color="#8A3800", alpha=0.6, zorder=1,
+        )  # fmt: skip
+    return seen
+
+
+def _edges(span: tuple[float, float]) -> np.ndarray:
+    """About `_BINS` equal bins over a span, with 0 between two of them."""
+    width = (span[1] - span[0]) / _BINS
+    return width * np.arange(math.floor(span[0] / width), math.ceil(span[1] / width) + 1)
+
+
+def gap_distributions(runs: list[Run]) -> tuple[Figure, list[str]]:
+    """Histograms of the gap before and after training and of the reference's; a panel a run, and notes."""
+    figure, axes = panels(len(runs), heights=(4.2, 3.7, 3.3))
+    notes, kinds, tops = [], {}, []
+    for group in by_unit(runs):
+        values = [gap for run in group for gap in (run.held_out.gap, run.held_out.ref_gap, run.held_out.start_gap)]
+        edges = _edges(limits(*values, include=(0.0, *(run.gamma or 0.0 for run in group))))
+        for run in group:
+            panel, pairs = axes[runs.index(run)], run.held_out
+            weights = np.full(len(pairs), 100.0 / len(pairs))
+
+            def inside(gap, edges=edges):
+                return np.clip(gap, edges[0] + 1e-9 * np.ptp(edges), edges[-1] - 1e-9 * np.ptp(edges))
+
+            same = pairs.starts_at_reference
+            name = "before training = reference δ_ref" if same else "reference δ_ref"
+            top = panel.hist(
+                inside(pairs.ref_gap), edges, weights=weights, color="#BBBBBB", edgecolor="#BBBBBB", label=name
+            )[0].max()
+            if not same and np.isfinite(pairs.start_gap).all():
+                before = panel.hist(
+                    inside(pairs.start_gap), edges, weights=weights, histtype="step", color="#000000", linestyle="--", linewidth=1.2,
+                    label="before training δ_θ",
+                )  # fmt: skip
+                top = max(top, before[0].max())
+            after = panel.hist(
+                inside(pairs.gap),
+                edges,
+                weights=weights,
+                histtype="step",
+                color=COLOURS[0],
+                linewidth=1.9,
+                label="after training δ_θ",
+            )
+            tops.append(max(top, after[0].max()))
+            panel.axvline(0, color="#222222", linewidth=1.0)
+            if run.gamma is not None:
+                panel.axvline(
+                    run.gamma, color=COLOURS[2], linestyle=LINES[3], linewidth=1.8, label="γ, the gap asked for"
+                )
+            kinds |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+            plain_ticks(panel)
+            panel.set_xlim(edges[0], edges[-1])
+            panel.set_title(
+                f"{run_title(run)}\n{_count(pairs.gap > 0)} above 0 after, {_count(pairs.ref_gap > 0)} of δ_ref"
+            )
+            panel.set_xlabel(f"gap ({run.unit})")
+            panel.set_ylabel("share of pairs (%)")
+            gaps = np.concatenate([pairs.gap, pairs.ref_gap])
+            beyond = int(np.sum((gaps < edges[0]) | (gaps > edges[-1])))
+            if beyond:
+                notes.append(
+                    f"{run.letter}: {beyond} of {len(gaps)} gaps lie outside the axes and are counted in the outermost bars."
+                )
+    for panel in axes:
+        panel.set_ylim(0, 1.05 * max(tops))
+    figure.legend(kinds.values(), kinds.keys(), loc="outside lower center", ncols=4)
+    return figure, notes
+
+
+def gaps_together(runs: list[Run]) -> tuple[Figure, list[str]]:
+    """The share of pairs below every gap, all runs of a unit in the same axes; and notes."""
+    groups = by_unit(runs)
+    figure = canvas(0.6 + 4.0 * len(groups))
+    handles, reference_handles, notes = [], [], []
+    for row, group in enumerate(groups):
+        axes = figure.add_subplot(len(groups), 1, row + 1)
+        across = limits(*(run.held_out.gap for run in group), *(run.held_out.ref_gap for run in group), include=(0.0,))
+        references: list[np.ndarray] = []
+        for run in group:
+            style = {**run_style(run), "marker": None}
+            handles += _steps(axes, run.held_out.gap, **style, linewidth=2.0, label=f"{run_title(run)}, after")
+            # One line for references that are the same on the same pairs.
+            gaps = np.sort(run.held_out.ref_gap)
+            if not any(len(gaps) == len(old) and np.allclose(gaps, old, atol=1e-3) for old in references):
+                references.append(gaps)
+                whose = (
+                    "reference δ_ref"
+                    if len(group) == len(runs) and len(references) == 1
+                    else f"reference δ_ref of {run.letter}"
+                )
+                line = LINES[(len(references) - 1) % len(LINES)]
+                reference_handles += _steps(axes, gaps, color="#999999", linewidth=1.6, linestyle=line, label=whose)
+        axes.axvline(0, color="#222222", linewidth=1.0)
+        plain_ticks(axes)
+        axes.set(xlim=across, ylim=(-1, 101), xlabel=f"gap ({group[0].unit})", ylabel="pairs with a smaller gap (%)")
+        beyond = sum(int(np.sum((run.held_out.gap < across[0]) | (run.held_out.gap > across[1]))) for run in group)
+        if beyond:
+            notes.append(f"{beyond} gaps lie outside the axes.")
+    figure.legend(handles=handles + reference_handles, loc="outside lower center", ncols=min(3, len(handles) + 1))
+    return figure, notes
+
+
+def _steps(axes: Axes, gaps: np.ndarray, **style) -> list[Line2D]:
+    ordered = np.sort(gaps)
+    shares = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
+    return axes.step(np.concatenate([ordered[:1], ordered]), np.concatenate([[0.0], shares]), where="post", **style)
+
+
+def displacement_of_pairs(runs: list[Run]) -> tuple[Figure, list[str]]:
+    """How far training moved each pair's chosen (across) and rejected (up) log-probability; a panel a run, and notes."""
+    figure, axes = panels(len(runs), heights=(5.0, 4.6, 4.0))
+    notes, seen = [], set()
+    for group in by_unit(runs):
+        shifts = {side: [run.held_out.shift(side) for run in group] for side in ("chosen", "rejected")}
+        across, up = limits(*shifts["chosen"], include=(0.0,)), limits(*shifts["rejected"], include=(0.0,))
+        for run in group:
+            panel, pairs = axes[runs.index(run)], run.held_out
+            panel.set(xlim=across, ylim=up)
+            ends = max(across[0], up[0]), min(across[1], up[1])
+            if ends[0] < ends[1]:
+                panel.plot(ends, ends, color=QUIET, linestyle=LINES[1], linewidth=1.2, zorder=1)
+            panel.axhline(0, color="#222222", linewidth=0.9, zorder=1)
+            panel.axvline(0, color="#222222", linewidth=0.9, zorder=1)
+            x, y = pairs.shift("chosen"), pairs.shift("rejected")
+            for key, mask in outcomes(pairs).items():
+                if mask.any():
+                    seen.add(key)
+                    _, colour, marker = OUTCOMES[key]
+                    panel.scatter(
+                        np.clip(x[mask], *across), np.clip(y[mask], *up), s=min(30, max(8, 500 / math.sqrt(len(pairs)))),
+                        marker=marker, color=colour, alpha=0.65, linewidths=1.0 if marker == "x" else 0.0, zorder=3,
+                    )  # fmt: skip
+            plain_ticks(panel)
+            both, grew = (x < 0) & (y < 0), x > y
+            panel.set_title(f"{run_title(run)}\nboth fell for {_count(both)}, gap above δ_ref for {_count(grew)}")
+            panel.set_xlabel(f"chosen log-prob moved by ({run.unit})")
+            panel.set_ylabel(f"rejected log-prob moved by ({run.unit})")
+            beyond = outside(x, y, across, up)
+            if beyond:
+                notes.append(
+                    f"{run.letter}: {beyond} of {len(pairs)} pairs lie outside the axes and are drawn at their edge."
+                )
+    handles = [Line2D([], [], color=QUIET, linestyle=LINES[1], label="both moved alike: δ_θ = δ_ref")]
+    handles += [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
+        for key, (label, colour, marker) in OUTCOMES.items() if key in seen
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure, notes

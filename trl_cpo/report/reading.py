@@ -1,0 +1,258 @@
+"""A run's folder read as it lies there, whole or not: what is missing or broken becomes a note and never an error."""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ..log_file import read_log
+from .run import COLUMNS, Evaluation, HeldOut, Run, number
+
+LOG, METRICS, PAIRS = "log.jsonl", "metrics.json", "pairs.json"
+#: More runs than this cannot be told apart by colour and line style, nor read in one table.
+MOST_RUNS = 12
+_EVALUATION_KEY = re.compile(r"(eval(?:_.+?)?)_cpo/")
+
+
+class NotARun(Exception):
+    """A folder of which no report can be made; the message says why and what to give."""
+
+
+def read_runs(folders: Iterable[str | Path]) -> list[Run]:
+    """Every run, lettered in the order given, with names that tell them apart.
+
+    Raises `NotARun` where a folder does not exist, holds no file of a run, or is given twice.
+    """
+    paths = [Path(folder) for folder in folders]
+    if len(paths) > MOST_RUNS:
+        raise NotARun(f"At most {MOST_RUNS} runs fit one report; got {len(paths)}. Make several reports.")
+    whole = [path.resolve() for path in paths]
+    for position, path in enumerate(whole):
+        if path in whole[:position]:
+            raise NotARun(f"The run {paths[position]} is given twice. Name every run once.")
+    runs = [read_run(path) for path in paths]
+    for run, letter, name in zip(runs, "ABCDEFGHIJKL", _names(whole), strict=False):
+        run.letter, run.name = letter, name
+    return runs
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell all of them apart."""
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(part for part in path.parts[-depth:] if part != path.anchor) or str(path) for path in paths]
+
+
+def read_run(folder: str | Path) -> Run:
+    """One run's folder. Raises `NotARun` if it is none."""
+    path = Path(folder)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise NotARun(f"{path} {what}. Give the folder that a training run wrote (with {LOG} in it).")
+    if not any((path / name).is_file() for name in (LOG, METRICS, PAIRS)):
+        raise NotARun(
+            f"{path} holds none of {LOG}, {METRICS} and {PAIRS}, so it is not the folder of a run. Give the output folder "
+            "of `trl-cpo train` or of examples/hh_rlhf.py."
+        )
+    run = Run(path)
+    run.record = _object(run, METRICS, "its settings, versions and final metrics are not known")
+    config = run.record.get("config")
+    run.settings = dict(config) if isinstance(config, dict) else {}
+    if run.record and not run.settings:
+        run.notes.append(f"{METRICS} has no config: the run's settings are not known.")
+    _read_pairs(run)
+    _read_log(run)
+    _before_and_after(run)
+    _cross_check(run)
+    return run
+
+
+def _object(run: Run, name: str, otherwise: str) -> dict:
+    """The JSON object in a file of the run, or an empty one and a note."""
+    file = run.folder / name
+    if not file.is_file():
+        run.notes.append(f"{name} is missing: {otherwise}.")
+        return {}
+    try:
+        got = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError, OSError) as error:
+        run.notes.append(f"{name} cannot be read ({type(error).__name__}: {str(error)[:120]}): {otherwise}.")
+        return {}
+    if not isinstance(got, dict):
+        run.notes.append(f"{name} holds a {type(got).__name__} where an object was expected: {otherwise}.")
+        return {}
+    return got
+
+
+def _read_pairs(run: Run) -> None:
+    table = _object(run, PAIRS, "there are no pictures of single pairs")
+    if not table:
+        return
+    columns, rows = table.get("columns"), table.get("rows")
+    if not isinstance(columns, list) or not isinstance(rows, list) or not set(COLUMNS[:4]) <= set(map(str, columns)):
+        run.notes.append(
+            f"{PAIRS} lacks rows or one of the columns {', '.join(COLUMNS[:4])}: no pictures of single pairs."
+        )
+        return
+    places = {name: columns.index(name) for name in COLUMNS if name in columns}
+
+    def cell(row, name: str) -> float:
+        value = number(row[places[name]]) if name in places and places[name] < len(row) else None
+        return math.nan if value is None else value
+
+    read = [[cell(row, name) for name in COLUMNS] for row in rows if isinstance(row, list)]
+    values = np.array(read, dtype=float).reshape(-1, len(COLUMNS))
+    # Beyond this no difference of two log-probabilities means anything, nor can an axis show it.
+    values[np.abs(values) > 1e12] = np.nan
+    whole, run.pairs_in_file = np.isfinite(values[:, :4]).all(axis=1), len(rows)
+    if len(rows) > whole.sum():
+        run.notes.append(
+            f"{PAIRS}: {len(rows) - whole.sum()} of {len(rows)} pairs have a log-probability that is missing, NaN or "
+            "infinite, and are left out of the pictures of single pairs."
+        )
+    if whole.any():
+        run.held_out = HeldOut(values[whole])
+        if not np.isfinite(run.held_out.start_gap).all():
+            run.notes.append(f"{PAIRS}: where the policy stood before training is not known for every pair.")
+    elif not rows:
+        run.notes.append(f"{PAIRS} holds no pairs.")
+    for setting, key in (
+        ("logps_reduction", "reduction"),
+        ("gamma", "gamma"),
+        ("beta", "beta"),
+        ("constraint", "constraint"),
+    ):
+        if key in table:
+            known = run.settings.setdefault(setting, table[key])
+            if known != table[key]:
+                run.notes.append(f"{PAIRS} says {key} = {table[key]!r} and {METRICS} {known!r}: are they of one run?")
+
+
+def _read_log(run: Run) -> None:
+    file = run.folder / LOG
+    if not file.is_file():
+        run.notes.append(f"{LOG} is missing: there are no curves over steps.")
+        return
+    try:
+        entries = read_log(file)
+        resumed = re.findall(rb'^\{"resumed_from": ?(\d+)\}', file.read_bytes(), re.MULTILINE)
+    except OSError as error:
+        run.notes.append(f"{LOG} cannot be read ({error}): there are no curves over steps.")
+        return
+    if resumed:
+        steps = ", ".join(step.decode() for step in resumed)
+        run.notes.append(f"The run was resumed from step {steps}; curves show the steps that count, once each.")
+    finished, not_finite = False, 0
+    sets = sorted({match[1] for entry in entries for key in entry if (match := _EVALUATION_KEY.match(key))})
+    chosen = "eval" if not sets or "eval" in sets else sets[0]
+    if len(sets) > 1:
+        run.notes.append(f"Evaluated on {', '.join(sets)}; this report shows {chosen}. The others are in {LOG}.")
+    for entry in entries:
+        step = entry["step"]
+        finished |= "train_runtime" in entry
+        if isinstance(step, bool) or not 0 <= step < 2**53:
+            continue
+        numbers = {key: value for key, got in entry.items() if (value := number(got)) is not None}
+        not_finite += any(not math.isfinite(value) for value in numbers.values())
+        if any(key.startswith("cpo/") for key in numbers):
+            run.training[step] = numbers
+        if any(key.startswith(f"{chosen}_cpo/") for key in numbers):
+            run.evaluations[step] = _evaluation(numbers, chosen, step)
+    run.training, run.evaluations = dict(sorted(run.training.items())), dict(sorted(run.evaluations.items()))
+    if not_finite:
+        run.notes.append(f"{not_finite} lines of {LOG} hold NaN or infinite numbers: curves have gaps there.")
+    if not finished:
+        last = max([*run.training, *run.evaluations], default=None)
+        run.notes.append(
+            f"{LOG} holds no training." if last is None
+            else f"{LOG} ends at step {last} without the end of training: the run was stopped there, or goes on."
+        )  # fmt: skip
+
+
+def _evaluation(values: dict, prefix: str, step: int | None, pairs=None) -> Evaluation:
+    start = f"{prefix}_"
+    numbers = {
+        key[len(start) :]: got
+        for key, value in values.items()
+        if key.startswith(start) and (got := number(value)) is not None
+    }
+    pairs = number(numbers.get("cpo/pairs", pairs))
+    return Evaluation(step, numbers, int(pairs) if pairs and math.isfinite(pairs) and pairs >= 1 else None)
+
+
+def _before_and_after(run: Run) -> None:
+    """The two evaluations that the table compares: of metrics.json, else the log's first (at step 0) and last."""
+    count = run.record.get("held_out_pairs", len(run.held_out) if run.held_out else None)
+    found = {}
+    for name in ("before", "after"):
+        values = run.record.get(name)
+        if isinstance(values, dict):
+            sets = sorted({match[1] for key in values if (match := _EVALUATION_KEY.match(str(key)))})
+            prefix = "eval" if not sets or "eval" in sets else sets[0]
+            step = values.get("step")
+            found[name] = _evaluation(values, prefix, step if isinstance(step, int) else None, count)
+    steps = list(run.evaluations)
+    run.before, run.after = found.get("before"), found.get("after")
+    if run.before is None and steps and steps[0] == 0:
+        run.before = run.evaluations[0]
+    if run.after is None and steps and steps[-1] > 0:
+        run.after = run.evaluations[steps[-1]]
+        run.notes.append(f"“After” is the last evaluation in {LOG}, at step {steps[-1]}: {METRICS} has no final one.")
+    for name, evaluation in (("before", run.before), ("after", run.after)):
+        if evaluation is None:
+            run.notes.append(f"There is no evaluation {name} training.")
+    # A run evaluates one set of pairs: what one of its evaluations says of their number holds for the other.
+    known = next((e.pairs for e in (run.after, run.before) if e and e.pairs), None)
+    if run.before and not run.before.pairs:
+        run.before = Evaluation(run.before.step, run.before.values, known)
+    if run.after and not run.after.pairs:
+        run.after = Evaluation(run.after.step, run.after.values, known)
+
+
+def _cross_check(run: Run) -> None:
+    """pairs.json against the final metrics: the same weights on the same pairs must give the same fractions."""
+    if run.held_out is None or run.after is None:
+        return
+    pairs, got = len(run.held_out), float(np.mean(run.held_out.gap > 0))
+    if run.after.pairs not in (None, run.pairs_in_file):
+        run.notes.append(f"{PAIRS} holds {run.pairs_in_file} pairs; the final evaluation was over {run.after.pairs}.")
+        return
+    said = run.after.values.get("cpo/prefers_chosen")
+    # Pairs that were left out may be on either side, and one may lie at 0 to rounding.
+    if said is not None and abs(said - got) > (1.5 + run.pairs_in_file - pairs) / run.pairs_in_file:
+        run.notes.append(
+            f"{PAIRS} and the final metrics disagree: {100 * got:.1f} % of its pairs prefer the chosen answer, the metrics "
+            f"say {100 * said:.1f} %. Pictures of single pairs may be of another moment of the run."
+        )
+
+
+def of_runs(runs: list[Run]) -> list[str]:
+    """What has to be known when several runs stand side by side, in words."""
+    notes = []
+
+    def listed(values) -> str:
+        return "; ".join(f"{run.letter}: {value}" for run, value in zip(runs, values, strict=True))
+
+    units = [run.unit if run.reduction else "not known" for run in runs]
+    if len(set(units)) > 1:
+        notes.append(f"Gaps are not known to be in one unit ({listed(units)}): compare fractions, not nats.")
+    gammas = ["not known" if run.gamma is None else f"{run.gamma:g}" for run in runs]
+    if len(set(gammas)) > 1:
+        notes.append(f"γ differs ({listed(gammas)}): violations (δ < γ) count different things.")
+    starts = [
+        None if run.after is None else (run.after.pairs, round(run.after.values.get("cpo/ref_gap", math.nan), 3))
+        for run in runs
+    ]
+    known = [start for start in starts if start is not None and start[1] == start[1]]
+    if len(set(known)) > 1 and len(set(units)) == 1:
+        notes.append(
+            "The runs were evaluated on different pairs or against different references: their numbers do not compare."
+        )
+    seeds = [run.record.get("seed", "not known") for run in runs]
+    if len(runs) > 1:
+        notes.append(f"One seed a run ({listed(seeds)}): what differs between runs includes chance in training.")
+    return notes

@@ -1,0 +1,114 @@
+"""What is known of a run: its settings, curves, evaluations and held-out pairs, whatever of them there is."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+COLUMNS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "start_chosen", "start_rejected")
+UNITS = {"sum": "nats per response", "mean": "nats per token"}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Log-probabilities of n held-out pairs in nats, (n, 6) in the order of `COLUMNS`; NaN where the start is not known."""
+
+    rows: np.ndarray
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.rows[:, COLUMNS.index(name)]
+
+    def _gap(self, which: str) -> np.ndarray:
+        return self._column(f"{which}_chosen") - self._column(f"{which}_rejected")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def gap(self) -> np.ndarray:
+        """δ_θ of each pair after training, (n,)."""
+        return self._gap("policy")
+
+    @property
+    def ref_gap(self) -> np.ndarray:
+        """δ_ref of each pair, (n,)."""
+        return self._gap("ref")
+
+    @property
+    def start_gap(self) -> np.ndarray:
+        """The policy's gap before training, (n,), NaN where not known."""
+        return self._gap("start")
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether the policy began as the reference, to a thousandth of a nat, wherever its start is known."""
+        known = np.isfinite(self.start_gap)
+        return bool(known.any() and np.all(np.abs(self.start_gap - self.ref_gap)[known] <= 1e-3))
+
+    def shift(self, side: str) -> np.ndarray:
+        """s_θ − s_ref of the "chosen" or "rejected" responses after training, (n,)."""
+        return self._column(f"policy_{side}") - self._column(f"ref_{side}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the held-out pairs: metrics without their prefix, and over how many pairs, where known."""
+
+    step: int | None
+    values: dict[str, float]
+    pairs: int | None
+
+
+@dataclass
+class Run:
+    """What is known of a run. `notes` says in words what is missing, broken or surprising."""
+
+    folder: Path
+    letter: str = "A"
+    name: str = ""
+    record: dict = field(default_factory=dict)
+    training: dict[int, dict[str, float]] = field(default_factory=dict)
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    held_out: HeldOut | None = None
+    pairs_in_file: int = 0
+    settings: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def reduction(self) -> str | None:
+        """ "sum" or "mean", or None where no file says it."""
+        got = self.settings.get("logps_reduction")
+        return got if isinstance(got, str) and got in UNITS else None
+
+    @property
+    def unit(self) -> str:
+        return UNITS.get(self.reduction, "nats")
+
+    @property
+    def gamma(self) -> float | None:
+        return number(self.settings.get("gamma"))
+
+    @property
+    def constraint(self) -> str:
+        return str(self.settings.get("constraint", "not known"))
+
+
+def number(value) -> float | None:
+    """`value` as a float if it is a number (NaN and infinities too), else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def by_unit(runs: list[Run]) -> list[list[Run]]:
+    """The runs whose gaps are in the same unit, together: only these share axes in nats."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.unit, []).append(run)
+    return list(found.values())

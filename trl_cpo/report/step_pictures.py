@@ -1,0 +1,186 @@
+"""Pictures over optimizer steps: U, violations and preferences, loss and gap, the multiplier, displacement."""
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .run import Run, by_unit
+from .style import QUIET, canvas, plain_ticks, run_style, run_title
+
+#: Above so many logs, the curve of training is a running mean, and the logs themselves are drawn faintly.
+MOST_LOGS = 60
+_FEW = 4
+
+
+def series(run: Run, metric: str, of_training: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric that was logged, (k,) each, NaN where it was not finite."""
+    found = run.training if of_training else {step: evaluation.values for step, evaluation in run.evaluations.items()}
+    steps = [step for step, values in found.items() if metric in values]
+    values = np.array([found[step][metric] for step in steps], dtype=float)
+    # Beyond this no axis can be drawn; such a run has diverged, and its log says so.
+    values[~np.isfinite(values) | (np.abs(values) > 1e30)] = math.nan
+    return np.array(steps, dtype=float), values
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the values around each, `window` of them inside and fewer at the ends, NaN left out, (k,)."""
+    half = window // 2
+    around = [values[max(0, place - half) : place + half + 1] for place in range(len(values))]
+    return np.array([np.nanmean(part) if np.isfinite(part).any() else math.nan for part in around])
+
+
+def _window(logs: int) -> int:
+    return 1 if logs <= MOST_LOGS else 2 * (logs // 40) + 1
+
+
+def _draw(axes: Axes, runs: list[Run], metric: str, scale: float = 1.0) -> bool:
+    """A run's training curve and its evaluations of one metric; whether anything was there to draw."""
+    drawn = False
+    # Of many runs the markers are to be read, and the noise of training would hide them.
+    line = {"linewidth": 1.3} if len(runs) <= _FEW else {"linewidth": 0.9, "alpha": 0.45}
+    for run in runs:
+        style = run_style(run)
+        steps, values = series(run, metric, of_training=True)
+        if np.isfinite(values).any():
+            drawn, window = True, _window(len(values))
+            if window > 1:
+                axes.plot(steps, scale * values, color=style["color"], linewidth=0.6, alpha=0.3)
+            alone = {"marker": ".", "markersize": 5} if np.isfinite(values).sum() == 1 else {}
+            axes.plot(
+                steps,
+                scale * running_mean(values, window),
+                color=style["color"],
+                linestyle=style["linestyle"],
+                **line,
+                **alone,
+            )
+        steps, values = series(run, metric, of_training=False)
+        if np.isfinite(values).any():
+            drawn = True
+            # Two evaluations, start and end, are no curve.
+            joined = style["linestyle"] if len(steps) > 2 else ""
+            axes.plot(
+                steps, scale * values, **{**style, "linestyle": joined}, linewidth=0.7, markersize=7.5, zorder=4,
+                clip_on=False,
+            )  # fmt: skip
+    if not drawn:
+        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color=QUIET)
+    return drawn
+
+
+def _notes(runs: list[Run]) -> list[str]:
+    smoothed = [f"{run.letter}: {_window(len(run.training))} logs" for run in runs if _window(len(run.training)) > 1]
+    return (
+        [f"Training curves are running means, the logs themselves faint ({', '.join(smoothed)})."] if smoothed else []
+    )
+
+
+def _frame(runs: list[Run], columns: int, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
+    """A figure with rows of panels, and the legend that all of them share."""
+    figure = canvas(0.5 + 3.4 * rows + 0.22 * max(0, (len(runs) + 2) // 3 - 1))
+    axes = [
+        [figure.add_subplot(rows, columns, row * columns + place + 1) for place in range(columns)]
+        for row in range(rows)
+    ]
+    handles = [Line2D([], [], **run_style(run), linewidth=1.5, markersize=7, label=run_title(run)) for run in runs]
+    handles += [
+        Line2D([], [], color=QUIET, linewidth=1.3, label="line: training pairs, mean since the last log"),
+        Line2D(
+            [],
+            [],
+            color=QUIET,
+            marker="o",
+            markersize=7,
+            markeredgecolor="white",
+            linestyle="",
+            label="markers: held-out pairs",
+        ),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure, axes
+
+
+def _finish(axes: Axes, runs: list[Run], title: str, unit: str) -> None:
+    plain_ticks(axes)
+    last = max((step for run in runs for step in (*run.training, *run.evaluations)), default=0)
+    axes.set(xlim=(-0.02 * last, 1.02 * last) if last else (-1, 1))
+    axes.set_title(title)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(unit)
+
+
+def fractions_over_steps(runs: list[Run]) -> tuple[Figure, list[str]]:
+    """U, violations and preferences over steps, in per cent of pairs, all runs in the same axes; and notes."""
+    chosen = (
+        ("in_undesirable_region", "In U (δ_ref < δ_θ < 0)"),
+        ("violation_rate", "Violations (δ_θ < γ)"),
+        ("prefers_chosen", "Prefers chosen (δ_θ > 0)"),
+    )
+    figure, (row,) = _frame(runs, len(chosen))
+    for axes, (metric, title) in zip(row, chosen, strict=True):
+        _draw(axes, runs, f"cpo/{metric}", scale=100.0)
+        _finish(axes, runs, title, "pairs (%)")
+        axes.set_ylim(-3, 103)
+        axes.set_yticks(range(0, 101, 20))
+    return figure, _notes(runs)
+
+
+def loss_and_gap(runs: list[Run]) -> tuple[Figure, list[str]]:
+    """The loss, and the mean gap with the held-out reference's, a row a unit; and notes."""
+    groups = by_unit(runs)
+    figure, rows = _frame(runs, 2, len(groups))
+    for (left, right), group in zip(rows, groups, strict=True):
+        _draw(left, group, "loss")
+        _finish(left, group, "Loss", "loss (nats)")
+        _draw(right, group, "cpo/gap")
+        references = {}
+        for run in group:
+            values = series(run, "cpo/ref_gap", of_training=False)[1]
+            if np.isfinite(values).any():
+                references.setdefault(round(float(values[np.isfinite(values)][-1]), 3), run_style(run)["color"])
+        for value, colour in references.items():
+            right.axhline(value, color=QUIET if len(references) == 1 else colour, linestyle=(0, (2, 2)), linewidth=1.2)
+        right.axhline(0, color="#222222", linewidth=1.0)
+        named = ", held-out δ_ref dotted" if references else ""
+        _finish(right, group, f"Mean gap δ_θ{named}", f"gap ({group[0].unit})")
+    return figure, _notes(runs)
+
+
+def has_multiplier(run: Run) -> bool:
+    """Whether the run logged a multiplier."""
+    return any("cpo/lambda" in values for values in run.training.values())
+
+
+def multiplier(runs: list[Run]) -> tuple[Figure, list[str]]:
+    """λ, the mean violation and the slack over steps, a row a unit; and notes."""
+    groups = [group for group in by_unit(runs) if any(map(has_multiplier, group))]
+    runs = [run for group in groups for run in group]
+    figure, rows = _frame(runs, 3, len(groups))
+    for (left, middle, right), group in zip(rows, groups, strict=True):
+        _draw(left, group, "cpo/lambda")
+        _finish(left, group, "Multiplier λ", "λ (1/nats)")
+        _draw(middle, group, "cpo/violation")
+        _finish(middle, group, "Mean violation max(0, γ − δ_θ)", f"violation ({group[0].unit})")
+        _draw(right, group, "cpo/slack")
+        signals = {str(run.settings.get("dual_signal", "not known")) for run in group if has_multiplier(run)}
+        known = {"violation_rate": "fraction of pairs", "violation": group[0].unit}
+        unit = known.get(signals.pop(), "unit of ε") if len(signals) == 1 else "unit of ε"
+        right.axhline(0, color="#222222", linewidth=1.0)
+        _finish(right, group, "Slack ε − violation", f"slack ({unit})")
+    return figure, _notes(runs)
+
+
+def displacement_over_steps(runs: list[Run]) -> tuple[Figure, list[str]]:
+    """How far chosen and rejected log-probabilities moved from the reference's, over steps; and notes."""
+    groups = by_unit(runs)
+    figure, rows = _frame(runs, 2, len(groups))
+    for both, group in zip(rows, groups, strict=True):
+        both[1].sharey(both[0])
+        for axes, side in zip(both, ("chosen", "rejected"), strict=True):
+            _draw(axes, group, f"cpo/{side}_logps_shift")
+            axes.axhline(0, color="#222222", linewidth=1.0)
+            _finish(axes, group, f"{side.capitalize()} log-prob moved by", f"s_θ − s_ref ({group[0].unit})")
+    return figure, _notes(runs)

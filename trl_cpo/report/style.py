@@ -1,0 +1,136 @@
+"""How every picture of the report looks: colours, line styles, sizes, and text that can be drawn."""
+
+import io
+import unicodedata
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .run import Run
+from .table import minus
+
+#: Width of a picture on the page, in inches of 96 CSS pixels, and the pixels of the PNG per such inch.
+WIDTH, DPI = 12.0, 160
+#: Okabe and Ito's colours without the yellow, which is hard to see on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2)), (0, (8, 1.5, 1, 1.5, 1, 1.5)))
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+#: What became of a pair: label, colour, marker where place alone does not tell.
+OUTCOMES = {
+    "prefers": ("prefers chosen (δ_θ > 0)", "#0072B2", "o"),
+    "in_u": ("in U (δ_ref < δ_θ < 0)", "#D55E00", "^"),
+    "neither": ("neither: δ_θ ≤ 0 and not above δ_ref", "#000000", "x"),
+}
+U_SHADE, QUIET = "#F5C9A8", "#666666"
+
+_SETTINGS = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    # Names of runs may hold $ signs.
+    "text.parse_math": False,
+}
+
+
+@contextmanager
+def drawing():
+    """matplotlib's own defaults and the report's settings, whatever the user's matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def canvas(height: float) -> Figure:
+    """An empty figure of the page's width; `height` in inches."""
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG of `WIDTH * DPI` pixels across, the same bytes for the same figure."""
+    held = io.BytesIO()
+    figure.savefig(held, format="png", dpi=DPI, metadata={"Software": None})
+    return held.getvalue()
+
+
+def panels(count: int, heights: tuple[float, float, float] = (5.6, 4.9, 4.3)) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, at most three in a row; `heights`: inches of a row of one, two and three."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = canvas(heights[columns - 1] * rows + 0.3)
+    axes = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
+    return figure, axes
+
+
+def plain_ticks(axes: Axes, x: bool = True, y: bool = True) -> None:
+    """Few ticks that say their whole number, so that none overlap and none hides in a corner of the axes."""
+    for axis, wanted in ((axes.xaxis, x), (axes.yaxis, y)):
+        if wanted:
+            axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: minus(f"{value:.6g}")))
+
+
+@cache
+def _font() -> FT2Font:
+    return FT2Font(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"))
+
+
+@cache
+def _advance(char: str) -> float:
+    """The width of a character, in font sizes."""
+    font = _font()
+    font.set_size(64, 72)
+    return font.load_char(ord(char)).linearHoriAdvance / 65536 / 64
+
+
+def width_of(text: str) -> float:
+    """The width of a text that can be drawn, in font sizes."""
+    return sum(map(_advance, text))
+
+
+def drawable(text: str, limit: float = 19.0) -> str:
+    """`text` on one line, its middle cut out beyond a width of `limit` font sizes, □ for what the font has no glyph of.
+
+    The limit is what a panel's title and a column of the legend have room for where three stand side by side.
+    """
+    text = "".join(
+        "□" if unicodedata.category(char)[0] in "CZ" and char != " " or not _font().get_char_index(ord(char)) else char
+        for char in text
+    )
+    if width_of(text) <= limit:
+        return text
+    ends = limit / 2 - _advance("…") / 2
+    head = next(count for count in range(len(text)) if width_of(text[: count + 1]) > ends)
+    tail = next(count for count in range(len(text)) if width_of(text[len(text) - count - 1 :]) > ends)
+    return f"{text[:head]}…{text[len(text) - tail :]}"
+
+
+def run_title(run: Run) -> str:
+    """A run in a picture: its letter and its name, shortened."""
+    return f"{run.letter}  {drawable(run.name)}"
+
+
+def run_style(run: Run) -> dict:
+    """Colour, line style and marker of a run; of twelve no two share colour and line style, nor colour and marker."""
+    place = ord(run.letter) - ord("A")
+    colour, hollow = COLOURS[place % len(COLOURS)], place >= len(COLOURS)
+    return {
+        "color": colour, "linestyle": LINES[place % len(LINES)], "marker": MARKERS[place % len(MARKERS)],
+        "markerfacecolor": "white" if hollow else colour, "markeredgecolor": colour if hollow else "white",
+        "markeredgewidth": 1.4 if hollow else 0.8,
+    }  # fmt: skip

@@ -1,0 +1,84 @@
+"""Writing a report over nothing but an unchanged older report."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from ..outputs import is_taken, next_free
+
+#: Lists a report's own files and their hashes, so that the next one knows what it may replace.
+CONTENTS = "report-contents.json"
+_MADE_BY = "trl-cpo report"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _own_files(out: Path) -> dict[str, list[str]]:
+    """The files that an older report in `out` lists as its own, with the hashes they may have; empty if there is none."""
+    try:
+        contents = json.loads((out / CONTENTS).read_text(encoding="utf-8"))
+        files = contents["files"] if contents["made_by"] == _MADE_BY else {}
+        return {name: list(hashes) for name, hashes in files.items() if Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def check_free(out: str | Path) -> None:
+    """Raises `FileExistsError` unless `out` is empty, does not exist, or holds an unchanged report and nothing else."""
+    out = Path(out)
+    if not is_taken(out):
+        return
+    advice = f"Nothing in it is overwritten. Give another folder, such as --out {next_free(out)}."
+    if not out.is_dir():
+        raise FileExistsError(f"{out} is a file. {advice}")
+    own = _own_files(out)
+    ours = {CONTENTS, *own, *(_unfinished(name) for name in (CONTENTS, *own))}
+    strangers = sorted(path.name for path in out.iterdir() if path.name not in ours)
+    # A report interrupted at its very first file has left nothing else.
+    if strangers or (not own and (out / CONTENTS).exists()):
+        raise FileExistsError(
+            f"{out} holds files that are no report's ({', '.join(strangers[:3]) or CONTENTS}). {advice}"
+        )
+    changed = [
+        name for name, hashes in own.items() if (out / name).exists() and _hash((out / name).read_bytes()) not in hashes
+    ]
+    if changed:
+        raise FileExistsError(f"{out} holds a report that was changed by hand ({', '.join(changed[:3])}). {advice}")
+
+
+def write(out: str | Path, files: dict[str, bytes]) -> None:
+    """Writes the files of a report, after `check_free`; those of an older report that the new one lacks are removed.
+
+    The list of the report's own files is written first, with the hashes of old and new ones, so that a report that is
+    interrupted here is still known as one.
+    """
+    out = Path(out)
+    check_free(out)
+    old = _own_files(out)
+    out.mkdir(parents=True, exist_ok=True)
+    new = {name: [_hash(data)] for name, data in files.items()}
+    _replace(out / CONTENTS, _listed({name: old.get(name, []) + new.get(name, []) for name in {**old, **new}}))
+    for name in old.keys() - new.keys():
+        (out / name).unlink(missing_ok=True)
+    for name in old:
+        (out / _unfinished(name)).unlink(missing_ok=True)
+    for name, data in files.items():
+        _replace(out / name, data)
+    _replace(out / CONTENTS, _listed(new))
+
+
+def _unfinished(name: str) -> str:
+    return f".{name}.unfinished"
+
+
+def _listed(files: dict[str, list[str]]) -> bytes:
+    return (json.dumps({"made_by": _MADE_BY, "files": files}, indent=1) + "\n").encode()
+
+
+def _replace(file: Path, data: bytes) -> None:
+    unfinished = file.with_name(_unfinished(file.name))
+    unfinished.write_bytes(data)
+    os.replace(unfinished, file)
