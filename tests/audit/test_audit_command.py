@@ -1,0 +1,224 @@
+"""`trl-cpo audit` from end to end on tiny models: its numbers against a plain forward, its answers, its refusals."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, pair_rows
+from datasets import Dataset
+
+from trl_cpo.cli import main
+from trl_cpo.scores import table_of
+
+N = 24
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory) -> str:
+    """24 pairs with a kind and scores; the prompt of row 5 fills max_length, row 7 has the same answer twice."""
+    rows = pair_rows(N, seed=4)
+    for number, row in enumerate(rows):
+        row |= {"kind": "even" if number % 2 == 0 else "odd", "score_chosen": 1.0 + number % 3, "score_rejected": 1.5}
+    rows[5]["prompt"] = "the fox " * 70
+    rows[7]["rejected"] = rows[7]["chosen"]
+    folder = tmp_path_factory.mktemp("pairs")
+    Dataset.from_list(rows).to_json(folder / "pairs.jsonl")
+    return str(folder / "pairs.jsonl")
+
+
+@pytest.fixture
+def audit(capsys, pairs_file, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+    def run(*more, model=model_folder, dataset=pairs_file):
+        code = main(["audit", "--model", model, "--dataset", dataset, "--max-length", "64", *map(str, more)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def plain_logps(model, tokenizer, prompt: str, answer: str) -> tuple[float, int]:
+    """The sum of an answer's token log-probabilities, by transformers alone, and its tokens (at most 64 in all)."""
+    before, ids = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer + tokenizer.eos_token)["input_ids"][:64]
+    with torch.no_grad():
+        logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(logps[at - 1, ids[at]].item() for at in range(len(before), len(ids))), len(ids) - len(before)
+
+
+def counted(document, *path):
+    one = document["sets"][0]["all"]
+    for key in path:
+        one = one[key]
+    return one["k"], one["n"]
+
+
+def test_the_numbers_are_those_of_a_plain_forward(audit, pairs_file, model_folder, ref_model_folder, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    code, out, err = audit("--json", "--ref-model", ref_model_folder, "--slice", "kind", "--worst", 2, "--beta", 0.5)
+    assert code == 0, err
+    document = json.loads(out)
+    (one,) = document["sets"]
+    with open(pairs_file) as lines:
+        rows = [json.loads(line) for line in lines]
+    kept = [number for number in range(N) if number not in (5, 7)]
+    gaps = {}
+    for name, folder in (("ref", ref_model_folder), ("policy", model_folder)):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        sides = [[plain_logps(model, tokenizer, rows[n]["prompt"], rows[n][side]) for n in kept] for side in ("chosen", "rejected")]
+        gaps[name] = np.array([a - b for (a, _), (b, _) in zip(*sides, strict=True)])
+        gaps[f"{name} mean"] = np.array([a / k - b / m for (a, k), (b, m) in zip(*sides, strict=True)])
+    assert np.abs(np.concatenate(list(gaps.values()))).min() > 1e-3  # no sign hangs on rounding
+    assert counted(document, "misaligned", "sum") == ((gaps["ref"] < 0).sum(), 22)
+    assert counted(document, "misaligned", "mean") == ((gaps["ref mean"] < 0).sum(), 22)
+    assert 0 < (gaps["ref"] < 0).sum() < 22
+    assert one["all"]["ref_gap"]["sum"]["mean"] == pytest.approx(gaps["ref"].mean(), abs=1e-4)
+    assert one["all"]["policy"]["gap"] == pytest.approx(gaps["policy"].mean(), abs=1e-4)
+    in_region = (gaps["policy"] < 0) & (gaps["policy"] > gaps["ref"])
+    assert counted(document, "policy", "in_undesirable_region") == (in_region.sum(), 22)
+    reward = np.array([1.0 + n % 3 - 1.5 for n in kept])
+    assert counted(document, "assumption", "violated") == ((gaps["ref"] + reward / 0.5 <= 0).sum(), 22)
+    assert counted(document, "assumption", "contradict_label") == ((reward < 0).sum(), 22)
+    worst = sorted(range(22), key=lambda at: gaps["ref"][at])[:2]
+    assert [pair["row"] for pair in one["worst"]] == [kept[at] for at in worst]
+    assert one["worst"][0]["chosen"].strip() in rows[kept[worst[0]]]["chosen"] + tokenizer.eos_token
+    even = np.array([n % 2 == 0 for n in kept])
+    slices = {part["value"]: part for part in one["slices"]}
+    assert slices["even"]["misaligned"]["sum"]["k"] == ((gaps["ref"] < 0) & even).sum()
+    assert slices["even"]["pairs"] + slices["odd"]["pairs"] == 22
+    # The preflight has what was left out.
+    assert one["preflight"]["dropped"] == 1 and one["preflight"]["pairs"] == 23
+    found = {finding["finding"]: finding for finding in one["preflight"]["findings"]}
+    assert found["identical"]["rows"] == [7] and found["identical"]["fault"]
+    assert "FAULT: 1 of 23 pairs have the same chosen and rejected answer" in err
+
+
+def test_text_and_a_second_run_that_scores_nothing(audit, monkeypatch):
+    code, first, _ = audit()
+    assert code == 0 and "Where the reference stands (22 pairs scored)" in first and "- First mend the pairs" in first
+    from trl_cpo import CPOConstrainedTrainer
+
+    def refuse(*_, **__):
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(CPOConstrainedTrainer, "compute_ref_log_probs", refuse)
+    assert audit()[:2] == (0, first)
+    # Another max_length is another table, so that the patch is seen to be where scoring goes through.
+    code, _, err = audit("--max-length", 48)
+    assert code == 3 and "scored again" in err
+
+
+def test_training_finds_the_audits_table(audit, pairs_file, model_folder, tmp_path, tokenizer, monkeypatch):
+    from conftest import training_options
+    from datasets import load_dataset
+
+    from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+
+    assert audit()[0] == 0
+    monkeypatch.setattr(CPOConstrainedTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("scored again"))
+    args = CPOConstrainedConfig(**training_options(tmp_path / "run", constraint="softplus", precompute_ref_log_probs=True))
+    pairs = load_dataset("json", data_files=pairs_file, split="train", cache_dir=str(tmp_path / "data"))
+    with pytest.warns(UserWarning, match="Of the 24 pairs"):
+        trainer = CPOConstrainedTrainer(model=model_folder, args=args, train_dataset=pairs)
+    table = table_of(trainer, "train")
+    assert len(table) == 23 and np.isfinite(table.chosen_logps).all()
+
+
+def test_tokens_are_counted_as_the_table_counts_them(pairs_file, model_folder, tmp_path, tokenizer, monkeypatch):
+    from conftest import training_options
+    from datasets import load_dataset
+
+    from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+    from trl_cpo.audit.preflight import TokenPairs, Truncation, answer_tokens
+
+    monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path / "cache"))
+    pairs = load_dataset("json", data_files=pairs_file, split="train", cache_dir=str(tmp_path / "data")).select([0, 1, 2, 3])
+    args = CPOConstrainedConfig(
+        **training_options(tmp_path / "run", constraint="clip", precompute_ref_log_probs=True, max_length=14)
+    )
+    trainer = CPOConstrainedTrainer(model=model_folder, args=args, train_dataset=pairs)
+    table = table_of(trainer, "train")
+    columns = (trainer.train_dataset[name][:] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    counts = answer_tokens(TokenPairs(*columns, rows=range(4)), Truncation(14))
+    assert table.chosen_tokens.tolist() == counts[0].tolist() and table.rejected_tokens.tolist() == counts[1].tolist()
+
+
+def test_preflight_alone_loads_no_model(audit, tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer_only")
+    make_model().config.save_pretrained(tmp_path / "tokenizer_only")
+    code, out, err = audit("--preflight-only", model=str(tmp_path / "tokenizer_only"))
+    assert code == 0, err
+    assert "FAULT: 1 of 23 (4.3 %) have the same chosen and rejected answer" in out and "Where the reference" not in out
+
+
+def test_an_adapter_is_scored_as_it_stands(audit, model_folder, tmp_path, tokenizer):
+    """A trained adapter against its base: the policy differs, and differs by what merging it gives."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    numbers = []
+    for model in ("adapter", "merged"):
+        code, out, err = audit("--json", "--ref-model", model_folder, model=str(tmp_path / model))
+        assert code == 0, err
+        numbers.append(json.loads(out)["sets"][0]["all"])
+    assert numbers[0]["policy"]["gap"] == pytest.approx(numbers[1]["policy"]["gap"], abs=1e-3)
+    assert numbers[0]["ref_gap"] == numbers[1]["ref_gap"]
+    assert abs(numbers[0]["policy"]["gap"] - numbers[0]["ref_gap"]["sum"]["mean"]) > 0.05
+
+
+def test_a_draw_is_a_random_one_and_the_same_each_time(audit):
+    documents = [json.loads(audit("--json", "--preflight-only", "--max-pairs", 6, "--seed", seed)[1]) for seed in (1, 1, 2)]
+    seen = [[pair["row"] for pair in document["sets"][0]["preflight"]["seen"]] for document in documents]
+    assert seen[0] == seen[1] != seen[2]
+    assert all(document["sets"][0]["preflight"]["given"] == 6 and document["sets"][0]["rows"] == N for document in documents)
+
+
+def test_hh_text_and_several_splits(audit, tmp_path):
+    folder = tmp_path / "hh"
+    folder.mkdir()
+    for split, answers in (("train", ["Yes.", "No.", "Maybe so."]), ("test", ["Red.", "Blue."])):
+        rows = [
+            {"chosen": f"\n\nHuman: Q{n}?\n\nAssistant: {a}", "rejected": f"\n\nHuman: Q{n}?\n\nAssistant: not {a}"}
+            for n, a in enumerate(answers)
+        ]
+        if split == "train":
+            rows.insert(1, {"chosen": "no dialogue", "rejected": rows[0]["rejected"]})
+        Dataset.from_list(rows).to_json(folder / f"{split}.jsonl")
+    code, out, err = audit("--json", "--split", "train", "test", dataset=str(folder))
+    assert code == 0, err
+    train, test = json.loads(out)["sets"]
+    assert (train["set"], train["all"]["pairs"], train["refused"], train["rows"]) == ("train", 3, 1, 4)
+    assert (test["set"], test["all"]["pairs"], test["refused"]) == ("test", 2, 0)
+    assert {pair["row"] for pair in train["worst"]} <= {0, 2, 3}
+
+
+def test_refusals_say_what_to_do_and_exit_with_2(audit, tmp_path, model_folder, tokenizer):
+    def refused(*more, **where):
+        code, out, err = audit(*more, **where)
+        assert code == 2 and out == "" and "Traceback" not in err
+        assert err.rstrip().endswith("trl-cpo audit --help")
+        return err
+
+    err = refused("--slice", "source", "--score-columns", "good", "bad")
+    assert "no column 'source' and no column 'good' and no column 'bad'" in err and "kind" in err
+    assert "must hold numbers" in refused("--score-columns", "kind", "kind")
+    err = refused("--beta", 0, "--gamma", -1, "--max-pairs", 0, "--beta", "nan")
+    assert "--beta must be > 0; got nan" in err and "--gamma must be >= 0; got -1" in err and "--max-pairs must be > 0" in err
+    assert "unknown option --bta. Did you mean --beta?" in refused("--bta", 1)
+    assert "Cannot load a tokenizer" in refused(model=str(tmp_path / "nothing"))
+    assert "There is no file or folder" in refused(dataset="./nothing.jsonl")
+    assert "has no split 'dev'" in refused("--split", "dev")
+    other = tmp_path / "other"
+    make_model(vocab_size=384).save_pretrained(other)
+    assert "vocabulary of 400 tokens and ref_model one of 384" in refused("--ref-model", str(other))
+    assert "every prompt alone fills max_length=1 tokens" in refused("--max-length", 1)

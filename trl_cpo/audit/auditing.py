@@ -1,0 +1,186 @@
+"""One audit from a request to its document: read, look through, score, measure."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .document import FORMAT, audited_set
+from .measures import Settings
+from .preflight import digests, examine, answer_tokens
+from .scored import ScoredPairs
+from .scoring import ROW, AuditError, PreparedPairs, Scorer, end_tokens
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DEMO_MODEL = "demo"
+#: The columns in which TRL's own preference sets keep the scores of the two answers.
+SCORE_COLUMNS = ("score_chosen", "score_rejected")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: names as the user gave them, and how to score."""
+
+    model: str
+    dataset: str
+    ref_model: str | None = None
+    splits: tuple[str, ...] = ("train",)
+    dataset_config: str | None = None
+    dataset_data_dir: str | None = None
+    slices: tuple[str, ...] = ()
+    score_columns: tuple[str, str] | None = None
+    settings: Settings = field(default_factory=lambda: Settings(beta=0.1, gamma=1.0))
+    max_pairs: int | None = None
+    seed: int = 0
+    worst: int = 3
+    preflight_only: bool = False
+    scorer: Scorer = field(default_factory=Scorer)
+
+
+@dataclass(frozen=True)
+class _Set:
+    pairs: "Dataset"
+    rows: int
+    refused: int
+
+
+def audit(request: Request, say: Callable[[str], None] = lambda _: None) -> dict:
+    """The audit's document. `say` is told, line by line, what is being done.
+
+    Raises:
+        ValueError: models, pairs or columns that cannot be audited, in words; before any scoring where it can be known then.
+    """
+    model, ref_model = (_folder_of(name) for name in (request.model, request.ref_model))
+    sets = {split: _read(request, split) for split in request.splits}
+    scorer = request.scorer
+    tokenizer = scorer.tokenizer(model)
+    if ref_model is not None:
+        scorer.check_same_vocabulary(model, ref_model)
+    ends = end_tokens(model, tokenizer)
+    prepared, preflights = {}, {}
+    for name, one in sets.items():
+        say(f"{name}: looking through {len(one.pairs)} pairs")
+        prepared[name] = scorer.prepare(one.pairs, tokenizer, name)
+        preflights[name] = examine(
+            prepared[name].tokens,
+            tokenizer,
+            scorer.truncation,
+            ends=ends,
+            prompt_alone=prepared[name].prompt_alone,
+            given=prepared[name].given,
+        )
+        faults = [found for found in preflights[name]["findings"] if found["fault"]]
+        for found in faults:
+            say(f"{name}: FAULT: {found['count']} of {found['of']} pairs {found['says']}")
+    document = {
+        "format": FORMAT,
+        "model": request.model,
+        "ref_model": request.ref_model,
+        "dataset": request.dataset,
+        "seed": request.seed,
+        "settings": vars(request.settings),
+        "sets": [
+            {"set": name, "rows": one.rows, "refused": one.refused, "preflight": preflights[name]}
+            for name, one in sets.items()
+        ],
+    }
+    if request.preflight_only:
+        return document
+    scored = _scored(scorer, tokenizer, model, ref_model, prepared, say)
+    for entry in document["sets"]:
+        entry.update(_numbers(request, sets[entry["set"]], prepared[entry["set"]], entry, scored[entry["set"]]))
+    return document
+
+
+def _folder_of(model: str | None) -> str | None:
+    if model != DEMO_MODEL:
+        return model
+    from ..demo.model import demo_model_folder
+
+    return str(demo_model_folder())
+
+
+def _read(request: Request, split: str) -> _Set:
+    """The pairs of a split with their number in it, HH-RLHF text as messages, a random sample if fewer were asked for."""
+    from ..sources import load_pairs, to_conversational
+
+    loaded = load_pairs(request.dataset, split, config=request.dataset_config, data_dir=request.dataset_data_dir)
+    missing = [name for name in (*request.slices, *(request.score_columns or ())) if name not in loaded.column_names]
+    if missing:
+        raise AuditError(
+            f"{request.dataset}, split {split!r}, has no column {' and no column '.join(map(repr, missing))}; its columns are "
+            f"{', '.join(loaded.column_names)}. Give some of these."
+        )
+    rows = len(loaded)
+    pairs, report = to_conversational(loaded.add_column(ROW, list(range(rows))))
+    if request.max_pairs is not None and request.max_pairs < len(pairs):
+        # Drawn at random: an interval from the first rows would be about the first rows.
+        drawn = np.random.default_rng(request.seed).choice(len(pairs), request.max_pairs, replace=False)
+        pairs = pairs.select(sorted(drawn.tolist()))
+    return _Set(pairs, rows, 0 if report is None else sum(report.refused.values()))
+
+
+def _scored(scorer, tokenizer, model, ref_model, prepared, say) -> dict[str, dict[str, np.ndarray]]:
+    """Of each set the log-probabilities, named as in `ScoredPairs`."""
+    seen = {name: one.seen for name, one in prepared.items()}
+    scored: dict[str, dict[str, np.ndarray]] = {name: {} for name in seen}
+    roles = [("ref", model)] if ref_model is None else [("ref", ref_model), ("policy", model)]
+    for role, one in roles:
+        say(f"scoring with {one}")
+        for name, (chosen, rejected) in scorer.score(one, seen, tokenizer).items():
+            if len(chosen) != len(prepared[name].tokens):
+                raise RuntimeError(f"{name}: {len(chosen)} pairs scored of {len(prepared[name].tokens)} prepared.")
+            scored[name] |= {f"{role}_chosen": chosen, f"{role}_rejected": rejected}
+    return scored
+
+
+def _numbers(request: Request, one: _Set, prepared: PreparedPairs, entry: dict, logps: dict[str, np.ndarray]) -> dict:
+    tokens = prepared.tokens
+    chosen_tokens, rejected_tokens, comparable = answer_tokens(tokens, request.scorer.truncation)
+    if not comparable.any():
+        raise AuditError(
+            f"{entry['set']}: max_length={request.scorer.max_length} leaves no pair whose two answers can be compared: in all "
+            "of them they are the same, or one is empty. Set a larger one, or mend the pairs."
+        )
+    numbers, _ = digests(tokens)
+    place = {row: at for at, row in enumerate(one.pairs[ROW][:])}
+    places = [place[row] for row in tokens.rows]
+
+    def column(name: str, kind) -> np.ndarray:
+        values = one.pairs[name][:]
+        return np.array([values[at] for at in places], dtype=kind)
+
+    pairs = ScoredPairs(
+        **{name: np.where(comparable, values, 0.0) for name, values in logps.items()},
+        chosen_tokens=np.maximum(chosen_tokens, 1),
+        rejected_tokens=np.maximum(rejected_tokens, 1),
+        prompt_of=numbers,
+        reward_gap=_reward_gap(request, one, column),
+        slices={name: column(name, object) for name in request.slices},
+    )
+    kept = np.flatnonzero(comparable)
+    audited = audited_set(
+        entry["set"],
+        pairs.take(kept),
+        request.settings,
+        preflight=entry["preflight"],
+        rows=[tokens.rows[at] for at in kept],
+        text_of=lambda at: prepared.row_of(int(kept[at])),
+        worst=request.worst,
+    )
+    return audited
+
+
+def _reward_gap(request: Request, one: _Set, column: Callable) -> np.ndarray | None:
+    names = request.score_columns or SCORE_COLUMNS
+    if not set(names) <= set(one.pairs.column_names):
+        return None
+    try:
+        # None becomes NaN: not known.
+        chosen, rejected = (column(name, np.float64) for name in names)
+    except (TypeError, ValueError) as error:
+        raise AuditError(f"The score columns {' and '.join(names)} must hold numbers: {error}.") from error
+    return chosen - rejected

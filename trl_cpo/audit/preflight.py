@@ -1,0 +1,231 @@
+"""What the model sees of the pairs: the token ids that training would use, looked through before a model is loaded."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .quoting import quoted
+
+#: Rows named for each finding, and rows whose prompt is tokenized again.
+_ROWS_NAMED, _PROMPTS_LOOKED_AT = 5, 2000
+#: Longest decoded text that the document keeps, and how much of that is its end.
+_SHOWN, _SHOWN_TAIL = 1200, 400
+#: So few tokens may be blank; decoding longer answers to see it would cost time and find nothing.
+_MAY_BE_BLANK = 8
+
+#: Finding to (whether it is a fault, what it means). A fault makes numbers or training wrong; the rest is to be known.
+FINDINGS = {
+    "double_bos": (True, "begin with more than one BOS token: the template and the tokenizer both add one"),
+    "missing_bos": (False, "begin without BOS, which this tokenizer puts in front of a plain text"),
+    "no_end": (True, "have an answer without an end token: the model does not learn to stop there"),
+    "double_end": (True, "have an answer with two end tokens in a row: text or template adds one that the other has"),
+    "prompt_not_prefix": (
+        True,
+        "have a prompt that is not the beginning of prompt + answer in tokens: its end is left out of training, and at "
+        "inference the model sees it",
+    ),
+    "empty_chosen": (True, "have an empty chosen answer"),
+    "empty_rejected": (True, "have an empty rejected answer"),
+    "identical": (True, "have the same chosen and rejected answer: nothing can be learnt from them; left out below"),
+    "identical_when_cut": (True, "have answers that max_length makes the same; left out below"),
+    "nothing_scored": (True, "have an answer of which max_length leaves nothing to score; left out below"),
+    "contradicted": (True, "are also there with chosen and rejected exchanged"),
+    "duplicate": (False, "repeat an earlier pair"),
+    "prompt_cut": (False, "have a prompt cut by max_length (keep_end): the answers are scored without its beginning"),
+    "cut_chosen": (False, "have a chosen answer cut by max_length, its end token with it if truncation is keep_start"),
+    "cut_rejected": (False, "have a rejected answer cut by max_length"),
+}
+
+
+@dataclass(frozen=True)
+class TokenPairs:
+    """n pairs as token ids, and the number of each in its source. An answer's ids are those after the prompt's."""
+
+    prompt: Sequence[list[int]]
+    chosen: Sequence[list[int]]
+    rejected: Sequence[list[int]]
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How a sequence is cut to `max_length` tokens (None: not), as DPOTrainer's collator cuts it."""
+
+    max_length: int | None
+    mode: str = "keep_start"
+
+    def left(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int], int]:
+        """The tokens of a prompt and of its answer that are left, and how many of the answer's are scored.
+
+        The first token of a sequence is never scored: where nothing of the prompt is left, it is one of the answer's.
+        """
+        from ..checks import visible_span
+
+        first, end, scored = visible_span(len(prompt), len(answer), self.max_length, self.mode)
+        kept = len(prompt) if self.max_length is None else min(len(prompt), self.max_length - (end - first))
+        prompt = prompt[:kept] if self.mode == "keep_start" else prompt[len(prompt) - kept :]
+        return prompt, answer[first:end], scored
+
+
+def answer_tokens(pairs: TokenPairs, truncation: Truncation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens left of the chosen and of the rejected answers, (n,) each, and which pairs can be compared, (n,).
+
+    A pair compares two answers where both have a token that is scored and they are not the same, as in training, whose
+    cpo/ metrics leave the other pairs out.
+    """
+    counts, comparable = np.zeros((2, len(pairs)), dtype=np.int64), np.ones(len(pairs), dtype=bool)
+    for at, (prompt, chosen, rejected) in enumerate(zip(pairs.prompt, pairs.chosen, pairs.rejected, strict=True)):
+        left = [truncation.left(prompt, answer) for answer in (chosen, rejected)]
+        counts[:, at] = [len(answer) for _, answer, _ in left]
+        comparable[at] = all(scored > 0 for *_, scored in left) and left[0][1] != left[1][1]
+    return counts[0], counts[1], comparable
+
+
+def digests(pairs: TokenPairs) -> tuple[np.ndarray, list[tuple[bytes, bytes, bytes]]]:
+    """A number for each prompt, equal where prompts are, (n,), and the digests of prompt, chosen and rejected."""
+
+    def digest(ids: list[int]) -> bytes:
+        return hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
+
+    parts = [tuple(map(digest, ids)) for ids in zip(pairs.prompt, pairs.chosen, pairs.rejected, strict=True)]
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(prompt, len(numbers)) for prompt, _, _ in parts], dtype=np.int64), parts
+
+
+def examine(
+    pairs: TokenPairs,
+    tokenizer: Any,
+    truncation: Truncation,
+    *,
+    ends: set[int],
+    prompt_alone: Callable[[int], list[int]],
+    given: int,
+    shown: int = 2,
+) -> dict:
+    """The preflight of a set, as JSON's types.
+
+    Args:
+        pairs: what DPOTrainer's preparation left, before truncation.
+        tokenizer: the one that made the ids.
+        truncation: how training cuts them.
+        ends: ids of the tokens that end an answer.
+        prompt_alone: position of a pair to the ids of its prompt by itself.
+        given: pairs before preparation; those missing were dropped for a prompt that fills max_length.
+        shown: pairs decoded: the first, then the longest.
+    """
+    found = _found(pairs, tokenizer, truncation, ends)
+    looked_at = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), _PROMPTS_LOOKED_AT)).round().astype(int)).tolist()
+    tails = {at: prompt_alone(at)[len(pairs.prompt[at]) :] for at in looked_at}
+    found["prompt_not_prefix"] = [at for at, tail in tails.items() if tail]
+    findings = []
+    for name, (is_fault, says) in FINDINGS.items():
+        if places := found.get(name):
+            rows = [int(pairs.rows[at]) for at in places[:_ROWS_NAMED]]
+            of = len(looked_at) if name == "prompt_not_prefix" else len(pairs)
+            finding = {"finding": name, "fault": is_fault, "count": len(places), "of": of, "rows": rows, "says": says}
+            if name == "prompt_not_prefix":
+                finding["left_out"] = quoted(tokenizer.decode(tails[places[0]]), 80)
+            findings.append(finding)
+    return {
+        "given": given,
+        "dropped": given - len(pairs),
+        "pairs": len(pairs),
+        "max_length": truncation.max_length,
+        "truncation_mode": truncation.mode,
+        "bos_token": tokenizer.bos_token,
+        "leading_bos": _counted(_leading(ids, tokenizer.bos_token_id) for ids in _sequences(pairs)),
+        "end_tokens": sorted(tokenizer.convert_ids_to_tokens(list(ends))),
+        "ends_an_answer": _counted(sum(t in ends for t in ids) for ids in (*pairs.chosen, *pairs.rejected)),
+        "tokens": {name: _lengths(getattr(pairs, name)) for name in ("prompt", "chosen", "rejected")},
+        "findings": findings,
+        "seen": [_seen(pairs, at, tokenizer, truncation) for at in _to_show(pairs, shown)],
+    }
+
+
+def _sequences(pairs: TokenPairs):
+    # The two sequences of a pair begin alike, unless there is no prompt.
+    return (prompt or chosen for prompt, chosen in zip(pairs.prompt, pairs.chosen, strict=True))
+
+
+def _leading(ids: list[int], token: int | None) -> int:
+    count = 0
+    while token is not None and count < len(ids) and ids[count] == token:
+        count += 1
+    return count
+
+
+def _counted(numbers) -> dict[str, int]:
+    counts: dict[int, int] = {}
+    for number in numbers:
+        counts[number] = counts.get(number, 0) + 1
+    return {str(number): counts[number] for number in sorted(counts)}
+
+
+def _lengths(ids: Sequence[list[int]]) -> dict[str, int]:
+    lengths = np.array([len(one) for one in ids])
+    return {"median": int(np.quantile(lengths, 0.5, method="inverted_cdf")), "longest": int(lengths.max())}
+
+
+def _found(pairs: TokenPairs, tokenizer: Any, truncation: Truncation, ends: set[int]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {name: [] for name in FINDINGS}
+    special, bos = set(tokenizer.all_special_ids), tokenizer.bos_token_id
+    adds_bos = bos is not None and _leading(list(tokenizer("a")["input_ids"]), bos) > 0
+    _, parts = digests(pairs)
+    earlier: set[tuple[bytes, bytes, bytes]] = set()
+    everything = set(parts)
+
+    def is_empty(ids: list[int]) -> bool:
+        content = [token for token in ids if token not in special]
+        return len(content) <= _MAY_BE_BLANK and not tokenizer.decode(content).strip()
+
+    for at, (first, key) in enumerate(zip(_sequences(pairs), parts, strict=True)):
+        prompt, chosen, rejected = pairs.prompt[at], pairs.chosen[at], pairs.rejected[at]
+        leading = _leading(first, bos)
+        left = [truncation.left(prompt, answer) for answer in (chosen, rejected)]
+        same, unscored = chosen == rejected, any(scored < 1 for *_, scored in left)
+        holds = {
+            "double_bos": leading > 1,
+            "missing_bos": adds_bos and leading == 0,
+            "no_end": bool(ends) and any(ends.isdisjoint(ids) for ids in (chosen, rejected)),
+            "double_end": any(a in ends and b in ends for ids in (chosen, rejected) for a, b in pairwise(ids)),
+            "empty_chosen": is_empty(chosen),
+            "empty_rejected": is_empty(rejected),
+            "identical": same,
+            "identical_when_cut": not same and not unscored and left[0][1] == left[1][1],
+            "nothing_scored": unscored,
+            "contradicted": not same and (key[0], key[2], key[1]) in everything,
+            "duplicate": key in earlier,
+            "prompt_cut": any(len(before) < len(prompt) for before, *_ in left),
+            "cut_chosen": len(left[0][1]) < len(chosen),
+            "cut_rejected": len(left[1][1]) < len(rejected),
+        }
+        earlier.add(key)
+        for name, it_holds in holds.items():
+            if it_holds:
+                found[name].append(at)
+    return found
+
+
+def _to_show(pairs: TokenPairs, count: int) -> list[int]:
+    lengths = [sum(map(len, ids)) for ids in zip(pairs.prompt, pairs.chosen, pairs.rejected, strict=True)]
+    longest = sorted(range(1, len(pairs)), key=lambda at: -lengths[at])
+    return [0, *longest][:count]
+
+
+def _seen(pairs: TokenPairs, at: int, tokenizer: Any, truncation: Truncation) -> dict:
+    """A pair's text as the model sees it, special tokens and all: cut as training cuts it."""
+    prompt, document = pairs.prompt[at], {"row": int(pairs.rows[at])}
+    for name in ("chosen", "rejected"):
+        answer = getattr(pairs, name)[at]
+        kept, answer, _ = truncation.left(prompt, answer)
+        if name == "chosen":
+            document["prompt"] = quoted(tokenizer.decode(kept), _SHOWN, _SHOWN_TAIL)
+        document[name] = quoted(tokenizer.decode(answer), _SHOWN, _SHOWN_TAIL)
+    return document
