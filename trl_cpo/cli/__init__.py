@@ -1,0 +1,123 @@
+"""The command line: `trl-cpo <command>`, also `python -m trl_cpo <command>`.
+
+A command is a module of this package, named in `COMMANDS` and imported when it is asked for, with
+
+- `HELP`, one line;
+- `add_arguments(parser)`, which imports nothing heavy, so that `--help` answers at once;
+- `run(options) -> int`, which gives the exit code or raises `UserError`;
+- if it hands options on to TRL's parser, `PASSES_ON = True`: what `parser` does not know is then in `options.passed_on`.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+
+from .errors import UserError, nearest
+from .parser import Parser
+
+#: Command to the module of this package that is it, in the order in which `trl-cpo --help` lists them.
+COMMANDS = {
+    "train": "train",
+    "recipes": "recipes",
+    "plan": "plan",
+    "audit": "audit",
+    "certify": "certify",
+    "report": "report",
+}
+
+#: Exit codes, as docs/cli.md lists them.
+DONE, DOES_NOT_HOLD, WRONG_USE, UNEXPECTED, INTERRUPTED = 0, 1, 2, 3, 130
+
+PROGRAM = "trl-cpo"
+
+
+def available() -> list[str]:
+    """The commands whose modules are installed."""
+    return [name for name, module in COMMANDS.items() if find_spec(f"{__name__}.{module}")]
+
+
+def overview() -> str:
+    """What `trl-cpo --help` prints."""
+    lines = [
+        f"usage: {PROGRAM} COMMAND [options]",
+        "",
+        "DPO with a constraint on the preference gap: Constrained Preference Optimization (arXiv 2605.20834) for TRL.",
+        "",
+        "commands:",
+    ]
+    for name in available():
+        told = import_module(f".{COMMANDS[name]}", __name__).HELP.rstrip(".")
+        lines.append(f"  {name:<9} {told[0].lower()}{told[1:]}")
+    lines += [
+        "",
+        f"  {PROGRAM} COMMAND --help   options of a command",
+        f"  {PROGRAM} --version        this version",
+        "",
+        "exit codes: 0 done; 1 what was asked does not hold; 2 wrong usage or input; 3 unexpected error; 130 interrupted",
+    ]
+    return "\n".join(lines)
+
+
+def command_parser(name: str) -> Parser:
+    """The parser of one command."""
+    module = import_module(f".{COMMANDS[name]}", __name__)
+    parser = Parser(
+        prog=f"{PROGRAM} {name}", description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    return parser
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv:
+        raise UserError(f"no command given; there are {', '.join(available())}.\nWhat they do: {PROGRAM} --help")
+    name, *rest = argv
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return DONE
+    if name == "--version":
+        from .. import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        return DONE
+    if name not in available():
+        kind = "option" if name.startswith("-") else "command"
+        raise UserError(
+            f"unknown {kind} {name}; there are {', '.join(available())}.{nearest(name, available())}\n"
+            f"What they do: {PROGRAM} --help"
+        )
+    module, parser = import_module(f".{COMMANDS[name]}", __name__), command_parser(name)
+    if getattr(module, "PASSES_ON", False):
+        options, passed_on = parser.parse_known_args(rest)
+        options.passed_on = passed_on
+    else:
+        options = parser.parse_args(rest)
+    return module.run(options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives the exit code: 0 done, 1 does not hold, 2 wrong use, 3 unexpected, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = f"{PROGRAM} {argv[0]}" if argv and argv[0] in COMMANDS else PROGRAM
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return WRONG_USE
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python flushes stdout once more at its end, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception:
+        traceback.print_exc()
+        print(f"{name}: an unexpected error; what happened is written above", file=sys.stderr)
+        return UNEXPECTED

@@ -1,0 +1,119 @@
+"""`trl-cpo audit`: what a reference makes of the pairs, before a GPU-day is spent."""
+
+import argparse
+
+from .errors import UserError, said_plainly
+
+HELP = "look before you train: where the reference is misaligned on your pairs, and what the model sees"
+
+_EPILOG = """\
+  trl-cpo audit --model demo --dataset demo                    minutes on a CPU, no hub
+  trl-cpo audit --model M --dataset D --max-pairs 500          500 pairs drawn at random
+  trl-cpo audit --model M --dataset D --preflight-only         tokens alone, no model is loaded: seconds
+  trl-cpo audit --model outputs/run --ref-model M --dataset D  a trained policy (or adapter) against its reference
+
+How to read it, each number's formula, and what it cannot tell: docs/audit.md. Scores are kept and found again, by later
+audits and by training with --precompute_ref_log_probs under a constraint."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+
+    def add(name: str, **settings) -> None:
+        # Also with underscores, as TRL's options are written.
+        parser.add_argument(*dict.fromkeys((name, "--" + name[2:].replace("-", "_"))), **settings)
+
+    add("--model", required=True, metavar="M", help="hub name, folder (an adapter's too) or 'demo'; its own start is the reference")
+    add("--dataset", required=True, metavar="D", help="hub name, .jsonl[.gz], .json or .parquet file, folder, or 'demo'")
+    add("--ref-model", metavar="R", help="the reference, if it is another model: M is then the policy as it stands")
+    add("--split", nargs="+", default=["train"], metavar="S", help="splits, each audited by itself (train)")
+    add("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
+    add("--dataset-data-dir", metavar="DIR", help="folder inside the dataset, such as harmless-base in HH-RLHF")
+    add("--slice", nargs="+", action="extend", default=[], metavar="COLUMN", help="also by the values of these columns")
+    add("--score-columns", nargs=2, metavar=("CHOSEN", "REJECTED"), help="reward scores (score_chosen score_rejected if there)")
+    add("--max-pairs", type=int, metavar="N", help="N pairs drawn at random")
+    add("--seed", type=int, default=0, help="of that draw (0)")
+    add("--beta", type=float, help="DPO's beta (0.1; 2.5 for means)")
+    add("--gamma", type=float, help="clip's gap, in nats (1.0; 0.05 for means)")
+    add("--logps-reduction", choices=["sum", "mean"], default="sum", help="sum (nats per response) or mean (per token)")
+    add("--max-length", type=int, default=1024, metavar="N", help="as in training (1024); 0 for no limit")
+    add("--truncation-mode", choices=["keep_start", "keep_end"], default="keep_start", help="as in training (keep_start)")
+    add("--dtype", choices=["float32", "bfloat16", "float16", "auto"], default="float32", help="of the weights (float32)")
+    add("--batch-size", type=int, default=8, metavar="N", help="pairs scored at once (8)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--worst", type=int, default=3, metavar="N", help="worst pairs quoted (3; 0 quotes none)")
+    add("--preflight-only", action="store_true", help="look at the tokens alone; no model is loaded")
+    add("--json", action="store_true", help="print the document as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    import json
+    import sys
+    from contextlib import redirect_stdout
+
+    faults = _faults(options)
+    if faults:
+        raise UserError("\n".join(faults) + "\nAll options: trl-cpo audit --help")
+    # Libraries print to stdout now and then; there the answer stands alone.
+    with said_plainly("All options: trl-cpo audit --help"), redirect_stdout(sys.stderr):
+        from accelerate import PartialState
+
+        from ..audit.auditing import audit
+        from ..audit.text import render
+
+        speaks = PartialState().is_main_process
+        document = audit(_request(options), lambda line: print(line, file=sys.stderr, flush=True) if speaks else None)
+        answer = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) if options.json else render(document)
+    if speaks:
+        print(answer)
+    return 0
+
+
+def _faults(options: argparse.Namespace) -> list[str]:
+    from math import isfinite
+
+    above = {"beta": 0.0, "max_pairs": 0, "batch_size": 0}
+    least = {"gamma": 0.0, "max_length": 0, "worst": 0, "seed": 0}
+    faults = []
+    for name, bound in {**above, **least}.items():
+        value = getattr(options, name)
+        if value is not None and not (isfinite(value) and (value >= bound if name in least else value > bound)):
+            sign = ">=" if name in least else ">"
+            faults.append(f"--{name.replace('_', '-')} must be {sign} {bound:g}; got {value:g}.")
+    return faults
+
+
+def _request(options: argparse.Namespace):
+    from ..audit.auditing import Request
+    from ..audit.measures import Settings
+    from ..audit.scoring import Scorer
+
+    by_means = options.logps_reduction == "mean"
+    # The paper's values for means, TRL's β and the README's γ for sums.
+    beta, gamma = (2.5, 0.05) if by_means else (0.1, 1.0)
+    return Request(
+        model=options.model,
+        dataset=options.dataset,
+        ref_model=options.ref_model,
+        splits=tuple(dict.fromkeys(options.split)),
+        dataset_config=options.dataset_config,
+        dataset_data_dir=options.dataset_data_dir,
+        slices=tuple(dict.fromkeys(options.slice)),
+        score_columns=tuple(options.score_columns) if options.score_columns else None,
+        settings=Settings(
+            beta=beta if options.beta is None else options.beta,
+            gamma=gamma if options.gamma is None else options.gamma,
+            reduction=options.logps_reduction,
+        ),
+        max_pairs=options.max_pairs,
+        seed=options.seed,
+        worst=options.worst,
+        preflight_only=options.preflight_only,
+        scorer=Scorer(
+            max_length=options.max_length or None,
+            truncation_mode=options.truncation_mode,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            trust_remote_code=options.trust_remote_code,
+        ),
+    )

@@ -1,0 +1,154 @@
+"""`trl-cpo certify`: what a run, or a model on held-out pairs, proves; and whether a certificate is true."""
+
+import argparse
+
+from .errors import UserError, said_plainly
+
+HELP = "certify how many held-out pairs a run or model gets right, or check a certificate"
+
+_EPILOG = """\
+  trl-cpo certify outputs/run                                   at the run's own γ
+  trl-cpo certify outputs/run --gamma 0 --at-least 0.5 --out c.json
+  trl-cpo certify outputs/run --kind loss                       what the mean loss of its pairs proves
+  trl-cpo certify --check c.json --evidence outputs/run
+  trl-cpo certify --model M --dataset D --gamma 1 --scores F    pairs scored first, into the new folder F
+
+What is proven, and under which assumptions: docs/theory.md. Exit code 1 where the share that is certified is 0 or below
+--at-least, and where a certificate does not follow from its evidence."""
+
+_MAKES = ("kind", "gamma", "at_least", "out")
+_SCORES = ("ref_model", "split", "max_pairs", "logps_reduction", "max_length", "dtype", "batch_size", "scores")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+
+    def add(name: str, **settings) -> None:
+        # Also with underscores, as TRL's options are written.
+        parser.add_argument(*dict.fromkeys((name, "--" + name[2:].replace("-", "_"))), **settings)
+
+    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run: pairs.json and metrics.json")
+    add("--kind", choices=["held_out", "loss"], help="from the count of held-out pairs, or from the mean loss (held_out)")
+    add("--gamma", type=float, metavar="G", help="the gap asked for, in nats (the run's)")
+    add("--at-least", type=float, metavar="SHARE", help="the share of pairs, 0 to 1, that the certified one must reach (0)")
+    add("--out", metavar="FILE", help="write the certificate here, as JSON; never over a file that is there")
+    add("--check", metavar="FILE", help="recompute this certificate and name the fields that differ")
+    add("--evidence", metavar="RUN", help="with --check: recompute it from this run's files, not from its own numbers")
+    add("--model", metavar="M", help="score this model: hub name, folder (an adapter's too) or 'demo'")
+    add("--dataset", metavar="D", help="with --model: pairs that it was not trained on: hub name, file, folder, or 'demo'")
+    add("--ref-model", metavar="R", help="with --model: its reference, recorded beside it")
+    add("--scores", metavar="FOLDER", help="with --model: where the scored pairs go, the certificate's evidence; new or empty")
+    add("--split", metavar="S", help="with --model: the dataset's split (test)")
+    add("--max-pairs", type=int, metavar="N", help="with --model: N pairs drawn at random")
+    add("--logps-reduction", choices=["sum", "mean"], help="with --model: nats per response or per token (sum)")
+    add("--max-length", type=int, metavar="N", help="with --model: as in training (1024); 0 for no limit")
+    add("--dtype", choices=["float32", "bfloat16", "float16", "auto"], help="with --model: of the weights (float32)")
+    add("--batch-size", type=int, metavar="N", help="with --model: pairs scored at once (8)")
+    add("--json", action="store_true", help="print the certificate, or the differences, as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    _refuse_mixtures(options)
+    if options.check is not None:
+        return _check(options)
+    return _certify(options)
+
+
+def _refuse_mixtures(options: argparse.Namespace) -> None:
+    def given(*names):
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+
+    sources = ["RUN"] * (options.run is not None) + given("model", "check")
+    faults = []
+    if len(sources) != 1:
+        faults.append(f"give one of RUN, --model and --check; got {' and '.join(sources) or 'none of them'}")
+    if options.check is not None:
+        faults += [f"{name} is for making a certificate, not for --check" for name in given(*_MAKES)]
+    elif options.evidence is not None:
+        faults.append("--evidence goes with --check")
+    if options.model is None:
+        faults += [f"{name} goes with --model" for name in given("dataset", *_SCORES)]
+    else:
+        faults += [f"--model needs --{name}" for name in ("dataset", "gamma", "scores") if getattr(options, name) is None]
+        faults += ["--kind loss is for a RUN, which had a loss"] * (options.kind == "loss")
+        sizes = {"max_pairs": 1, "batch_size": 1, "max_length": 0}
+        got = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+        faults += [
+            f"--{name.replace('_', '-')} must be >= {sizes[name]}; got {value}" for name, value in got.items() if value < sizes[name]
+        ]
+    if faults:
+        raise UserError("; ".join(faults) + ".\nAll options: trl-cpo certify --help")
+
+
+def _certify(options: argparse.Namespace) -> int:
+    import json
+    import sys
+    from contextlib import redirect_stdout
+    from pathlib import Path
+
+    out = None if options.out is None else Path(options.out)
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        why = "exists already, and nothing is overwritten" if out.exists() else "lies in no folder that there is"
+        raise UserError(f"{out} {why}.\nWrite it elsewhere: trl-cpo certify … --out FILE")
+    folder = options.run
+    # Libraries print to stdout now and then; there the answer stands alone.
+    with said_plainly("All options: trl-cpo certify --help"), redirect_stdout(sys.stderr):
+        from ..certificates import certify_run
+
+        if options.model is not None:
+            from ..certificates.scoring import score_to_folder
+
+            folder = options.scores
+            score_to_folder(
+                folder,
+                model=options.model,
+                dataset=options.dataset,
+                gamma=options.gamma,
+                ref_model=options.ref_model,
+                split=options.split or "test",
+                max_pairs=options.max_pairs,
+                reduction=options.logps_reduction or "sum",
+                max_length=1024 if options.max_length is None else options.max_length or None,
+                dtype=options.dtype or "float32",
+                batch_size=options.batch_size or 8,
+            )
+        document = certify_run(
+            folder, kind=options.kind or "held_out", gamma=options.gamma, at_least=options.at_least or 0.0
+        )
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    if out is not None:
+        with out.open("x", encoding="utf-8") as stream:
+            stream.write(text + "\n")
+    print(text if options.json else _in_words(document, folder, options.out))
+    return 0 if document["holds"] else 1
+
+
+def _in_words(document: dict, folder: str, out: str | None) -> str:
+    share, least = document["certified_share"], document["asked"]["at_least"]
+    verdict = "holds" if document["holds"] else "does NOT hold"
+    asked = f", asked for at least {least:.4g}" if least else ""
+    lines = [document["statement"], "", f"{verdict}: certified share {share:.4f}{asked}, slack {document['slack']:+.4f}", ""]
+    lines += ["It rests on:"] + [f"- {assumption}" for assumption in document["assumptions"]]
+    lines += ["", f"evidence     {folder}: {', '.join(document['evidence']['files'])}"]
+    if out is not None:
+        lines += [f"certificate  {out}", f"check it     trl-cpo certify --check {out} --evidence {folder}"]
+    return "\n".join(lines)
+
+
+def _check(options: argparse.Namespace) -> int:
+    import json
+
+    with said_plainly("All options: trl-cpo certify --help"):
+        from ..certificates import check, read_json
+
+        found = read_json(options.check)
+        differences = check(found, options.evidence)
+    holds = not differences and found["holds"] is True
+    if options.json:
+        print(json.dumps({"true": not differences, "holds": holds, "differences": differences}, indent=1, ensure_ascii=False))
+    elif differences:
+        print(f"{options.check} does not follow from its evidence:\n" + "\n".join(f"- {line}" for line in differences))
+    else:
+        source = f"the files in {options.evidence}" if options.evidence else "its own numbers (not the files: --evidence RUN)"
+        print(f"{found['statement']}\n\nIt {'holds' if holds else 'does NOT hold'}, and follows from {source}.")
+    return 0 if holds else 1

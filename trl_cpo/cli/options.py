@@ -1,0 +1,161 @@
+"""A run's options, from a recipe and the command line: TRL's parser and option names, with nothing unknown let through."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+from ..recipes import names, recipe
+from ..run.arguments import PairArguments, PolicyConfig, RunConfig
+from .errors import UserError, nearest
+from .parser import ClearErrors, option_strings, unknown_options
+
+GROUPS = (PairArguments, RunConfig, PolicyConfig)
+
+
+class RunParser(ClearErrors, TrlParser):
+    """TRL's parser of a run's options, with this project's errors."""
+
+
+def run_parser(program: str) -> RunParser:
+    """The parser of all options of a run."""
+    return RunParser(GROUPS, prog=program)
+
+
+def parse_run(
+    arguments: Sequence[str], config: str | None, program: str = "trl-cpo train"
+) -> tuple[PairArguments, RunConfig, PolicyConfig]:
+    """The options of a run: the recipe's, where there is one, and over them those of the command line.
+
+    Args:
+        arguments: the command line, without `--config`.
+        config: a YAML file or a recipe's name.
+        program: how the program is called, for its errors.
+
+    Raises:
+        UserError: an option or a key of the recipe is unknown, given twice, or has a value that it cannot have.
+    """
+    parser = run_parser(program)
+    if config is not None:
+        values = read_config(config)
+        environment = values.pop("env", None) or {}
+        if not isinstance(environment, dict):
+            raise UserError(f"{config}: env must map names to values; got {environment!r}.\nAll options: {program} --help")
+        parser.set_defaults_with_config(**checked(values, parser, config))
+        os.environ.update({str(name): str(value) for name, value in environment.items()})
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            list(arguments), return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        # The dataclasses check themselves and say what is wrong.
+        raise UserError(f"{error}\nAll options: {program} --help") from error
+    if unknown:
+        parser.error("\n".join(unknown_options(unknown, [*option_strings(parser), "--config"])))
+    return tuple(parsed)
+
+
+def config_file(name: str) -> Path:
+    """The file that `--config NAME` means: one of that name, else the recipe of that name."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if name in names():
+        return recipe(name).file
+    what = "is a folder" if path.is_dir() else "is neither a file nor a recipe"
+    raise UserError(
+        f"--config {name} {what}; the recipes are {', '.join(names())}.{nearest(name, names())}\n"
+        "What they do: trl-cpo recipes"
+    )
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML without code and without a key given twice, of which plain YAML would take the last without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if isinstance(name, str) and name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
+            seen.add(name if isinstance(name, str) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The keys and values of a YAML file or recipe."""
+    file = config_file(name)
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not YAML: {error}\nAn example: trl-cpo recipes copy demo") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold 'option: value' lines; got {type(values).__name__}.\nAn example: trl-cpo recipes copy demo")
+    return values
+
+
+def checked(values: dict[str, Any], parser: argparse.ArgumentParser, config: str) -> dict[str, Any]:
+    """The values as TRL's parser would have them from the command line; every unknown key and bad value at once.
+
+    TrlParser takes YAML's values as they come, so that `save_strategy: no`, which YAML reads as false, or
+    `learning_rate: fast` would be found much later or not at all.
+    """
+    hints = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}
+    known = [field.name for group in GROUPS for field in fields(group) if field.init]
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    taken, faults = {}, []
+    for key, value in values.items():
+        if key not in known:
+            faults.append(f"unknown key {key!r}.{nearest(key, known)}")
+            continue
+        try:
+            taken[key] = _value(value, actions[key], hints[key])
+        except ValueError as error:
+            faults.append(f"{key}: {error}")
+    if faults:
+        raise UserError(f"{config}: " + "\n".join(faults) + "\nAll options: trl-cpo train --help-all")
+    return taken
+
+
+def _value(value: Any, action: argparse.Action, hint: Any) -> Any:
+    kinds = {getattr(kind, "__origin__", kind) for kind in (get_args(hint) or (hint,))}
+    if value is None:
+        if type(None) not in kinds:
+            raise ValueError("needs a value; got none")
+        return None
+    if isinstance(value, dict):
+        if dict not in kinds and str not in kinds:
+            raise ValueError(f"must be one value; got {json.dumps(value, default=str)}")
+        return value
+    if isinstance(value, list):
+        if action.nargs == "+":
+            return [_scalar(each, action, kinds) for each in value]
+        if list not in kinds:
+            raise ValueError(f"must be one value; got the list {value}")
+        return value
+    scalar = _scalar(value, action, kinds)
+    return [scalar] if action.nargs == "+" else scalar
+
+
+def _scalar(value: Any, action: argparse.Action, kinds: set) -> Any:
+    if isinstance(value, bool) and bool in kinds:
+        return value
+    if isinstance(value, bool) and str in kinds:
+        word = "no" if value is False else "yes"
+        raise ValueError(f"must be text; YAML reads {word}, {'off' if value is False else 'on'} and {value} as a truth value: put the word in quotes")
+    try:
+        converted = action.type(str(value)) if action.type else value
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        name = getattr(action.type, "__name__", "value")
+        wanted = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}.get(name, name)
+        raise ValueError(f"must be {wanted}; got {value!r}") from None
+    if action.choices is not None and converted not in action.choices:
+        choices = [str(choice) for choice in action.choices]
+        raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}.{nearest(value, choices)}")
+    return converted

@@ -1,0 +1,80 @@
+"""`trl-cpo report RUN …`: a page and pictures of training runs."""
+
+import argparse
+import json
+
+from .errors import UserError
+
+HELP = "Make an HTML page and pictures of one or several runs."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a run: log.jsonl, metrics.json, pairs.json, or any of them"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="where to write (default: report, in the first run's folder)")
+    parser.add_argument(
+        "--json", action="store_true", help="print what was made, and its numbers, as one JSON document"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..report import NotARun, make_report
+
+    try:
+        report = make_report(options.runs, options.out)
+    except NotARun as error:
+        raise UserError(f"{error}\nUsage: trl-cpo report --help") from None
+    except FileExistsError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(
+            f"The report cannot be written: {error}.\nWrite it elsewhere: trl-cpo report --out FOLDER …"
+        ) from None
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise UserError(
+            "The pictures need matplotlib, which is not installed.\nInstall it: python -m pip install matplotlib"
+        ) from None
+    print(_as_json(report) if options.json else _as_text(report))
+    return 0
+
+
+def _as_text(report) -> str:
+    lines = [f"{run.letter}  {run.name}: {note}" for run in report.runs for note in run.notes]
+    return "\n".join([*report.notes, *lines, f"{len(report.pictures)} pictures beside it", f"report  {report.page}"])
+
+
+def _as_json(report) -> str:
+    from ..report.table import metric_rows
+
+    def shown(cell):
+        if cell is None:
+            return None
+        # JSON has no NaN.
+        value = cell.value if abs(cell.value) < float("inf") else None
+        return {"value": value, "interval_95": None if cell.interval is None else list(cell.interval)}
+
+    rows = metric_rows(report.runs)
+    runs = [
+        {
+            "letter": run.letter,
+            "folder": str(run.folder),
+            "unit": run.unit,
+            "pairs": run.after.pairs if run.after else None,
+            "metrics": {
+                row["metric"]: {"before": shown(row["cells"][place][0]), "after": shown(row["cells"][place][1])}
+                for row in rows
+            },
+            "notes": run.notes,
+        }
+        for place, run in enumerate(report.runs)
+    ]
+    made = {
+        "page": str(report.page),
+        "pictures": [str(file) for file in report.pictures],
+        "notes": report.notes,
+        "runs": runs,
+    }
+    return json.dumps(made, indent=1, ensure_ascii=False)

@@ -1,0 +1,64 @@
+"""`trl-cpo train`: one training run, from a recipe, options, or both."""
+
+import argparse
+import re
+
+from .errors import UserError, said_plainly
+
+HELP = "Train with a constraint on the preference gap, from a recipe or from TRL's options."
+#: Every option of TRL's DPOConfig, ModelConfig and ScriptArguments is handed on.
+PASSES_ON = True
+
+#: The options that people set most, for a help that answers without importing TRL; a test holds the names against TRL's.
+_OFTEN = """\
+options that are set most (--help-all lists all of TRL's DPOConfig, ModelConfig and ScriptArguments, and ours):
+  --model_name_or_path M         hub name or folder, or 'demo' (the embedded SmolLM2-135M-Instruct)
+  --dataset_name D               hub name, .jsonl[.gz], .json or .parquet file, folder, or 'demo'
+  --output_dir DIR               by default outputs/<dataset>-<constraint>, numbered if taken
+  --constraint C                 none (plain DPO), clip, softplus, penalty, lagrangian, inverse_prob, inverse_logp
+  --gamma G                      the preference gap asked for, >= 0, in nats
+  --beta B                       DPO's beta
+  --logps_reduction R            sum (nats per response) or mean (nats per token)
+  --learning_rate LR             --num_train_epochs N, --max_steps N, --seed N
+  --per_device_train_batch_size  --gradient_accumulation_steps N, --max_length N
+  --use_peft                     LoRA; --lora_r N, --lora_alpha N, --lora_target_modules A B
+  --load_in_4bit                 QLoRA, with --use_peft
+  --precompute_ref_log_probs     score the reference once, before training
+  --max_train_pairs N            --max_test_pairs N, --held_out FRACTION_OR_N
+  --save_strategy steps          --save_steps N; go on with --resume_from_checkpoint latest
+
+  trl-cpo train --config demo                                        minutes on a CPU, no hub
+  trl-cpo train --config demo --constraint none                      plain DPO beside it
+  accelerate launch -m trl_cpo train --config hh-rlhf-lora --beta 0.2
+
+The folder of a run holds log.jsonl, metrics.json and pairs.json beside the model. Nothing is overwritten."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "trl-cpo train [--config RECIPE] [any option of TRL's, which wins over the recipe]"
+    parser.epilog = _OFTEN
+    parser.add_argument("--config", action="append", metavar="RECIPE", help="a YAML file, or a recipe's name (trl-cpo recipes)")
+    parser.add_argument("--help-all", action="store_true", help="list every option there is (imports TRL: takes seconds)")
+
+
+def command_line_names() -> set[str]:
+    """The options that the short help names."""
+    return set(re.findall(r"--[a-z][\w-]*", _OFTEN))
+
+
+def run(options: argparse.Namespace) -> int:
+    if len(options.config or []) > 1:
+        raise UserError("--config is given twice.\nOne recipe, and options over it: trl-cpo train --config RECIPE --beta 0.2")
+    if options.help_all:
+        from .options import run_parser
+
+        run_parser("trl-cpo train").print_help()
+        return 0
+    from .options import parse_run
+
+    parsed = parse_run(options.passed_on, options.config[0] if options.config else None)
+    from ..run.training import train
+
+    with said_plainly("All options: trl-cpo train --help"):
+        train(*parsed)
+    return 0

@@ -1,0 +1,50 @@
+"""The pairs of a run: read, brought into TRL's form, and a part held out where the source has no test split."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from ..sources import NoSuchSplit, hold_out, load_pairs, to_conversational
+
+if TYPE_CHECKING:
+    from ..hh import RowReport
+    from .arguments import PairArguments
+
+
+def load_sets(options: "PairArguments"):
+    """Training and held-out pairs as messages, the reports on rows that were refused, and how many were held out.
+
+    Raises:
+        SourceError: the pairs cannot be read or used, or the source lacks a split that was asked for.
+    """
+
+    def load(split):
+        return load_pairs(
+            options.dataset_name, split, config=options.dataset_config, data_dir=options.dataset_data_dir,
+            streaming=options.dataset_streaming,
+        )  # fmt: skip
+
+    def first(pairs, count):
+        return pairs if count is None else pairs.take(min(count, len(pairs)) if hasattr(pairs, "__len__") else count)
+
+    reports, held_out = {}, None
+    train, reports["train"] = to_conversational(load(options.dataset_train_split))
+    try:
+        test = load(options.dataset_test_split)
+    except NoSuchSplit as error:
+        # Where there is another split, or one was asked for by name, a part of the training pairs is not what was meant.
+        asked = options.dataset_test_split != type(options).dataset_test_split
+        if asked or error.known != [options.dataset_train_split]:
+            raise
+        count = options.held_out if options.held_out < 1 else int(options.held_out)
+        train, test = hold_out(train, count, seed=0)
+        held_out = len(test)
+    else:
+        test, reports["test"] = to_conversational(test)
+    return first(train, options.max_train_pairs), first(test, options.max_test_pairs), reports, held_out
+
+
+def say_reports(reports: "Mapping[str, RowReport | None]", say: Callable[[str], None]) -> None:
+    """Rows kept and refused, by split; a streamed split's report is whole once it has been read."""
+    for split, report in reports.items():
+        if report is not None:
+            say(f"      {split}: {report}".replace("\n", "\n      "))

@@ -1,0 +1,202 @@
+"""One run: pairs and model in; a trained model, its log, its metrics and its held-out pairs out."""
+
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .arguments import DEMO_MODEL
+from .data import load_sets, say_reports
+from .record import pairs_document, versions, write_json
+
+if TYPE_CHECKING:
+    from .arguments import PairArguments, PolicyConfig, RunConfig
+
+
+def checkpoint_of(args: "RunConfig") -> str | None:
+    """The checkpoint to go on from: the folder given, or with `latest` the newest whole one in the output folder.
+
+    None to start from the beginning: nothing was asked for, or `latest` of a run that was killed before its first one.
+
+    Raises:
+        FileNotFoundError: there is no run to go on with in the output folder.
+        CheckpointError: the checkpoint given is not whole.
+    """
+    from ..checkpoints import fault_of, is_fresh, newest_checkpoint, refusal
+
+    given = args.resume_from_checkpoint
+    if given is None or str(given).lower() in ("false", "none", ""):
+        return None
+    if str(given).lower() not in ("latest", "true"):
+        fault = fault_of(given)
+        if fault is not None:
+            raise refusal(given, fault)
+        return given
+    found = newest_checkpoint(args.output_dir) if args.chose_output_dir else None
+    if found is None and not (args.chose_output_dir and is_fresh(args.output_dir)):
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {given}: there is no whole checkpoint-* folder in {args.output_dir}. Give the "
+            "--output_dir of the run to go on with (checkpoints are written with --save_strategy steps), or a checkpoint's "
+            "folder."
+        )
+    return None if found is None else str(found)
+
+
+def check_model_is_there(model: str, policy: "PolicyConfig", args: "RunConfig") -> None:
+    """Raises `ValueError` if there is no model of that name or in that folder, before any weights are looked for."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model, revision=policy.model_revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"Cannot load the model {model}: {reason} Give --model_name_or_path a folder written by save_pretrained, a name on "
+            "the hub (needs a network or the local cache), or 'demo'."
+        ) from error
+
+
+def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -> Path:
+    """Trains, evaluates on the held-out pairs before and after, and gives the run's folder.
+
+    The folder holds the model, log.jsonl, metrics.json and pairs.json (docs/cli.md describes them). Progress goes to
+    stdout, from the first process alone.
+
+    Raises:
+        FileExistsError: the folder asked for holds files already, and no checkpoint of it was asked for.
+        FileNotFoundError: there is no checkpoint to go on from.
+        CheckpointError: the checkpoint to go on from is not whole.
+        ValueError: there is no such model.
+        SourceError: the pairs cannot be read or used.
+        DemoModelError: the embedded model is not installed.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import get_peft_config, get_quantization_config
+
+    from ..checkpoints import is_fresh, settle
+    from ..outputs import making, next_free, refuse_taken
+    from ..progress import RunLog
+    from ..summary import before_after
+    from ..trainer import CPOConstrainedTrainer
+
+    state, started = PartialState(), time.time()
+
+    def say(text: str) -> None:
+        if state.is_main_process:
+            print(text, flush=True)
+
+    # One process chooses the folder: another one that looked a moment later would see it taken.
+    if not args.chose_output_dir:
+        name = Path(options.dataset_name).name.split(".")[0]
+        chosen = [str(next_free(f"outputs/{name}-{args.constraint}"))]
+        broadcast_object_list(chosen, from_process=0)
+        args.output_dir = chosen[0]
+    if args.chose_output_dir and args.resume_from_checkpoint and state.is_local_main_process:
+        settle(args.output_dir)
+    state.wait_for_everyone()
+    checkpoint = checkpoint_of(args)
+    begun = args.resume_from_checkpoint and args.chose_output_dir and is_fresh(args.output_dir)
+    if args.chose_output_dir and checkpoint is None and not begun:
+        refuse_taken(args.output_dir)
+    state.wait_for_everyone()
+    output_dir = Path(args.output_dir)
+    # From here on the same command with --resume_from_checkpoint latest goes on with this run, whenever it is killed; but a
+    # mistake in the options leaves no folder behind.
+    with making(output_dir) if state.is_main_process else nullcontext():
+        if begun and checkpoint is None:
+            say(f"{output_dir} holds no whole checkpoint yet: starting from the beginning")
+
+        say(f"[1/4] Reading pairs: {options.dataset_name}")
+        with state.main_process_first():
+            train_set, test_set, reports, held_out = load_sets(options)
+        if not options.dataset_streaming:
+            say_reports(reports, say)
+        if held_out is not None:
+            say(f"      no test split: held {held_out} of {held_out + len(train_set)} pairs out")
+
+        say(f"[2/4] Loading the model: {policy.model_name_or_path}")
+        model = policy.model_name_or_path
+        if model == DEMO_MODEL:
+            from ..demo.model import demo_model_folder
+
+            with state.main_process_first():
+                model = str(demo_model_folder())
+        check_model_is_there(model, policy, args)
+    loading = dict(revision=policy.model_revision, attn_implementation=policy.attn_implementation, dtype=policy.dtype)
+    args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
+    args.eval_on_start = checkpoint is None
+    run_log = RunLog(output_dir / "log.jsonl")
+    trainer = CPOConstrainedTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=test_set,
+        quantization_config=get_quantization_config(policy),
+        peft_config=get_peft_config(policy),
+        callbacks=[run_log],
+    )
+    if options.ignore_bias_buffers:
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
+    # RunLog prints one line where these print every number; the numbers are in the log.
+    trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressCallback):
+            callback.on_log = lambda *_, **__: None
+
+    trained_on = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed"
+    say(f"[3/4] Training on {trained_on} pairs with constraint {args.constraint}; held-out pairs before and after")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    starts = [r for r in trainer.state.log_history if r["step"] == 0 and "eval_cpo/gap" in r]
+    before = starts[0] if starts else None
+    after = trainer.evaluate()
+    evaluated = after["eval_cpo/pairs"]
+    if options.dataset_streaming:
+        say_reports(reports, say)
+
+    say(f"[4/4] Saving to {output_dir}")
+    trainer.save_model(str(output_dir))
+    trainer.create_model_card(model_name=output_dir.name)
+    if state.is_main_process:
+        write_json(
+            output_dir / "pairs.json",
+            pairs_document(
+                trainer.evaluated_pairs["eval"],
+                reduction=args.logps_reduction,
+                gamma=args.gamma,
+                beta=args.beta,
+                constraint=args.constraint,
+                split=options.dataset_test_split if held_out is None else "held out",
+                # No reference is given here, so it is the policy at the start, unless it has followed the policy since.
+                start_is_reference=not args.sync_ref_model,
+            ),
+        )
+        record = {
+            "held_out_pairs": evaluated,
+            "before": before,
+            "after": after,
+            "seconds": round(time.time() - started, 1),
+            "data": {split: report.to_dict() for split, report in reports.items() if report is not None},
+            "pairs": {"dataset_name": options.dataset_name, "trained_on": trained_on},
+            "model": policy.model_name_or_path,
+            "seed": args.seed,
+            "versions": versions(),
+            # As text, an infinite option can be read back; JSON has no number for it.
+            "config": {k: str(v) if v in (math.inf, -math.inf) else v for k, v in args.to_dict().items()},
+        }
+        # Last, so that a folder with a metrics.json is a finished run.
+        write_json(output_dir / "metrics.json", record)
+        table = before_after(
+            before, after, pairs=evaluated, gamma=args.gamma, reduction=args.logps_reduction, constraint=args.constraint
+        )
+        say(
+            f"\n{table}\n\nmodel    {output_dir}\nmetrics  {output_dir / 'metrics.json'}\nlog      {run_log.file}\n"
+            f"took {time.time() - started:.0f} s"
+        )
+    trainer.end()
+    return output_dir
