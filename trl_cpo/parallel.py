@@ -1,0 +1,258 @@
+"""Several processes: what cannot run together is refused, and processes that disagree stop, before anything is loaded."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
+from datasets import Dataset
+
+#: Fields of a configuration that may differ between processes: they are about the process, its machine or its log.
+PER_PROCESS = {
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataset_num_proc",
+    "disable_tqdm",
+    "local_rank",
+    "log_level",
+    "log_level_replica",
+    "logging_dir",
+    "narrate",
+    "report_to",
+    "run_name",
+}
+#: Keys inside dictionaries of options that may differ: `device_map={"": local_rank}` is the usual way to load 4-bit models,
+#: and a model's folder may lie elsewhere on another machine.
+_OWN_KEYS = {"_commit_hash", "_name_or_path", "base_model_name_or_path", "device_map", "name_or_path", "token"}
+#: Packages whose version changes numbers or what is sent between processes.
+PACKAGES = ("trl-cpo", "trl", "transformers", "torch", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
+#: Kinds of processes that Accelerate shards with FSDP: those on devices that it takes for GPUs.
+_SHARDED = ("MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_SDAA", "MULTI_HPU", "MULTI_NEURON")
+#: Rows of a dataset that are compared, evenly spaced, the first and the last among them.
+SAMPLED_ROWS = 32
+
+
+class ProcessesDisagree(RuntimeError):
+    """The processes of one run were started with different settings or data."""
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def uses_fsdp(args: Any) -> bool:
+    """Whether FSDP was asked for, by the launcher or by `args` (`TrainingArguments`)."""
+    return bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP")
+
+
+def check_launch(args: Any, kind: DistributedType | None = None) -> None:
+    """Raises `ValueError` if the launcher asked for something that would quietly not happen.
+
+    That is, for sharding on a device that Accelerate does not shard on, or for several processes that do not know of each
+    other and would each train a model of its own.
+
+    Args:
+        args: the `TrainingArguments`.
+        kind: how the processes work together; by default what Accelerate says.
+    """
+    kind = PartialState().distributed_type if kind is None else kind
+    if uses_fsdp(args) and kind not in (*_SHARDED, "FSDP", "XLA"):
+        raise ValueError(
+            f"FSDP was asked for, and Accelerate does not shard on this kind of device ({args.device.type}, "
+            f"{kind.value}): every process would hold the whole model, or train by itself. Run it on GPUs; on CPUs "
+            "use DDP or ZeRO (accelerate launch --config_file deepspeed_configs/zero3.yaml)."
+        )
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if kind == DistributedType.NO and started > 1:
+        raise ValueError(
+            f"This is one of {started} processes (WORLD_SIZE={started}), and it would train by itself: no process group was "
+            "made. Without a GPU say use_cpu=True (--use_cpu), and launch with "
+            f"`accelerate launch --multi_gpu --num_processes {started}` or `torchrun --nproc_per_node {started}`."
+        )
+
+
+def _is_quantized(config: Any, quantization_config: Any) -> bool:
+    return quantization_config is not None or getattr(config, "quantization_config", None) is not None
+
+
+def check_combination(
+    args: Any, config: Any, *, separate_reference: bool, quantization_config: Any = None
+) -> None:
+    """Raises `ValueError` for ways of sharding that this model or reference would come out of wrong.
+
+    Args:
+        args: the `TrainingArguments`.
+        config: the policy's `PretrainedConfig`.
+        separate_reference: whether the reference is a model of its own (not the policy without its adapter).
+        quantization_config: how the policy is to be quantised when it is loaded.
+    """
+    if not uses_fsdp(args):
+        return
+    if _is_quantized(config, quantization_config):
+        raise ValueError(
+            "FSDP with a quantised model is refused: the quantised weights are left out of sharding or lose what is needed to "
+            "read them. Use DDP, where a 4-bit model is small enough for each GPU "
+            "(accelerate launch --config_file deepspeed_configs/ddp.yaml), or ZeRO-2 (zero2.yaml)."
+        )
+    given = (args.fsdp_config or {}).get("cpu_ram_efficient_loading") if args.fsdp else None
+    wanted = str(given).lower() == "true" if args.fsdp else _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if wanted and separate_reference:
+        raise ValueError(
+            "FSDP with cpu_ram_efficient_loading=true and a reference model is refused: only the first process would load the "
+            "reference, and TRL does not send its weights to the others, so that they would train against an empty one. "
+            "Set fsdp_cpu_ram_efficient_loading: false (as in deepspeed_configs/fsdp2.yaml), or train an adapter "
+            "(peft_config), whose reference is the model itself."
+        )
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    """Settings as `prefix.key` to what is compared and shown: plain values as they are, others as a digest."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        found = {}
+        for key, inner in value.items():
+            # Never shown, whatever they are called.
+            secret = any(word in str(key).lower() for word in ("token", "secret", "password", "api_key"))
+            if key not in _OWN_KEYS:
+                found.update({f"{prefix}.{key}": _digest(inner)} if secret else _flat(f"{prefix}.{key}", inner))
+        return found
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    if isinstance(value, (list, tuple)):
+        shown = str(list(value))
+        return {prefix: shown if len(shown) <= 80 else f"{len(value)} values, {_digest(value)}"}
+    if value is None or isinstance(value, (bool, int, float)):
+        return {prefix: value}
+    shown = str(value)
+    return {prefix: shown if len(shown) <= 80 else f"{len(shown)} characters, {_digest(shown)}"}
+
+
+def _dataset(name: str, dataset: Any) -> dict[str, Any]:
+    if isinstance(dataset, Mapping):
+        found = {f"{name}.sets": sorted(dataset)}
+        for key, part in dataset.items():
+            found.update(_dataset(f"{name}[{key!r}]", part))
+        return found
+    if dataset is None:
+        return {name: None}
+    columns = getattr(dataset, "column_names", None)
+    found = {f"{name}.type": type(dataset).__name__, f"{name}.columns": sorted(columns) if columns else columns}
+    if isinstance(dataset, Dataset):
+        # Not the fingerprint: it is of the path and the time of the file as well, which are a machine's own. A streamed set
+        # may be a part for each process.
+        count = len(dataset)
+        found[f"{name}.rows"] = count
+        picked = sorted({round(i * (count - 1) / max(SAMPLED_ROWS - 1, 1)) for i in range(SAMPLED_ROWS)} if count else [])
+        # As stored: an image is not decoded.
+        rows = dataset.with_format("arrow")[picked].to_pylist() if picked else []
+        if rows:
+            found[f"{name}.first row"], found[f"{name}.last row"] = _digest(rows[0]), _digest(rows[-1])
+            found[f"{name}.{len(rows)} rows"] = _digest(rows)
+    return found
+
+
+def _versions() -> dict[str, str | None]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[f"version of {package}"] = version(package)
+        except PackageNotFoundError:
+            found[f"version of {package}"] = None
+    return found
+
+
+def _settings(args: Any) -> dict[str, Any]:
+    left_out = PER_PROCESS | ({"output_dir"} if args.save_on_each_node else set())
+    found = _flat("args", {key: value for key, value in args.to_dict().items() if key not in left_out})
+    launched = ("ACCELERATE_USE_", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_", "ACCELERATE_DEEPSPEED_", "FSDP_")
+    for key in os.environ:
+        # A file's path may be a machine's own; what stands in it is compared below.
+        if key.startswith(launched) and not key.endswith("CONFIG_FILE"):
+            found[f"environment.{key}"] = os.environ[key]
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        found.update(_flat("deepspeed", args.deepspeed_plugin.deepspeed_config))
+        found.pop("args.deepspeed", None)
+    return found
+
+
+def _config(name: str, config: Any) -> dict[str, Any]:
+    if config is None or isinstance(config, Mapping):
+        return _flat(name, config)
+    return _flat(name, config.to_dict() if hasattr(config, "to_dict") else str(config))
+
+
+def facts_of(args: Any, *, configs: Mapping[str, Any], datasets: Mapping[str, Any]) -> dict[str, Any]:
+    """What every process of a run must have in common, by name.
+
+    Args:
+        args: the `TrainingArguments`.
+        configs: by name, what has a `to_dict`, a callable that gives it, or None.
+        datasets: by name, a dataset, a dictionary of datasets, or None. Of a streamed one only the columns are taken.
+    """
+    facts = _versions()
+    parts: list[tuple[str, Callable[[], dict[str, Any]]]] = [("args", lambda: _settings(args))]
+    for name, config in configs.items():
+        parts.append((name, lambda n=name, c=config: _config(n, c() if callable(c) and not hasattr(c, "to_dict") else c)))
+    for name, dataset in datasets.items():
+        parts.append((name, lambda n=name, d=dataset: _dataset(n, d)))
+    for name, part in parts:
+        try:
+            facts.update(part())
+        # Whatever it is: a process that raised here would leave the others waiting. One that fails everywhere is raised by
+        # the checks that come after, in their own words.
+        except Exception as error:
+            facts[name] = f"{type(error).__name__}: {error}"[:300]
+    return facts
+
+
+def check_agreement(facts: Callable[[], Mapping[str, Any]]) -> None:
+    """Raises `ProcessesDisagree`, on every process, if what `facts` gives differs; names each fact and who has what.
+
+    Gathers over all processes of the run: each must call it. With one process, and on TPUs, `facts` is not called.
+    """
+    state = PartialState()
+    if state.num_processes == 1 or state.distributed_type == DistributedType.XLA:
+        return
+    gathered = gather_object([(socket.gethostname(), dict(facts()))])
+    message = disagreement([host for host, _ in gathered], [theirs for _, theirs in gathered])
+    if message:
+        raise ProcessesDisagree(message)
+
+
+def disagreement(hosts: list[str], facts: list[Mapping[str, Any]]) -> str | None:
+    """What differs between processes, in words; None if nothing does. By rank: where it runs, and its facts."""
+    missing = "not there"
+    lines = []
+    for name in dict.fromkeys(name for theirs in facts for name in theirs):
+        ranks: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(facts):
+            ranks.setdefault(repr(theirs.get(name, missing)), []).append(rank)
+        if len(ranks) > 1:
+            lines.append(f"  {name}: " + "; ".join(f"{value} on {_named(who, hosts)}" for value, who in ranks.items()))
+    if not lines:
+        return None
+    shown = lines[:20] + [f"  and {len(lines) - 20} more"] * (len(lines) > 20)
+    return (
+        f"The {len(facts)} processes of this run were started differently, and would wait for each other for ever or learn "
+        "from mixed-up numbers:\n" + "\n".join(shown) + "\nStart every process with the same script, options, data and "
+        "package versions; a seed, a path or a shuffle that each process chooses for itself is the usual cause."
+    )
+
+
+def _named(ranks: list[int], hosts: list[str]) -> str:
+    several = len(set(hosts)) > 1
+    shown = [f"{rank} ({hosts[rank]})" if several else str(rank) for rank in ranks[:8]]
+    rest = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(shown)}{rest}"
