@@ -23,7 +23,7 @@ def row(name: str, record: dict, target: str) -> str:
         return f"| {name} | {shown} | largest/smallest {record['largest_over_smallest']:.2f} | | {target} |"
     ratio = f"{record['ratio']:.2f}×"
     if "lowest" in record:
-        ratio += f" ({record['lowest']:.2f} to {record['highest']:.2f}, n={record['batches']})"
+        ratio += f" ({record['lowest']:.2f} to {record['highest']:.2f}, n={record['batches']}; CPU {record['cpu_ratio']:.2f}×)"
     if "share_of_limit" in record:
         ratio += f", {100 * record['share_of_limit']:.0f} % of {record['limit']:.2f}×"
     if "useful_tflops" in record:

@@ -36,6 +36,7 @@ class Setting:
     checkpointing: bool = False
     precomputed: bool = False
     forward_only: bool = False
+    padded_tokens: int | None = None  # take only batches that DPOTrainer pads to at most so many tokens
 
 
 def made_up_tokens(setting: Setting, count: int) -> list[dict[str, list[int]]]:
@@ -93,7 +94,8 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
         trainer_class, args = DPOTrainer, DPOConfig(**options)
     else:
         trainer_class = CPOConstrainedTrainer
-        args = CPOConstrainedConfig(**options, constraint="clip", prefix_sharing=arm == "packed")
+        args = CPOConstrainedConfig(**options, constraint="clip", prefix_sharing=arm == "packed",
+                                    check_reference=not setting.precomputed)  # made-up references are no start
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(setting.model)
     # With the reference precomputed none is kept, which LoRA has as well; a second copy of 8B weights would not help.
@@ -103,7 +105,7 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
         warnings.simplefilter("ignore")
         trainer = trainer_class(
             model=model_of(setting), ref_model=reference, args=args, processing_class=tokenizer, peft_config=lora,
-            train_dataset=dataset_of(setting, count or setting.batch * (setting.batches + 1)),
+            train_dataset=dataset_of(setting, count or setting.batch * (setting.batches + (1 if setting.padded_tokens is None else 40))),
         )  # fmt: skip
     trainer.model.train()
     return trainer
@@ -111,14 +113,19 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
 
 def batches_of(trainer, setting: Setting) -> list[dict[str, torch.Tensor]]:
     """The collated batches that every arm runs, with made-up precomputed references if the setting has them."""
-    count = setting.batch * setting.batches
     if setting.made_up is not None:
-        rows = made_up_tokens(setting, count)
+        rows = made_up_tokens(setting, setting.batch * setting.batches)
     else:
-        rows = [trainer.train_dataset[i] for i in range(count)]
-    batches = [
-        trainer.data_collator(rows[i : i + setting.batch]) for i in range(0, len(rows), setting.batch)
-    ]
+        rows = trainer.train_dataset
+    batches = []
+    for start in range(0, len(rows) - setting.batch + 1, setting.batch):
+        batch = trainer.data_collator([rows[i] for i in range(start, start + setting.batch)])
+        if setting.padded_tokens is None or batch["input_ids"].numel() <= setting.padded_tokens:
+            batches.append(batch)
+        if len(batches) == setting.batches:
+            break
+    else:
+        raise ValueError(f"only {len(batches)} of {setting.batches} batches of at most {setting.padded_tokens} tokens found")
     for batch in batches:
         if setting.precomputed:
             batch["ref_chosen_logps"] = torch.full((setting.batch,), -50.0)

@@ -5,30 +5,37 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
-def synchronised(run: Callable[[], Any]) -> float:
-    """Seconds that `run` takes on the wall, with the GPU's queue empty at both ends."""
+class Seconds(NamedTuple):
+    """How long something took: on the wall, and of this process's CPU time, which other work on the machine hardly changes."""
+
+    wall: float
+    cpu: float
+
+
+def synchronised(run: Callable[[], Any]) -> Seconds:
+    """What `run` takes, with the GPU's queue empty at both ends."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = Seconds(time.perf_counter(), time.process_time())
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - start.wall, time.process_time() - start.cpu)
 
 
-def interleaved(arms: Mapping[str, Callable[[Any], Any]], batches: Sequence[Any]) -> dict[str, list[float]]:
+def interleaved(arms: Mapping[str, Callable[[Any], Any]], batches: Sequence[Any]) -> dict[str, list[Seconds]]:
     """Seconds of every arm on every batch, the arms taking turns, so that what disturbs the machine disturbs all alike.
 
     Each arm runs the first batch once beforehand, uncounted. The arm that begins changes from batch to batch.
     """
     for run in arms.values():
         run(batches[0])
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    seconds: dict[str, list[Seconds]] = {name: [] for name in arms}
     names = list(arms)
     for number, batch in enumerate(batches):
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -36,13 +43,18 @@ def interleaved(arms: Mapping[str, Callable[[Any], Any]], batches: Sequence[Any]
     return seconds
 
 
-def compared(seconds: Mapping[str, Sequence[float]], baseline: str, ours: str) -> dict[str, float]:
+def compared(seconds: Mapping[str, Sequence[Seconds]], baseline: str, ours: str) -> dict[str, float]:
     """How many times faster `ours` is: the ratio of medians, and the smallest and largest ratio on one batch."""
-    ratios = [b / o for b, o in zip(seconds[baseline], seconds[ours], strict=True)]
+    ratios = [b.wall / o.wall for b, o in zip(seconds[baseline], seconds[ours], strict=True)]
+    wall, cpu = (
+        {arm: statistics.median(getattr(taken, clock) for taken in seconds[arm]) for arm in (baseline, ours)}
+        for clock in ("wall", "cpu")
+    )
     return {
-        "baseline_s": statistics.median(seconds[baseline]),
-        "ours_s": statistics.median(seconds[ours]),
-        "ratio": statistics.median(seconds[baseline]) / statistics.median(seconds[ours]),
+        "baseline_s": wall[baseline],
+        "ours_s": wall[ours],
+        "ratio": wall[baseline] / wall[ours],
+        "cpu_ratio": cpu[baseline] / cpu[ours],
         "lowest": min(ratios),
         "highest": max(ratios),
         "batches": len(ratios),

@@ -1,0 +1,127 @@
+"""
+What a bound on the violation reaches, beside penalties of fixed weight, on the embedded model and pairs.
+
+    python -m benchmarks.bound --epsilon 5 10 20 --penalty 0.01 0.1 1 --out bound.json
+
+Each run trains the demo's recipe (LoRA, β 0.1, γ 1) and is then measured at its final weights: the mean violation over
+all training pairs, which is what the bound is about, and over the held-out pairs; and the KL divergence paid, as the
+mean over held-out prompts of Σ_t KL(π_θ ‖ π_ref) along a response of up to 48 tokens sampled from the policy.
+"""
+
+import argparse
+import json
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo.sources import load_pairs, to_conversational
+
+RESPONSE_TOKENS = 48
+
+
+def trained(model: str, train, test, epochs: float, seed: int, **constraint) -> CPOConstrainedTrainer:
+    """A trainer after the demo's recipe with this constraint."""
+    args = CPOConstrainedConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=256,
+        learning_rate=1e-3, per_device_train_batch_size=4, per_device_eval_batch_size=4, num_train_epochs=epochs,
+        logging_steps=10, save_strategy="no", report_to="none", disable_tqdm=True, beta=0.1, gamma=1.0, seed=seed,
+        prefix_sharing=True, dataloader_pin_memory=False, **constraint,
+    )  # fmt: skip
+    trainer = CPOConstrainedTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=args,
+        train_dataset=train,
+        eval_dataset={"train": train, "test": test},
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    return trainer
+
+
+@torch.no_grad()
+def kl_paid(trainer: CPOConstrainedTrainer, prompts, seed: int = 0, batch: int = 20) -> float:
+    """Mean over prompts of Σ_t KL(π_θ ‖ π_ref) along one response sampled from the policy, nats."""
+    model, tokenizer = trainer.model.eval(), trainer.processing_class
+    torch.manual_seed(seed)
+    total, count = 0.0, 0
+    for start in range(0, len(prompts), batch):
+        inputs = tokenizer.apply_chat_template(
+            list(prompts[start : start + batch]), add_generation_prompt=True, return_tensors="pt", return_dict=True,
+            padding=True, padding_side="left",
+        )  # fmt: skip
+        tokens = model.generate(**inputs, max_new_tokens=RESPONSE_TOKENS, do_sample=True, top_k=0, top_p=1.0)
+        answer = tokens[:, inputs["input_ids"].size(1) :]
+        ended = (answer == tokenizer.eos_token_id).cumsum(1)
+        kept = (ended - (answer == tokenizer.eos_token_id).long()) == 0  # the end token is part of the response
+        mask = torch.cat([inputs["attention_mask"], kept.long()], dim=1)
+        first = inputs["input_ids"].size(1) - 1
+
+        def log_probs(tokens=tokens, mask=mask, first=first):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+            return logits[:, first:-1].log_softmax(-1)
+
+        policy = log_probs()
+        with model.disable_adapter():
+            reference = log_probs()
+        divergence = (policy.exp() * (policy - reference)).sum(-1)
+        total += (divergence * kept).sum().item()
+        count += len(tokens)
+    return total / count
+
+
+def measured(trainer: CPOConstrainedTrainer, prompts) -> dict:
+    """The record of a finished run."""
+    logs = trainer.evaluate()
+    record = {
+        f"{split}_{name}": logs[f"eval_{split}_cpo/{name}"]
+        for split in ("train", "test")
+        for name in ("violation", "violation_rate", "prefers_chosen", "in_undesirable_region", "gap")
+    }
+    record["kl"] = kl_paid(trainer, prompts)
+    record["lambda"] = [r["cpo/lambda"] for r in trainer.state.log_history if "cpo/lambda" in r]
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bound", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--model", default=None, help="model folder; default: the embedded SmolLM2-135M-Instruct")
+    parser.add_argument("--epsilon", type=float, nargs="*", default=[], help="bounds on the mean violation, nats")
+    parser.add_argument("--rate", type=float, nargs="*", default=[], help="bounds on the fraction of pairs violating")
+    parser.add_argument("--penalty", type=float, nargs="*", default=[], help="fixed weights; 0 is plain DPO")
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--options", type=json.loads, default={}, help="further config fields, JSON")
+    parser.add_argument("--out", default="bound.json", help="JSON file to add to")
+    options = parser.parse_args()
+    if options.model is None:
+        from trl_cpo.demo.model import demo_model_folder
+
+        options.model = str(demo_model_folder())
+    train, test = (to_conversational(load_pairs("demo", split))[0] for split in ("train", "test"))
+    runs = [{"constraint": "penalty" if weight else "none", "penalty_weight": weight} for weight in options.penalty]
+    runs += [{"constraint": "lagrangian", "epsilon": epsilon} for epsilon in options.epsilon]
+    runs += [{"constraint": "lagrangian", "epsilon": e, "dual_signal": "violation_rate"} for e in options.rate]
+    out = Path(options.out)
+    for run in runs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = trained(options.model, train, test, options.epochs, options.seed, **run, **options.options)
+            record = {**run, "epochs": options.epochs, "seed": options.seed, **options.options}
+            record |= measured(trainer, test["prompt"])
+        out.write_text(json.dumps([*(json.loads(out.read_text()) if out.exists() else []), record], indent=1) + "\n")
+        print(
+            f"{run}: violation {record['train_violation']:.2f} train, {record['test_violation']:.2f} held out; rate "
+            f"{record['train_violation_rate']:.3f}; KL {record['kl']:.2f}; λ {record['lambda'][-1:] or ''}", flush=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
