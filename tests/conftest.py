@@ -100,6 +100,18 @@ def make_model(seed: int = 0, **overrides) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_this_run(tmp_path_factory):
+    """Keeps what tests store, such as tables of log-probabilities, out of the user's cache."""
+    before = os.environ.get("TRL_CPO_CACHE")
+    os.environ["TRL_CPO_CACHE"] = str(tmp_path_factory.mktemp("trl_cpo_cache"))
+    yield
+    if before is None:
+        del os.environ["TRL_CPO_CACHE"]
+    else:
+        os.environ["TRL_CPO_CACHE"] = before
+
+
 @pytest.fixture(scope="session")
 def tokenizer_session():
     return make_tokenizer()

@@ -22,7 +22,7 @@ BETA, GAMMA, TAU, ALPHA, WEIGHT, SMOOTHING = 0.3, 0.4, 1.5, 0.5, 0.7, 0.1
 
 
 def make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, **options):
-    knobs = dict(beta=BETA, gamma=GAMMA, tau=TAU, alpha=ALPHA, penalty_weight=WEIGHT)
+    knobs = dict(beta=BETA, gamma=GAMMA, tau=TAU, alpha=ALPHA, penalty_weight=WEIGHT, dual_init=WEIGHT)
     args = CPOConstrainedConfig(**{**training_options(tmp_path), **knobs, **options})
     return CPOConstrainedTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
@@ -62,6 +62,7 @@ def target_by_hand(name, ref_chosen, ref_rejected):
     return {
         "none": ref_gap,
         "penalty": ref_gap,
+        "lagrangian": ref_gap,
         "clip": max(ref_gap, GAMMA),
         "softplus": ref_gap + math.log(1 + math.exp(TAU * (GAMMA - ref_gap))) / TAU / ALPHA,
         "inverse_prob": ref_gap + GAMMA / BETA * (math.exp(-ref_chosen) + math.exp(-ref_rejected))
@@ -124,7 +125,7 @@ def loss_by_hand(trainer, inputs, loss_type, ld_alpha=None):
     else:
         losses = [pair_loss_by_hand(loss_type, g - t) for g, t in zip(gaps, targets, strict=True)]
     loss = sum(losses) / len(losses)
-    if name == "penalty":
+    if name in ("penalty", "lagrangian"):  # dual_init is WEIGHT
         loss += WEIGHT * sum(max(0.0, GAMMA - g) for g in gaps) / len(gaps)
     return loss
 
@@ -220,7 +221,7 @@ def test_gradient_of_the_whole_step_is_the_formulas(tmp_path, tokenizer, model_f
     targets = [target_by_hand(name, rc, rr) for _, _, rc, rr in pairs_by_hand(trainer, inputs)]
     gap = chosen - rejected
     loss = torch.nn.functional.softplus(-BETA * (gap - torch.tensor(targets, dtype=torch.float64)))
-    if name == "penalty":
+    if name in ("penalty", "lagrangian"):
         loss = loss + WEIGHT * torch.relu(GAMMA - gap)
     loss.mean().backward()
     for (label, ours), theirs in zip(trainer.model.named_parameters(), policy.parameters(), strict=True):
@@ -330,7 +331,7 @@ def through_the_trainer(trainer, name, knobs, logps, dtype):
     trainer._constraint, trainer._knobs, trainer.beta = CONSTRAINTS[name], knobs, knobs.beta
     policy = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in logps[:2]]
     inputs = {
-        "input_ids": torch.ones(2, 2, dtype=torch.long),
+        "input_ids": torch.tensor([[1, 1], [1, 2]]),  # answers that differ: of equal ones nothing is asked
         "attention_mask": torch.ones(2, 2, dtype=torch.long),
         "completion_mask": torch.tensor([[0, 1], [0, 1]]),
         "ref_chosen_logps": torch.tensor([logps[2]], dtype=dtype),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from trl_cpo.cache import cache_root
 from trl_cpo.demo import model
 from trl_cpo.demo.model import DemoModelError, build, demo_model_folder, describe, is_whole
 
@@ -144,7 +145,7 @@ def test_failure_leaves_nothing_behind(convert, source, monkeypatch, error):
     monkeypatch.setattr(model, "_convert_elsewhere", fail_halfway)
     with pytest.raises(type(error)):
         demo_model_folder()
-    assert names(model.cache_root()) == []
+    assert names(cache_root()) == []
     monkeypatch.setattr(model, "_convert_elsewhere", convert)
     assert is_whole(demo_model_folder(), describe(source))
 
@@ -158,7 +159,7 @@ def test_failing_process_is_reported_with_its_output(tmp_path):
 
 
 def test_only_clearly_stale_leftovers_are_removed(convert):
-    root = model.cache_root()
+    root = cache_root()
     old, new, other = root / f".{model.NAME}.building-1-aa", root / f".{model.NAME}.building-2-bb", root / "other"
     long_ago = time.time() - 2 * 24 * 3600
     for folder in (old, new, other):
@@ -248,11 +249,11 @@ def test_cache_root(monkeypatch, tmp_path):
     monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert model.cache_root() == tmp_path / "own"
+    assert cache_root() == tmp_path / "own"
     monkeypatch.delenv("TRL_CPO_CACHE")
-    assert model.cache_root() == tmp_path / "xdg" / "trl_cpo"
+    assert cache_root() == tmp_path / "xdg" / "trl_cpo"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert model.cache_root() == tmp_path / "home" / ".cache" / "trl_cpo"
+    assert cache_root() == tmp_path / "home" / ".cache" / "trl_cpo"
 
 
 def test_package_is_found_without_being_imported(tmp_path, monkeypatch):

@@ -2,12 +2,17 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import pair_rows
+
+from trl_cpo.progress import read_log
+
+from trl_cpo.run.arguments import PairArguments, PolicyConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "hh_rlhf.py"
@@ -36,14 +41,16 @@ def hh_file(tmp_path_factory):
     return str(path)
 
 
-def run(cwd, *options, launch=False, check=True):
+def run(cwd, *options, launch=0, program=(str(SCRIPT),), check=True):
+    """The script, in `launch` processes of accelerate's or in one of its own."""
     head = [sys.executable]
     if launch:
-        head += ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-        head += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        head += ["-m", "accelerate.commands.launch", "--num_processes", str(launch), "--num_machines", "1"]
+        head += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if launch > 1 else [])]
     done = subprocess.run(
-        [*head, str(SCRIPT), *map(str, options)], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
+        [*head, *program, *map(str, options)], cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     if check:
         assert done.returncode == 0, done.stderr[-4000:]
     return done
@@ -53,7 +60,7 @@ def test_accelerate_launch_with_lora_twice(tmp_path, model_folder, hh_file):
     """Progress, a report of refused rows, a summary, files where it says; a second run goes beside the first."""
     options = ["--model_name_or_path", model_folder, "--dataset_name", hh_file, "--use_peft", *TINY]
     options += ["--lora_target_modules", "q_proj", "v_proj", "--constraint", "softplus", "--gamma", "0.5"]
-    done = run(tmp_path, *options, launch=True)
+    done = run(tmp_path, *options, launch=1)
     out = done.stdout
     for words in (
         "[1/4]", "[4/4]", "24 rows: 22 kept, 2 refused", "1 identical_answers", "1 empty_answer", "2 held-out pairs",
@@ -67,11 +74,22 @@ def test_accelerate_launch_with_lora_twice(tmp_path, model_folder, hh_file):
     assert record["before"]["eval_cpo/gap"] == pytest.approx(record["before"]["eval_cpo/ref_gap"], abs=1e-5)
     assert record["after"]["eval_cpo/gap"] != record["before"]["eval_cpo/gap"]
     assert record["data"]["train"]["refused"] == {"empty_answer": 1, "identical_answers": 1}
+    pairs = json.loads((folder / "pairs.json").read_text())
+    assert {k: pairs[k] for k in ("reduction", "gamma", "constraint")} == {"reduction": "sum", "gamma": 0.5, "constraint": "softplus"}
+    assert len(pairs["rows"]) == 2 and all(row[4:] == row[2:4] for row in pairs["rows"])
+    assert sum(row[0] - row[1] for row in pairs["rows"]) / 2 == pytest.approx(record["after"]["eval_cpo/gap"], abs=1e-4)
+    assert sum(row[2] - row[3] for row in pairs["rows"]) / 2 == pytest.approx(record["before"]["eval_cpo/gap"], abs=1e-4)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if "loss" in r] == [1, 2]
     assert (folder / "adapter_model.safetensors").exists() and "2605.20834" in (folder / "README.md").read_text()
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert "outputs/pairs-softplus-2/metrics.json" in run(tmp_path, *options).stdout
+    # The second as `trl-cpo train`, in two processes: one folder, each held-out pair once, every line said once.
+    out = run(tmp_path, *options, launch=2, program=("-m", "trl_cpo", "train")).stdout
+    assert out.count("outputs/pairs-softplus-2/metrics.json") == out.count("[4/4]") == out.count("[end, step 2]") == 1
+    record = json.loads((tmp_path / "outputs" / "pairs-softplus-2" / "metrics.json").read_text())
+    pairs = json.loads((tmp_path / "outputs" / "pairs-softplus-2" / "pairs.json").read_text())
+    assert len(pairs["rows"]) == record["held_out_pairs"] == 2
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["pairs-softplus", "pairs-softplus-2"]
     assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
@@ -92,15 +110,34 @@ def test_full_fine_tuning_with_precomputed_reference_and_plain_dpo(tmp_path, mod
 
 
 def test_a_run_goes_on_from_its_latest_checkpoint(tmp_path, model_folder, hh_file):
-    """Stopped after one step of two; the table's left column says nothing where the start was not seen again."""
+    """Stopped after one step of two, and killed while it saved the final model; before both, before its first checkpoint."""
     options = ["--model_name_or_path", model_folder, "--dataset_name", hh_file, "--constraint", "clip", *TINY]
     options += ["--output_dir", "mine", "--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "1"]
-    run(tmp_path, *options, "--max_steps", "1")
+    mine = tmp_path / "mine"
+    (mine / "_unfinished" / "checkpoint-1").mkdir(parents=True)
+    (mine / "log.jsonl").write_text('{"step": 0, "eval_lo')
+    out = run(tmp_path, *options, "--max_steps", "1", "--resume_from_checkpoint", "latest").stdout
+    assert "holds no whole checkpoint yet: starting from the beginning" in out and "step     1/1 train" in out
+    (mine / "checkpoint-2").mkdir()  # half-written, as plain TRL leaves them
     out = run(tmp_path, *options, "--resume_from_checkpoint", "latest").stdout
     assert "step     2/2 train" in out and "step     1/2 train" not in out and "eval" in out
     assert json.loads((tmp_path / "mine" / "metrics.json").read_text())["before"]["step"] == 0
+    weights, log = (mine / "model.safetensors").read_bytes(), read_log(mine / "log.jsonl")
+    record = json.loads((mine / "metrics.json").read_text())
+    assert [line["step"] for line in log if "loss" in line] == [1, 2] and len(log) == 7  # the first run ended, at step 1
+    (mine / "metrics.json").unlink()
+    (mine / "model.safetensors").write_bytes(weights[:1000])
+    run(tmp_path, *options, "--resume_from_checkpoint", "latest")
+    assert (mine / "model.safetensors").read_bytes() == weights
+
+    def numbers(line):
+        return {k: v for k, v in line.items() if not k.endswith(("_runtime", "_per_second"))}
+
+    again = json.loads((mine / "metrics.json").read_text())
+    assert numbers(again["after"]) == numbers(record["after"]) and numbers(again["before"]) == numbers(record["before"])
+    assert list(map(numbers, read_log(mine / "log.jsonl"))) == list(map(numbers, log))
     done = run(tmp_path, *TINY, "--output_dir", "other", "--resume_from_checkpoint", "latest", check=False)
-    assert "no checkpoint-* folder in other" in done.stderr and "Traceback" not in done.stderr
+    assert "no whole checkpoint-* folder in other" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_stream_is_counted_as_it_is_read(tmp_path, model_folder, hh_file):
@@ -144,8 +181,8 @@ def test_unknown_key_in_a_config_file(tmp_path):
 
 
 def test_plain_defaults_are_the_real_thing():
-    text = SCRIPT.read_text()
-    assert 'default="Anthropic/hh-rlhf"' in text and 'default="HuggingFaceTB/SmolLM2-135M-Instruct"' in text
+    assert PairArguments().dataset_name == "Anthropic/hh-rlhf"
+    assert PolicyConfig().model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_help_is_there(tmp_path):

@@ -131,7 +131,16 @@ def test_two_processes_log_what_one_does(tmp_path, model_folder, ref_model_folde
         done = subprocess.run(command + arguments, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(json.loads(out.read_text()))
+        printed = [Path(f"{out}.printed.{rank}").read_text() for rank in range(processes)]
+        assert "[first log, step 1] " in printed[0] and "[end, step 3] " in printed[0]
+        # DeepSpeed, where it is installed, says on every process that it found no accelerator.
+        others = [line for text in printed[1:] for line in text.splitlines() if "real_accelerator.py" not in line]
+        assert others == []
     one, two = results
+    # Each pair once, in the order of the set, whichever process scored it.
+    assert len(one["evaluated_pairs"]) == len(two["evaluated_pairs"]) == 7
+    for a, b in zip(one["evaluated_pairs"], two["evaluated_pairs"], strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert len(one["train"]) == len(two["train"]) == 3
     for a, b in zip(one["train"] + [one["eval"]], two["train"] + [two["eval"]], strict=True):

@@ -94,6 +94,8 @@ def launched(tmp_path_factory, model_folder):
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "HF_DATASETS_CACHE": str(folder / "datasets"),
+            # Of its own, so that every kind computes its tables of log-probabilities itself.
+            "TRL_CPO_CACHE": str(folder / "trl_cpo"),
         }
         command = [*launcher(kind, folder), str(SCRIPT), json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)

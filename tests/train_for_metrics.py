@@ -1,6 +1,8 @@
 """Run by test_metrics.py in one process and in two: a short training, its metrics written as JSON by rank 0."""
 
+import io
 import json
+import os
 import sys
 
 from conftest import make_tokenizer, pairs_dataset, training_options
@@ -8,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 
+# What this process prints is kept to be looked at: the first alone may speak.
+printed = sys.stdout = io.StringIO()
 model, ref_model, batch, output_dir, out = sys.argv[1:]
 args = CPOConstrainedConfig(
     **training_options(output_dir, per_device_train_batch_size=int(batch), per_device_eval_batch_size=int(batch)),
@@ -32,6 +36,13 @@ if trainer.is_world_process_zero():
         return {k: record[k] for k in keys}
 
     train = [kept(record) for record in trainer.state.log_history if "loss" in record]
-    record = {"processes": trainer.accelerator.num_processes, "train": train, "eval": kept(evaluated, "eval_")}
+    record = {
+        "processes": trainer.accelerator.num_processes,
+        "train": train,
+        "eval": kept(evaluated, "eval_"),
+        "evaluated_pairs": trainer.evaluated_pairs["eval"].rows().tolist(),
+    }
     with open(out, "w") as file:
         json.dump(record, file)
+with open(f"{out}.printed.{os.environ['RANK']}", "w") as file:
+    file.write(printed.getvalue())

@@ -82,7 +82,7 @@ class Calls(logging.Handler):
             return outputs
 
         PackedPairForward.__call__ = counted
-        logger = logging.getLogger("trl_cpo")
+        logger = logging.getLogger("trl_cpo.forward")
         self._level = logger.level
         logger.setLevel(logging.INFO)
         logger.addHandler(self)
@@ -90,7 +90,7 @@ class Calls(logging.Handler):
 
     def __exit__(self, *_):
         PackedPairForward.__call__ = self._call
-        logger = logging.getLogger("trl_cpo")
+        logger = logging.getLogger("trl_cpo.forward")
         logger.setLevel(self._level)
         logger.removeHandler(self)
 
@@ -118,7 +118,7 @@ def train(run: dict) -> dict:
             micro-batches make a step.
     """
     place = os.path.join(JOB["folder"], f"{run['name']}-{'packed' if run['packed'] else 'padded'}")
-    # Read from files with a cache of its own: TRL keeps precomputed log-probs beside it and would take them up again.
+    # Read from files with a cache of its own, beside which the tokenized set is kept.
     data = load_dataset("json", data_files=JOB["data"], cache_dir=os.path.join(place, "cache"))
     accumulate = run.get("accumulate", 1)
     options = dict(

@@ -9,19 +9,25 @@ What it rests on, in TRL 1.16, and the identity tests hold (tests/test_identity.
 - `_metrics[mode]` holds one number per logged name and call, averaged in `log`.
 """
 
-import copy
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from datasets import Dataset
-from datasets.fingerprint import Hasher
+from accelerate.utils import is_peft_model
+from datasets import Dataset, Features, Value, concatenate_datasets
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 from trl import DPOTrainer
 from trl import __version__ as trl_version
+from trl.data_utils import _tokenize
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from .pairs import PairLogps, completion_lengths, sequence_logps
 
@@ -53,6 +59,9 @@ MEAN_OF = {"sigmoid": "sigmoid_norm"}
 
 #: Columns that DPOTrainer adds to a dataset of text when it prepares it.
 TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+#: Columns that it reads precomputed log-probabilities from.
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def check_trl(version: str = trl_version) -> None:
@@ -87,15 +96,76 @@ def load_processing_class(model, args):
     return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
-def keyed(dataset: Dataset, *parts) -> Dataset:
-    """`dataset` under a fingerprint that `parts` changes, so that precomputed values are cached by them as well.
+@dataclass(frozen=True)
+class Reference:
+    """What a trainer's `compute_ref_log_probs` computes with.
 
-    DPOTrainer's own key is the data and the weights alone: it would take up, under another `ld_alpha` or another forward,
-    what was computed before.
+    Attributes:
+        model: the model, as DPOTrainer has it; sharded and wrapped where it is.
+        adapters: names of its PEFT adapters.
+        adapter: the one that is switched on for the reference; None: none is.
     """
-    dataset = copy.copy(dataset)
-    dataset._fingerprint = Hasher.hash((dataset._fingerprint, *parts))
-    return dataset
+
+    model: torch.nn.Module
+    adapters: tuple[str, ...]
+    adapter: str | None
+
+
+def reference_of(trainer: DPOTrainer) -> Reference:
+    """The reference of a trainer: its reference model, else its model under the "ref" adapter or under none."""
+    model = trainer.model if trainer.ref_model is None else trainer.ref_model
+    bare = trainer.accelerator.unwrap_model(model)
+    if not is_peft_model(bare):
+        return Reference(model, (), None)
+    names = tuple(bare.peft_config)
+    if trainer.ref_model is not None:
+        return Reference(model, names, bare.active_adapter)
+    return Reference(model, names, "ref" if "ref" in names else None)
+
+
+def reference_engine(trainer: DPOTrainer) -> torch.nn.Module:
+    """What `compute_ref_log_probs` takes as its model before training has wrapped it, as DPOTrainer precomputes.
+
+    With DeepSpeed the weights are then not in their place yet, and an inference engine puts them there.
+    """
+    if trainer.ref_model is not None:
+        return trainer.ref_model
+    if not trainer.is_deepspeed_enabled:
+        return trainer.model
+    if trainer._precompute_engine is None:
+        trainer._precompute_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
+    return trainer._precompute_engine
+
+
+def with_reference_logps(dataset: Dataset, chosen, rejected) -> Dataset:
+    """`dataset` with the reference's log-probabilities (N,), float32, in the columns where DPOTrainer looks for them."""
+    values = dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True))
+    columns = Dataset.from_dict(values, features=Features({name: Value("float32") for name in values}))
+    # Already there in a set that was prepared before and is handed over again.
+    dataset = dataset.remove_columns([name for name in values if name in dataset.column_names])
+    return concatenate_datasets([dataset, columns], axis=1)
+
+
+def is_its_collator(collator: Any) -> bool:
+    """Whether `collator` is DPOTrainer's own, which reads the token ids and nothing else."""
+    return type(collator) is DataCollatorForPreference
+
+
+def prepared(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args, name: str) -> Dataset:
+    """`dataset` with the token ids that DPOTrainer would train on, without a trainer or a model.
+
+    Pairs whose prompt alone fills `args.max_length` are left out, as DPOTrainer leaves them out.
+    """
+    return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, args, name)
+
+
+def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+    """The token ids of a row's prompt by itself, as DPOTrainer makes them before it looks where the answers begin."""
+    prompt, tools = row["prompt"], row.get("tools")
+    if isinstance(prompt, str):
+        return list(_tokenize(tokenizer, prompt)["input_ids"])
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+    return list(_tokenize(tokenizer, prompt, add_generation_prompt=True, **options)["input_ids"])
 
 
 class _ObservedModel:
@@ -200,6 +270,40 @@ def observed_loss(
     return result, seen["pairs"], seen["target"]
 
 
+def reference_logps(trainer: DPOTrainer, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The reference's summed log-probabilities of a batch, chosen and rejected, (B,), nats: precomputed or computed now."""
+    if trainer.precompute_ref_logps:
+        return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+    # Not `or`: a compiled model has no truth value.
+    return trainer.compute_ref_log_probs(trainer.model if trainer.ref_model is None else trainer.ref_model, inputs)
+
+
+def in_half_precision(trainer: DPOTrainer) -> bool:
+    """Whether any part of the model is computed in fewer digits than float32's: half precision, TF32, 4 or 8 bits."""
+    model = trainer.model
+    quantized = getattr(model, "is_quantized", False) or any(p.dtype in (torch.uint8, torch.int8) for p in model.parameters())
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    return trainer.accelerator.mixed_precision != "no" or bool(trainer.args.tf32) or quantized or half
+
+
+def how_the_reference_is_had(trainer: DPOTrainer) -> dict[str, Any]:
+    """Whether it was computed beforehand, whether it is the model under another adapter or none, where else it is loaded from."""
+    return dict(
+        precomputed=trainer.precompute_ref_logps, is_peft=is_peft_model(trainer.model), source=model_id(trainer.model)
+    )
+
+
+def policy_logps(trainer: DPOTrainer, forward: Callable, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The policy's summed log-probabilities of a batch, chosen and rejected, (B,), nats, by a forward of its own."""
+    mask = inputs["completion_mask"]
+    others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+    features = {name: value for name, value in inputs.items() if name not in others}
+    labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+    with trainer.accelerator.autocast():
+        outputs = forward(**features, use_cache=False, labels=labels, fused_lm_head=True)
+    return sequence_logps(outputs.log_probs, mask, trainer.ld_alpha).chunk(2)
+
+
 def _restore_rewards(trainer: DPOTrainer, log_ratios: Tensor) -> None:
     """Sets the `rewards/*` just logged for a moved target to DPO's meaning, β (s_θ − s_ref), from (B, 2) log-ratios."""
     rewards = trainer.beta * log_ratios
@@ -208,3 +312,56 @@ def _restore_rewards(trainer: DPOTrainer, log_ratios: Tensor) -> None:
     logged["rewards/rejected"][-1] = rejected.mean().item()
     logged["rewards/accuracies"][-1] = (chosen > rejected).float().mean().item()
     logged["rewards/margins"][-1] = (chosen - rejected).mean().item()
+
+
+def run_dir(trainer: DPOTrainer, trial: Any = None) -> str:
+    """The folder of a run's checkpoints: `args.output_dir`, or a trial's folder in it."""
+    return trainer._get_output_dir(trial)
+
+
+@contextmanager
+def saving_into(trainer: DPOTrainer, folder: str) -> Iterator[None]:
+    """Has `_save_checkpoint` write into `folder` in place of the run's own, and push nothing to the hub."""
+    trainer._get_output_dir = lambda trial: folder
+    trainer._push_from_checkpoint = lambda checkpoint: None
+    try:
+        yield
+    finally:
+        del trainer._get_output_dir, trainer._push_from_checkpoint
+
+
+def push_checkpoint(trainer: DPOTrainer, folder: str) -> None:
+    """Uploads a checkpoint as `args.hub_strategy` says."""
+    trainer._push_from_checkpoint(folder)
+
+
+def loop_state(trainer: DPOTrainer) -> dict[str, Any]:
+    """What training has counted on this process and no checkpoint of transformers or TRL holds, as exact plain numbers."""
+    return {
+        "loss": trainer._tr_loss.item(),
+        "loss_logged": trainer._total_loss_scalar,
+        "last_logged_step": trainer._globalstep_last_logged,
+        "first_step": trainer._initial_global_step,
+        "tokens": trainer._total_train_tokens,
+        "training": trainer.model.training,
+        "metrics": {name: list(values) for name, values in trainer._metrics["train"].items()},
+    }
+
+
+def load_loop_state(trainer: DPOTrainer, states: Sequence[dict[str, Any]]) -> None:
+    """Takes up what `loop_state` gave on each of the processes, once training has set its counters to zero.
+
+    With another number of processes than there were, each takes the mean of the losses and the first one's metrics.
+    """
+    index, same = trainer.accelerator.process_index, len(states) == trainer.accelerator.num_processes
+    mine = states[index if same else 0]
+    losses = [mine["loss"]] if same else [state["loss"] for state in states]
+    trainer._tr_loss.fill_(sum(losses) / len(losses))
+    trainer._total_loss_scalar = mine["loss_logged"]
+    trainer._globalstep_last_logged = mine["last_logged_step"]
+    trainer._initial_global_step = mine["first_step"]
+    trainer._total_train_tokens = mine["tokens"]
+    # Which metrics are logged goes by the model's mode, which no step sets where none is left to train.
+    trainer.model.train(mine["training"])
+    trainer._metrics["train"].clear()
+    trainer._metrics["train"].update({name: list(values) for name, values in mine["metrics"].items()})

@@ -92,3 +92,85 @@ def check_lengths_known(dataset: Any) -> None:
             f"balance_tokens=True needs the lengths of all pairs beforehand, got {got}. Train on a text Dataset that is not "
             "streamed, or leave balance_tokens out."
         )
+
+
+def visible_span(prompt: int, completion: int, max_length: int | None, keep: str) -> tuple[int, int, int]:
+    """What DPOTrainer's truncation leaves of an answer: from which token to which, and how many of them are scored.
+
+    Args:
+        prompt: tokens of the prompt.
+        completion: tokens of the answer.
+        max_length: the most tokens that stay, of both together; None: all.
+        keep: "keep_start" or "keep_end", which end of the sequence stays.
+
+    Returns:
+        first, end: the slice of the answer that stays; scored: its tokens but one in the sequence's first place, which
+        nothing before it could predict.
+    """
+    cut = 0 if max_length is None else max(0, prompt + completion - max_length)
+    if keep == "keep_start":
+        first, end = 0, max(0, completion - cut)
+        prompt_left = min(prompt, prompt + completion - cut)
+    else:
+        first, end = max(0, cut - prompt), completion
+        prompt_left = max(0, prompt - cut)
+    return first, end, end - first - (prompt_left == 0 and end > first)
+
+
+def incomparable_rows(dataset: Dataset, max_length: int | None, keep: str) -> dict[str, list[int]]:
+    """The numbers of a tokenized dataset's rows that compare no two answers once truncated, by what is wrong with them.
+
+    "same answers": their tokens are equal; "nothing scored": of one answer, no token that is scored is left. Both lists
+    are empty for a dataset without token ids (images are tokenized later).
+    """
+    found: dict[str, list[int]] = {"same answers": [], "nothing scored": []}
+    if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names):
+        return found
+    number = -1
+    for batch in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("numpy").iter(1000):
+        for prompt, chosen, rejected in zip(batch["prompt_ids"], batch["chosen_ids"], batch["rejected_ids"], strict=True):
+            number += 1
+            spans = [visible_span(len(prompt), len(answer), max_length, keep) for answer in (chosen, rejected)]
+            if not all(scored > 0 for *_, scored in spans):
+                found["nothing scored"].append(number)
+                continue
+            (c_first, c_end, _), (r_first, r_end, _) = spans
+            if c_end - c_first == r_end - r_first and (chosen[c_first:c_end] == rejected[r_first:r_end]).all():
+                found["same answers"].append(number)
+    return found
+
+
+def incomparable_message(
+    found: dict[str, list[int]], *, name: str, total: int, dropped: int, max_length: int | None, constrained: bool
+) -> str | None:
+    """The sentences for pairs that teach nothing, or None where there are none.
+
+    Args:
+        found: what `incomparable_rows` gave of the prepared dataset.
+        name: what the dataset is called.
+        total: rows before preparation.
+        dropped: rows that DPOTrainer dropped in preparation.
+        max_length: what they were truncated to.
+        constrained: whether a constraint is on.
+    """
+    same, unscored = found["same answers"], found["nothing scored"]
+    parts = []
+    if dropped:
+        parts.append(f"{dropped} were dropped, because the prompt alone fills max_length={max_length} tokens")
+    if same:
+        parts.append(f"{len(same)} have the same tokens in both answers, after truncation ({_rows(same)})")
+    if unscored:
+        parts.append(f"{len(unscored)} have an answer without a scored token, after truncation ({_rows(unscored)})")
+    if not parts:
+        return None
+    who = "The constraint and the cpo/ metrics leave" if constrained else "The cpo/ metrics leave"
+    kept = f" {who} such pairs out, DPO's own loss does not; cpo/incomparable_pairs counts them." if same or unscored else ""
+    counted = " Rows are counted from 0" + (", without the dropped ones." if dropped else ".") if same or unscored else ""
+    return (
+        f"Of the {total} pairs of the {name} dataset, {'; '.join(parts)}.{kept}{counted} Take them out, or set a larger "
+        "max_length where truncation made them."
+    )
+
+
+def _rows(numbers: list[int], shown: int = 5) -> str:
+    return "rows " + ", ".join(map(str, numbers[:shown])) + (", …" if len(numbers) > shown else "")

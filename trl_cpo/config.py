@@ -9,12 +9,25 @@ from trl import DPOConfig
 
 from ._trl import LOSS_READS, MEAN_OF
 from .constraints import CONSTRAINTS, Knobs
+from .dual import SIGNALS, DualRule
 from .pairs import REDUCTIONS
 
 logger = logging.get_logger(__name__)
 
 #: The knobs of the constraint: name to (lowest value, whether the lowest value itself is allowed).
-_BOUNDS = {"gamma": (0.0, True), "tau": (0.0, False), "alpha": (0.0, False), "penalty_weight": (0.0, True)}
+_BOUNDS = {
+    "gamma": (0.0, True),
+    "tau": (0.0, False),
+    "alpha": (0.0, False),
+    "penalty_weight": (0.0, True),
+    "epsilon": (0.0, True),
+    "dual_lr": (0.0, True),
+    "dual_max": (0.0, False),
+    "dual_init": (0.0, True),
+    "dual_warmup_steps": (0, True),
+}
+#: Knobs that may be infinite, and knobs that may be None, which leaves them to β.
+_UNBOUNDED, _LEFT_TO_BETA = ("epsilon",), ("dual_lr", "dual_max")
 
 
 def one_of(name: str, got, allowed) -> str:
@@ -22,6 +35,14 @@ def one_of(name: str, got, allowed) -> str:
     nearest = difflib.get_close_matches(str(got), list(allowed), n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return f"{name} must be one of {', '.join(map(repr, allowed))}; got {got!r}.{hint}"
+
+
+def is_finite(number: int | float) -> bool:
+    """Whether a number is finite as a float, which an integer beyond the largest float is not."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 @dataclass
@@ -35,8 +56,9 @@ class CPOConstrainedConfig(DPOConfig):
     Parameters:
         constraint (`str`, *optional*, defaults to `"none"`):
             Form of the constraint: `"none"` (plain DPO), `"clip"`, `"softplus"`, `"inverse_prob"`, `"inverse_logp"`,
-            `"penalty"`. All but `"penalty"` move the loss's target margin from `δ_ref` to another; `"penalty"` adds
-            `penalty_weight * max(0, gamma − δ_θ)`.
+            `"penalty"`, `"lagrangian"`. The last two leave the loss's target margin at `δ_ref`, the others move it;
+            `"penalty"` adds `penalty_weight * max(0, gamma − δ_θ)`, and `"lagrangian"` adds the same with a weight λ that
+            it updates until the mean violation is at most `epsilon`.
         gamma (`float`, *optional*, defaults to `0.0`):
             The gap asked for, γ ≥ 0, in nats: a sum per response or a mean per token, as `logps_reduction` says. Under
             every constraint, `"none"` too, a pair with `δ_θ < gamma` counts as a violation in the logs.
@@ -47,6 +69,22 @@ class CPOConstrainedConfig(DPOConfig):
             above 1 the target may stay below gamma.
         penalty_weight (`float`, *optional*, defaults to `1.0`):
             Weight λ ≥ 0 of `"penalty"`, per nat.
+        epsilon (`float`, *optional*, defaults to `0.0`):
+            For `"lagrangian"`: the mean violation allowed, ε ≥ 0, in the unit of `dual_signal`; `inf` allows any, which
+            with `dual_init=0` is plain DPO.
+        dual_lr (`float`, *optional*):
+            For `"lagrangian"`: step size η ≥ 0 of `λ ← clip(λ + η (violation − ε), 0, dual_max)`, once per optimizer
+            step. By default `0.1 β²` for the signal `"violation"` and `0.1 β` for `"violation_rate"`, so that λ/β, which
+            has no unit, moves by a tenth of the excess measured in rewards, βδ.
+        dual_max (`float`, *optional*):
+            For `"lagrangian"`: cap of λ, > 0, per nat. By default `10 β`.
+        dual_init (`float`, *optional*, defaults to `0.0`):
+            For `"lagrangian"`: λ at the start, ≥ 0, per nat.
+        dual_warmup_steps (`int`, *optional*, defaults to `0`):
+            For `"lagrangian"`: optimizer steps at the start in which λ stays as it is.
+        dual_signal (`str`, *optional*, defaults to `"violation"`):
+            For `"lagrangian"`: what drives λ: `"violation"`, the mean of `max(0, gamma − δ_θ)` in nats, or
+            `"violation_rate"`, the fraction of pairs with `δ_θ < gamma`. The loss differentiates the former in both cases.
         logps_reduction (`str`, *optional*, defaults to `"sum"`):
             How a response's log-probability is made of its tokens', for policy and reference alike: `"sum"` (DPO's), or
             `"mean"` (per token). With `"mean"` the default loss is TRL's `sigmoid_norm`, which is DPO's loss of means.
@@ -58,6 +96,15 @@ class CPOConstrainedConfig(DPOConfig):
         balance_tokens (`bool`, *optional*, defaults to `False`):
             Whether the pairs of each optimizer step are dealt to processes and micro-batches so that each computes about
             as many tokens. The pairs of a step stay those of a plain shuffle, and so does its loss.
+        check_reference (`bool`, *optional*, defaults to `True`):
+            Whether the first micro-batch of a run without `ref_model` is looked at before the first step: there policy and
+            reference must give the same log-probabilities, up to rounding, or training stops with what may be wrong. It
+            costs nothing where they do.
+
+        narrate (`bool`, *optional*, defaults to `True`):
+            Whether the first training log and the end of training are told in one line of words each: which of the two
+            log-probabilities moved how far against the reference, and how many pairs are in the undesirable region U. The
+            first process alone prints it.
 
     Raises:
         ValueError: naming every fault of these fields at once.
@@ -86,6 +133,32 @@ class CPOConstrainedConfig(DPOConfig):
         metadata={"help": "Divisor of the 'softplus' margin, > 0, without unit. Above 1, targets may stay below gamma."},
     )
     penalty_weight: float = field(default=1.0, metadata={"help": "Weight of 'penalty', >= 0, per nat."})
+    epsilon: float = field(
+        default=0.0,
+        metadata={"help": "For 'lagrangian': the mean violation allowed, >= 0, in nats or as a fraction (dual_signal)."},
+    )
+    dual_lr: float | None = field(
+        default=None,
+        metadata={
+            "help": "For 'lagrangian': step size of the multiplier per optimizer step, >= 0. Default: 0.1 beta^2 for the "
+            "signal 'violation', 0.1 beta for 'violation_rate'."
+        },
+    )
+    dual_max: float | None = field(
+        default=None, metadata={"help": "For 'lagrangian': cap of the multiplier, > 0, per nat. Default: 10 beta."}
+    )
+    dual_init: float = field(default=0.0, metadata={"help": "For 'lagrangian': the multiplier at the start, >= 0, per nat."})
+    dual_warmup_steps: int = field(
+        default=0, metadata={"help": "For 'lagrangian': optimizer steps at the start that leave the multiplier as it is."}
+    )
+    dual_signal: str = field(
+        default="violation",
+        metadata={
+            "help": "For 'lagrangian': what drives the multiplier, the mean hinge 'violation' (nats) or the fraction "
+            "'violation_rate'.",
+            "choices": list(SIGNALS),
+        },
+    )
     logps_reduction: str = field(
         default="sum",
         metadata={
@@ -108,11 +181,22 @@ class CPOConstrainedConfig(DPOConfig):
             "many tokens. Which pairs a step holds stays a plain shuffle."
         },
     )
+    check_reference: bool = field(
+        default=True,
+        metadata={
+            "help": "Stop before the first step if, without a ref_model, policy and reference give other log-probabilities "
+            "on the first micro-batch."
+        },
+    )
+    narrate: bool = field(
+        default=True,
+        metadata={"help": "Tell the first training log and the end of training in one line of words each."},
+    )
 
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        for name in ("constraint", "logps_reduction"):
+        for name in ("constraint", "logps_reduction", "dual_signal"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{type(self).__name__}: {name} must be a string; got {getattr(self, name)!r}.")
         faults = self._knob_faults()
@@ -141,6 +225,25 @@ class CPOConstrainedConfig(DPOConfig):
             alpha=self.alpha,
             penalty_weight=self.penalty_weight,
             logps_reduction=self.logps_reduction,
+            epsilon=self.epsilon,
+            dual_lr=self.dual_lr,
+            dual_max=self.dual_max,
+            dual_init=self.dual_init,
+            dual_warmup_steps=self.dual_warmup_steps,
+            dual_signal=self.dual_signal,
+        )
+
+    @property
+    def dual_rule(self) -> DualRule:
+        """How the multiplier of a dual constraint moves, with what β sets filled in."""
+        scale = self.beta**2 if self.dual_signal == "violation" else self.beta
+        return DualRule(
+            epsilon=self.epsilon,
+            step_size=0.1 * scale if self.dual_lr is None else self.dual_lr,
+            cap=10 * self.beta if self.dual_max is None else self.dual_max,
+            start=self.dual_init,
+            warmup_steps=self.dual_warmup_steps,
+            signal=self.dual_signal,
         )
 
     def _has_bf16(self) -> bool:
@@ -157,12 +260,22 @@ class CPOConstrainedConfig(DPOConfig):
             faults.append(one_of("logps_reduction", self.logps_reduction, REDUCTIONS))
         for name, (lowest, allowed) in _BOUNDS.items():
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if value is None and name in _LEFT_TO_BETA:
+                continue
+            kind, kinds = ("finite number", (int, float)) if isinstance(lowest, float) else ("whole number", int)
+            kind = "number" if name in _UNBOUNDED else kind
+            is_number = isinstance(value, kinds) and not isinstance(value, bool)
+            is_number = is_number and (is_finite(value) or (name in _UNBOUNDED and value == math.inf))
             if not is_number or value < lowest or (value == lowest and not allowed):
                 sign = "≥" if allowed else ">"
-                faults.append(f"{name} must be a finite number {sign} {lowest:g}; got {value!r}.")
-        if self.prefix_sharing not in (None, True, False):
+                faults.append(f"{name} must be a {kind} {sign} {lowest:g}; got {value!r}.")
+        if self.dual_signal not in SIGNALS:
+            faults.append(one_of("dual_signal", self.dual_signal, SIGNALS))
+        if self.prefix_sharing is not None and not isinstance(self.prefix_sharing, bool):
             faults.append(f"prefix_sharing must be True, False or None; got {self.prefix_sharing!r}.")
+        for name in ("balance_tokens", "check_reference", "narrate"):
+            if not isinstance(getattr(self, name), bool):
+                faults.append(f"{name} must be True or False; got {getattr(self, name)!r}.")
         for loss_type in self.loss_type:
             if loss_type not in LOSS_READS:
                 faults.append(one_of("loss_type", loss_type, LOSS_READS))
@@ -171,9 +284,11 @@ class CPOConstrainedConfig(DPOConfig):
     def _combination_faults(self) -> list[str]:
         form = CONSTRAINTS[self.constraint]
         faults = []
-        if form.reads and not (isinstance(self.beta, (int, float)) and math.isfinite(self.beta) and self.beta > 0):
+        if form.reads and not (isinstance(self.beta, (int, float)) and is_finite(self.beta) and self.beta > 0):
             faults.append(f"beta must be a finite number > 0 under constraint={self.constraint!r}; got {self.beta!r}.")
         faults += form.faults(self.knobs)
+        if form.dual and not faults and not self._knob_faults():  # only sound numbers can be compared
+            faults += self._dual_faults()
         reads = {loss_type: LOSS_READS[loss_type] for loss_type in self.loss_type}
         if self.logps_reduction == "mean":
             summed = [name for name, read in reads.items() if read in ("sum", "one side") and name not in MEAN_OF]
@@ -184,10 +299,21 @@ class CPOConstrainedConfig(DPOConfig):
                 )
         if form.moves_target:
             faults += self._target_faults(reads)
-        if self.balance_tokens and self.train_sampling_strategy != "random":
+        if self.balance_tokens is True and self.train_sampling_strategy != "random":
             faults.append(
                 f"balance_tokens=True orders the training pairs itself; got train_sampling_strategy="
                 f"{self.train_sampling_strategy!r} beside it. Leave one of them out."
+            )
+        return faults
+
+    def _dual_faults(self) -> list[str]:
+        rule, faults = self.dual_rule, []
+        if rule.start > rule.cap:
+            faults.append(f"dual_init must be at most dual_max={rule.cap:g}; got {rule.start!r}.")
+        if rule.signal == "violation_rate" and 1.0 <= rule.epsilon < math.inf:
+            faults.append(
+                f"epsilon is a fraction of pairs under dual_signal='violation_rate', and {rule.epsilon!r} allows them all. Set "
+                "it below 1, or use dual_signal='violation' for an epsilon in nats."
             )
         return faults
 

@@ -1,7 +1,9 @@
 """What is logged about the gap: one literal table of names and formulas, and sums that average correctly."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ class PairView:
 METRICS: dict[str, tuple[str, Callable[[PairView], Tensor]]] = {
     "gap": ("δ_θ = s_θ(chosen) − s_θ(rejected)", lambda v: v.pairs.gap),
     "ref_gap": ("δ_ref = s_ref(chosen) − s_ref(rejected)", lambda v: v.pairs.ref_gap),
-    "target": ("t, the target margin of the loss; δ_ref for none and penalty", lambda v: v.target),
+    "target": ("t, the target margin of the loss; δ_ref for none, penalty and lagrangian", lambda v: v.target),
     "prefers_chosen": ("[δ_θ > 0]", lambda v: v.pairs.gap > 0),
     "beats_reference": ("[δ_θ > δ_ref]: the reward accuracy", lambda v: v.pairs.gap > v.pairs.ref_gap),
     "in_undesirable_region": (
@@ -47,6 +49,9 @@ METRICS: dict[str, tuple[str, Callable[[PairView], Tensor]]] = {
     ),
 }
 
+#: The column of each metric in what `per_pair` gives.
+COLUMNS = {name: column for column, name in enumerate(METRICS)}
+
 
 def per_pair(view: PairView) -> Tensor:
     """Every metric of every pair, (B, len(METRICS)), columns in the order of the table; conditions are 0 or 1."""
@@ -63,8 +68,12 @@ class MetricLedger:
 
     def __init__(self):
         self._sums: list[Tensor] = []
+        # What a resumed run had counted before it was interrupted: rows of sums, float64.
+        self._resumed = torch.zeros(0, len(METRICS), dtype=torch.float64)
         #: Pairs added since the last flush.
         self.count = 0
+        #: Pairs that no mean counts, since the last flush, by reason (`trl_cpo.guards`).
+        self.left_out: Counter[str] = Counter()
 
     def add(self, rows: Tensor) -> None:
         """Adds the pairs of one batch, (B, len(METRICS)), as `per_pair` makes them."""
@@ -72,15 +81,39 @@ class MetricLedger:
         self.count += len(rows)
 
     def flush(self, prefix: str = "") -> dict[str, float]:
-        """The mean of each metric over the pairs added since the last flush, as `<prefix>cpo/<name>`; empty if none."""
+        """The mean of each metric over the pairs added since the last flush, as `<prefix>cpo/<name>`; empty if none.
+
+        Beside them how many pairs were left out, by reason, where there were any.
+        """
+        left_out = {f"{prefix}cpo/{reason}": number for reason, number in self.left_out.items()}
+        self.left_out.clear()
         if not self.count:
-            return {}
-        # Summed in float64, on the CPU because not every device has it.
-        totals = torch.stack(self._sums).cpu().double().sum(dim=0)
+            return left_out
+        totals = self._rows().sum(dim=0)
         means = {f"{prefix}cpo/{name}": total / self.count for name, total in zip(METRICS, totals.tolist(), strict=True)}
         self.clear()
-        return means
+        return means | left_out
+
+    def _rows(self) -> Tensor:
+        # Summed in float64, on the CPU because not every device has it.
+        return torch.cat([self._resumed, torch.stack(self._sums).cpu().double()]) if self._sums else self._resumed
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was added since the last flush, as exact plain numbers: the pairs, and each metric's sum by batch."""
+        sums = dict(zip(METRICS, self._rows().T.tolist(), strict=True))
+        return {"count": self.count, "left_out": dict(self.left_out), "sums": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave, in place of what was added. Raises `ValueError` if the metrics are others."""
+        if state["sums"].keys() != METRICS.keys():
+            other = sorted(state["sums"].keys() ^ METRICS.keys())
+            raise ValueError(f"The saved sums are of other metrics than these: {', '.join(other)} on one side only.")
+        self.clear()
+        self._resumed = torch.tensor([state["sums"][name] for name in METRICS], dtype=torch.float64).T.contiguous()
+        self.count = int(state["count"])
+        self.left_out.update(state["left_out"])
 
     def clear(self) -> None:
         """Forgets what was added."""
-        self._sums, self.count = [], 0
+        self._sums, self._resumed, self.count = [], self._resumed[:0], 0
+        self.left_out.clear()

@@ -1,5 +1,7 @@
 """Where a run may write: never over what is there."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -25,3 +27,18 @@ def refuse_taken(folder: str | Path) -> None:
             f"The output folder {folder} already holds files, and nothing in it is overwritten. Give another "
             f"--output_dir ({next_free(folder)} is free), or --resume_from_checkpoint latest to go on with the run in it."
         )
+
+
+@contextmanager
+def making(folder: str | Path) -> Iterator[Path]:
+    """Makes `folder`, and its parents; where what follows fails, those that it made are taken away, if still empty."""
+    path = Path(folder)
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except Exception:
+        for each in missing:
+            with suppress(OSError):
+                each.rmdir()
+        raise

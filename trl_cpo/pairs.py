@@ -50,6 +50,15 @@ class PairLogps:
         """δ_ref = s_ref(chosen) − s_ref(rejected), shape (B,): negative where the reference is misaligned."""
         return self.ref_chosen - self.ref_rejected
 
+    def rows(self) -> Tensor:
+        """The four log-probabilities as (B, 4), columns in the order of the fields, rows in the order of the pairs."""
+        return torch.stack([self.policy_chosen, self.policy_rejected, self.ref_chosen, self.ref_rejected], dim=1)
+
+    @classmethod
+    def from_rows(cls, rows: Tensor) -> "PairLogps":
+        """The pairs of a (B, 4) tensor that `rows` made."""
+        return cls(*rows.unbind(dim=1))
+
     def detach(self) -> "PairLogps":
         """The same numbers without their graph."""
         return PairLogps(

@@ -2,25 +2,49 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
+from .log_file import read_log
+
+__all__ = ["RunLog", "read_log"]
+
 
 class RunLog(TrainerCallback):
-    """Appends each log as a JSON line to `file`, and prints the gap's part of it, from the first process alone."""
+    """Appends each log as a JSON line to `file`, and prints the gap's part of it, from the first process alone.
+
+    A line is never changed or taken away: a run that is resumed, or begun anew in the same file, says so in a line of its
+    own, `{"resumed_from": step}`, and `read_log` leaves out what that makes void.
+    """
 
     def __init__(self, file: str | Path):
         self.file = Path(file)
+        self._wrote = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        others = not self._wrote and self.file.exists() and self.file.stat().st_size
+        if state.is_world_process_zero and (state.global_step or others):
+            self._append({"resumed_from": state.global_step})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as lines:
-            lines.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        self._append({"step": state.global_step, **logs})
         line = self._line(logs, state)
         if line:
             print(line, flush=True)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("ab+") as lines:
+            if lines.tell():
+                lines.seek(-1, 2)
+                torn = lines.read(1) != b"\n"  # the process before was killed while it wrote
+            else:
+                torn = False
+            lines.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+        self._wrote = True
 
     @staticmethod
     def _line(logs, state) -> str | None:

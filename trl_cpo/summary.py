@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-#: Label, metric, and how it is written: "%" for a fraction, "nats" for a log-probability. A starred one compares policy
-#: and reference, so that before training, where they are the same model, it says nothing.
-_ROWS = (
+#: The rows: label, metric, and how it is written: "%" for a fraction, "nats" for a log-probability. A starred one
+#: compares policy and reference, so that before training, where they are the same model, it says nothing.
+ROWS = (
     ("prefers chosen itself (δ > 0)", "cpo/prefers_chosen", "%"),
     ("in the undesirable region U (δ_ref < δ < 0)", "cpo/in_undesirable_region", "%*"),
     ("violations (δ < γ)", "cpo/violation_rate", "%"),
@@ -42,7 +42,7 @@ def before_after(
         f"{pairs} held-out pairs, constraint {constraint}, γ = {gamma:g} {unit}",
         f"{'':44}{'before':>10}{'after':>10}",
     ]
-    for label, key, form in _ROWS:
+    for label, key, form in ROWS:
         cells = []
         for values, is_start in ((before, True), (after, False)):
             value = (values or {}).get(f"{prefix}{key}")

@@ -1,5 +1,6 @@
 """CPOConstrainedTrainer: DPOTrainer with a constraint on the preference gap."""
 
+import dataclasses
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -19,13 +20,18 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl import DPOTrainer
 from trl.data_utils import is_conversational
 
-from . import _trl, checks
+from . import _trl, checks, guards, parallel
 from .config import CPOConstrainedConfig, unused_knobs
-from .constraints import CONSTRAINTS
+from .constraints import CONSTRAINTS, Knobs
+from .dual import DualAscent, DualState
 from .forward.balance import BalancedSampler, pair_tokens
 from .forward.sharing import PrefixSharing
-from .metrics import MetricLedger, PairView, per_pair
+from .metrics import COLUMNS, MetricLedger, PairView, per_pair
+from .narration import Narrator
+from .pairs import PairLogps
 from .quantized import keep_trainable
+from .resume import Resumption
+from .scores import ReferenceTables
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -43,13 +49,15 @@ class CPOConstrainedTrainer(DPOTrainer):
     taken for `trl.experimental.cpo.CPOTrainer`, which is *Contrastive* Preference Optimization (arXiv 2401.08417).
 
     Takes the arguments of [`~trl.DPOTrainer`], with `args` a [`CPOConstrainedConfig`]. Overridden are `compute_loss`,
-    `compute_ref_log_probs` (to go through the packed forward), `_precompute_ref_logps` (to cache by all that changes the
-    numbers), `_prepare_dataset` (to refuse datasets in words), `_get_train_sampler` (for `balance_tokens`), `log` and
-    `evaluation_loop` (both for the `cpo/*` metrics).
+    `compute_ref_log_probs` (to go through the packed forward), `_precompute_ref_logps` (for the reference
+    table), `_prepare_dataset` (to refuse datasets in words), `_get_train_sampler` (for `balance_tokens`), `log` and
+    `evaluation_loop` (both for the `cpo/*` metrics), `train`, `_save_checkpoint`, `_run_epoch`, `_evaluate` and
+    `_finalize_training` (so that a resumed run is the uninterrupted one).
 
     Raises:
         ImportError: the installed TRL is not one of those supported.
         TypeError: `args` is a plain `DPOConfig`.
+        ProcessesDisagree: the processes of a distributed run were started with other settings or data.
         ValueError: the dataset is empty or lacks a column, the tokenizer cannot pad or end a text, or `ref_model` has
             another vocabulary or is no model.
 
@@ -114,6 +122,9 @@ class CPOConstrainedTrainer(DPOTrainer):
                 "`DPOConfig` by `CPOConstrainedConfig` (from trl_cpo import CPOConstrainedConfig): it takes the same "
                 "fields, and constraint, gamma, tau, alpha, penalty_weight and logps_reduction."
             )
+        self._check_processes(
+            args, model, ref_model, quantization_config, peft_config, dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        )
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 checks.check_preference_dataset(dataset, name)
@@ -129,14 +140,30 @@ class CPOConstrainedTrainer(DPOTrainer):
 
         self._constraint = CONSTRAINTS[args.constraint]
         self._knobs = args.knobs
+        self._dual = DualState(args.dual_rule) if self._constraint.dual else None
         self._ledgers = {"train": MetricLedger(), "eval": MetricLedger()}
+        #: By metric prefix ("eval", or "eval_<name>" with several sets), the log-probabilities of every pair of that set's
+        #: latest evaluation: gathered over processes, each pair once, in the order in which the set was gone through (its
+        #: own, unless train_sampling_strategy="group_by_length" shuffles it), on the CPU.
+        self.evaluated_pairs: dict[str, PairLogps] = {}
+        self._evaluated: list[torch.Tensor] = []
         # With the constraint off the trainer is DPOTrainer bit for bit, so packing has to be asked for.
         wanted = False if args.prefix_sharing is None and args.constraint == "none" else args.prefix_sharing
         self._sharing = PrefixSharing(
             wanted, args.max_length, speaks=args.process_index == 0, compiled=args.torch_compile
         )
+        #: What `precompute_ref_log_probs` computed or found; `trl_cpo.scores.table_of` reads it.
+        self.reference_tables = ReferenceTables()
         if args.process_index == 0:
             self._say_cautions(args)
+        self._adapter = peft_config
+        excuse = guards.excuse(
+            wanted=args.check_reference,
+            reference_given=ref_model is not None,
+            reads_reference=any(_trl.LOSS_READS[loss_type] != "no reference" for loss_type in args.loss_type),
+            adapter=peft_config,
+        )
+        self._unsound = 0  # micro-batches in a row
 
         super().__init__(
             model=model,
@@ -152,10 +179,39 @@ class CPOConstrainedTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        self.reference_tables.weights_may_change()
+        if self._dual is not None:
+            self.add_callback(DualAscent(self._dual))
+        if args.narrate:
+            self.add_callback(Narrator(args.logps_reduction))
+        self._resumption = Resumption(self)
+        self.add_callback(self._resumption)
+        self.add_callback(guards.FiniteWeights(self.accelerator.gather, self.accelerator.device))
+        self._start_check = guards.StartCheck(excuse, half_precision=_trl.in_half_precision(self))
         keep_trainable(self.model)
         # Sharded models can run only once training has wrapped them; the first batch probes those.
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._sharing.of(self.model)
+
+    @staticmethod
+    def _check_processes(args, model, ref_model, quantization_config, peft_config, datasets) -> None:
+        parallel.check_launch(args)
+        if parallel.uses_fsdp(args):
+            adapted = peft_config is not None or (not isinstance(model, str) and _trl.is_peft_model(model))
+            parallel.check_combination(
+                args,
+                _trl.config_of(model, args),
+                separate_reference=ref_model is not None or not adapted,
+                quantization_config=quantization_config,
+            )
+        configs = {
+            "model": lambda: _trl.config_of(model, args),
+            "ref_model": getattr(ref_model, "config", None),
+            "peft_config": peft_config,
+            "quantization_config": quantization_config,
+        }
+        # First of all: what is the same on every process passes or fails the checks that follow on every process.
+        parallel.check_agreement(lambda: parallel.facts_of(args, configs=configs, datasets=datasets))
 
     def _say_cautions(self, args: CPOConstrainedConfig) -> None:
         unused = unused_knobs(args)
@@ -163,28 +219,79 @@ class CPOConstrainedTrainer(DPOTrainer):
         for note in notes + self._constraint.cautions(self._knobs):
             warnings.warn(note, stacklevel=3)
 
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """DPOTrainer's training. Resumed from a checkpoint of this trainer it is, number for number, what was interrupted.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or `True` for the newest whole one in `args.output_dir`.
+            trial, ignore_keys_for_eval: as in [`~transformers.Trainer.train`].
+
+        Raises:
+            CheckpointError: the checkpoint is not whole, or there is none; before the model is touched.
+        """
+        checkpoint = self._resumption.prepare(resume_from_checkpoint)
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def _save_checkpoint(self, model, trial):
+        self._resumption.save(lambda: super(CPOConstrainedTrainer, self)._save_checkpoint(model, trial), trial)
+
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed from a run's last checkpoint, in the middle of an epoch, transformers would train a step too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        # Skips the scheduler at the start of `train` alone; a resumed run was evaluated there before it was interrupted.
+        if skip_scheduler and self.state.global_step > 0:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        # The summary is of the whole run, and so is its time.
+        return super()._finalize_training(trial, num_train_samples, start_time - self._resumption.earlier_seconds)
+
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # Evaluation sets given to `evaluate` are seen here first.
         checks.check_preference_dataset(dataset, f"the {dataset_name} dataset")
+        given = dataset
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         checks.check_not_all_dropped(dataset, dataset_name, args.max_length)
+        # A streamed set is seen row by row; `compute_loss` counts there.
+        if isinstance(dataset, Dataset) and args.process_index == 0:
+            message = checks.incomparable_message(
+                checks.incomparable_rows(dataset, args.max_length, args.truncation_mode),
+                name=dataset_name,
+                total=len(given),
+                dropped=len(given) - len(dataset),
+                max_length=args.max_length,
+                constrained=args.constraint != "none",
+            )
+            if message:
+                warnings.warn(message, stacklevel=2)
         return dataset
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        if isinstance(dataset, Dataset):
-            # Asked for, and not found: sharded models cannot be probed before they are wrapped.
-            args, packed = self.args, self._sharing.wanted is not False
-            precision = args.bf16, args.fp16, str(self.model.dtype)
-            dataset = _trl.keyed(
-                dataset, packed, args.ld_alpha, args.max_length, args.truncation_mode, *precision, args.disable_dropout
-            )
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        if not isinstance(dataset, Dataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        # Asked for, and not found: sharded models cannot be probed before they are wrapped.
+        packed = self._sharing.wanted is not False
+        table = self.reference_tables.table(
+            self, dataset, name, batch_size, packed=packed, as_dpo_trainer=not packed and self.args.constraint == "none"
+        )
+        return _trl.with_reference_logps(dataset, table.chosen_logps, table.rejected_logps)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """DPOTrainer's loss at the constraint's target margin, plus what the constraint adds.
 
         `mean_i ℓ(δ_θ,i; t_i) + mean_i added_i`, in nats. WPO weights and `loss_weights` act on the first term alone.
         """
+        comparable = guards.comparable(inputs["input_ids"], inputs["completion_mask"])
+
+        def target_of(pairs):
+            return torch.where(comparable, self._constraint.target(pairs, self._knobs), pairs.ref_gap)
+
         result, pairs, target = _trl.observed_loss(
             self,
             super().compute_loss,
@@ -192,18 +299,18 @@ class CPOConstrainedTrainer(DPOTrainer):
             inputs,
             forward=self._sharing.of(model),
             reduction=self.args.logps_reduction,
-            target_of=self._target if self._constraint.moves_target else None,
+            target_of=target_of if self._constraint.moves_target else None,
             return_outputs=return_outputs,
             num_items_in_batch=num_items_in_batch,
         )
-        self._count(pairs, target)
-        added = self._constraint.added_loss(pairs, self._knobs)
-        if added is None:
-            return result
-        if return_outputs:
-            loss, outputs = result
-            return loss + added.mean(), outputs
-        return result + added.mean()
+        loss, *outputs = result if return_outputs else (result,)
+        added = self._constraint.added_loss(pairs, self._weighted_knobs())
+        if added is not None:
+            loss = loss + torch.where(comparable, added, 0.0).mean()
+        check = self._count(pairs, target, comparable, loss, inputs)
+        if self.model.training and check.sound and self._start_check.due(self.state.global_step):
+            self._check_start(model, inputs, pairs)
+        return (loss, *outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.args.balance_tokens:
@@ -222,27 +329,81 @@ class CPOConstrainedTrainer(DPOTrainer):
         keep_trainable(model)  # a precomputed reference runs before the trainer is whole
         return super().compute_ref_log_probs(self._sharing.of(model), inputs)
 
-    def _target(self, pairs):
-        return self._constraint.target(pairs, self._knobs)
+    def _weighted_knobs(self) -> Knobs:
+        """The knobs, with a dual constraint's multiplier of this moment as the weight of what it adds."""
+        if self._dual is None:
+            return self._knobs
+        return dataclasses.replace(self._knobs, penalty_weight=self._dual.multiplier)
 
-    def _count(self, pairs, target) -> None:
-        rows = per_pair(PairView(pairs.detach(), target, self._knobs.gamma))
-        if self.model.training:
-            # Examples repeated to fill the last batch are trained on, so they count.
-            self._ledgers["train"].add(self.accelerator.gather(rows))
-        else:
-            self._ledgers["eval"].add(self.accelerator.gather_for_metrics(rows))
+    def _count(self, pairs, target, comparable, loss, inputs) -> guards.BatchCheck:
+        pairs, training = pairs.detach(), self.model.training
+        rows = per_pair(PairView(pairs, target, self._knobs.gamma))
+        marks = torch.stack([comparable, loss.detach().expand(len(rows))], dim=1)
+        # One gather for the metrics of each pair, the log-probabilities that they were made of, and what is checked.
+        # Examples repeated to fill the last batch are trained on, so there they count.
+        gather = self.accelerator.gather if training else self.accelerator.gather_for_metrics
+        rows, logps, marks = gather(torch.cat([rows, pairs.rows(), marks], dim=1)).split([len(COLUMNS), 4, 2], dim=1)
+        check = guards.BatchCheck.of(logps, *marks.unbind(dim=1))
+        if training:
+            self._stop_unless_sound(check, inputs)
+        ledger, counted = self._ledgers["train" if training else "eval"], check.counted(rows)
+        ledger.add(counted)
+        ledger.left_out.update(check.left_out())
+        if not training:
+            self._evaluated.append(logps)
+        elif self._dual is not None and len(counted):
+            self._dual.observe(counted[:, COLUMNS[self._dual.rule.signal]])
+        return check
+
+    def _stop_unless_sound(self, check, inputs) -> None:
+        self._unsound = 0 if check.sound else self._unsound + 1
+        if check.sound or guards.is_patient(self._unsound, self.accelerator.mixed_precision, check):
+            return
+        raise FloatingPointError(
+            guards.not_finite_message(
+                check,
+                step=self.state.global_step + 1,
+                per_process=len(inputs["input_ids"]) // 2,
+                beginning=guards.texts(inputs["input_ids"], inputs.get("attention_mask"), self.processing_class.decode),
+                rank=self.accelerator.process_index,
+            )
+        )
+
+    def _check_start(self, model, inputs, pairs) -> None:
+        """Raises `ValueError`, on all processes, if the policy does not start at its reference."""
+        mask, reduction = inputs["completion_mask"], self.args.logps_reduction
+        apart = self.accelerator.gather(self._start_check.apart(pairs.detach(), mask, reduction))
+        if not (apart > 1).any():
+            return
+        # Live dropout and noise on embeddings make the two differ in training alone.
+        with guards.at_rest(model, self.ref_model):
+            logps = _trl.policy_logps(self, self._sharing.of(model), inputs), _trl.reference_logps(self, inputs)
+        pairs = PairLogps(*logps[0], *logps[1])
+        apart = self.accelerator.gather(self._start_check.apart(pairs, mask, "sum"))
+        if (apart > 1).any():
+            causes = guards.causes_of_another_start(adapter=self._adapter, **_trl.how_the_reference_is_had(self))
+            raise ValueError(self._start_check.message(apart, causes))
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._ledgers["eval"].clear()
+        self._evaluated = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._evaluated:
+            self.evaluated_pairs[metric_key_prefix] = PairLogps.from_rows(torch.cat(self._evaluated).cpu())
+            self._evaluated = []
         # Under the set's own prefix: with several sets, DPOTrainer's metrics all come under "eval_".
         pairs = self._ledgers["eval"].count
         output.metrics.update(self._ledgers["eval"].flush(f"{metric_key_prefix}_"))
         output.metrics[f"{metric_key_prefix}_cpo/pairs"] = pairs
+        if self._dual is not None and pairs:
+            slack = self._dual.rule.epsilon - output.metrics[f"{metric_key_prefix}_cpo/{self._dual.rule.signal}"]
+            output.metrics[f"{metric_key_prefix}_cpo/slack"] = slack
+            output.metrics[f"{metric_key_prefix}_cpo/holds"] = float(slack >= 0)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             logs.update(self._ledgers["train"].flush())
+            if self._dual is not None:
+                logs.update(self._dual.flush())
         super().log(logs, start_time)

@@ -52,6 +52,9 @@ def demo_model_folder() -> Path:
     Raises:
         DemoModelError: it is not there yet, and a package needed to make it is missing or the conversion failed.
     """
+    # Not at the top: this file is also run by itself, outside the package.
+    from ..cache import cache_root
+
     target, source = cache_root() / NAME, _source()
     origin = None if source is None else describe(source)
     if is_whole(target, origin):
@@ -61,14 +64,6 @@ def demo_model_folder() -> Path:
         commands = "\n".join(f"    {_INSTALL[name]}" for name in missing)
         raise DemoModelError(f"The demo's model needs {' and '.join(missing)}, not found here. Run\n{commands}")
     return build(target, source, _convert_elsewhere)
-
-
-def cache_root() -> Path:
-    """Gives the folder that trl-cpo keeps what it can make again in."""
-    if own := os.environ.get("TRL_CPO_CACHE"):
-        return Path(own).expanduser().absolute()
-    general = os.environ.get("XDG_CACHE_HOME")
-    return (Path(general).absolute() if general else Path.home() / ".cache") / "trl_cpo"
 
 
 def describe(source: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..undisturbed import undisturbed
 from .adapter import DENSE, SEGMENTS, PackedPairForward, drop_segments
 from .fitness import caveats, probe_length, static_reason
 from .made_up import MadeUpPairs
@@ -132,7 +133,7 @@ def probe(
     # The numbers are the same uncompiled, and the probe's few shapes are not worth compiling for.
     model = model._modules.get("_orig_mod", model)
     verdict = Verdict(False, "no attention was tried")
-    with _undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         for tried in tries:
             try:
                 packed = PackedPairForward(model, attention=tried, required=True)
@@ -253,22 +254,3 @@ def _disordered(plan: PackingPlan) -> PackingPlan:
     tail = plan.branch == REJECTED
     positions[tail] = positions[tail].flip(0)
     return dataclasses.replace(plan, position_ids=positions)
-
-
-@contextmanager
-def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode within, and afterwards every module's mode and all random states as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
-        model.eval()
-        for module, _ in modes:
-            # A 4-bit layer of bitsandbytes that runs in evaluation on a CPU with AVX512-BF16 is packed anew for good,
-            # for a kernel without a backward: training would go on without the gradients that pass through it.
-            if getattr(module, "support_avx512bf16_for_cpu", False):
-                module.training = True
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode

@@ -1,0 +1,219 @@
+"""Processes that disagree stop at the start, a dead one ends the job, and what cannot be sharded is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+from conftest import make_model, pair_rows, pairs_dataset, training_options
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer, parallel
+
+SCRIPT = Path(__file__).parent / "train_together.py"
+
+
+def facts(tmp_path, *, rows=None, configs=None, **options):
+    args = CPOConstrainedConfig(**training_options(tmp_path, **options))
+    data = Dataset.from_list(pair_rows(50) if rows is None else rows)
+    return parallel.facts_of(args, configs=configs or {}, datasets={"train_dataset": data, "eval_dataset": None})
+
+
+def told(*sides, hosts=("a", "a", "a")):
+    return parallel.disagreement(list(hosts[: len(sides)]), list(sides))
+
+
+def test_processes_that_agree_are_left_alone(tmp_path):
+    # In a file or in memory, the same rows.
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(50)))
+    ours = facts(tmp_path, run_name="a")
+    args = CPOConstrainedConfig(**training_options(tmp_path, run_name="b", dataloader_num_workers=2))
+    data = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+    theirs = parallel.facts_of(args, configs={}, datasets={"train_dataset": data, "eval_dataset": None})
+    assert told(ours, theirs) is None
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"beta": 0.2}, "args.beta: 0.5 on processes 0, 2; 0.2 on process 1"),
+        ({"constraint": "clip"}, "args.constraint: 'none' on processes 0, 2; 'clip' on process 1"),
+        ({"seed": 4}, "args.seed: 3 on processes 0, 2; 4 on process 1"),
+        ({"per_device_train_batch_size": 2}, "args.per_device_train_batch_size"),
+        ({"loss_type": ["hinge"]}, """args.loss_type: "['sigmoid']" on processes 0, 2; "['hinge']" on process 1"""),
+        ({"model_init_kwargs": {"dtype": "float64"}}, "args.model_init_kwargs.dtype: 'not there' on processes 0, 2"),
+        ({"tmp_path": "elsewhere"}, "args.output_dir"),
+    ],
+)
+def test_a_setting_that_differs_is_named(tmp_path, options, named):
+    ours = facts(tmp_path)
+    message = told(ours, facts(**{"tmp_path": tmp_path, **options}), ours)
+    assert named in message and "Start every process with the same script" in message
+
+
+@pytest.mark.parametrize("place", [0, 19, 49])
+def test_data_that_differs_is_named(tmp_path, place):
+    rows = pair_rows(50)
+    picked = sorted({round(i * 49 / 31) for i in range(32)})
+    assert parallel.SAMPLED_ROWS == 32 and place in picked
+    changed = [*rows[:place], {**rows[place], "rejected": " something else"}, *rows[place + 1 :]]
+    ours, theirs = facts(tmp_path, rows=rows), facts(tmp_path, rows=changed)
+    message = told(ours, theirs)
+    assert "train_dataset.32 rows" in message
+    assert ("first row" in message) == (place == 0) and ("last row" in message) == (place == 49)
+    # Rows in another order are other data.
+    assert "train_dataset.32 rows" in told(ours, facts(tmp_path, rows=rows[::-1]))
+    assert "train_dataset.rows: 50 on process 0; 49 on process 1" in told(ours, facts(tmp_path, rows=rows[1:]))
+    more = [{**row, "score": 1} for row in rows]
+    assert "train_dataset.columns" in told(ours, facts(tmp_path, rows=more))
+
+
+def test_of_a_stream_only_the_columns_are_taken(tmp_path):
+    def never():
+        raise AssertionError("a row was read")
+        yield
+
+    args = CPOConstrainedConfig(**training_options(tmp_path))
+    sets = {"train_dataset": IterableDataset.from_generator(never), "eval_dataset": {"a": pairs_dataset(3)}}
+    found = parallel.facts_of(args, configs={}, datasets=sets)
+    assert found["train_dataset.type"] == "IterableDataset" and found["eval_dataset['a'].rows"] == 3
+    assert not any("row" in key for key in found if key.startswith("train_dataset"))
+
+
+def test_models_adapters_and_versions_are_compared_and_paths_are_not(tmp_path):
+    def with_(config, adapter):
+        return facts(tmp_path, configs={"model": lambda: config, "peft_config": adapter})
+
+    small, other = make_model().config, make_model(num_attention_heads=2).config
+    ours = with_(small, LoraConfig(r=4, target_modules=["v_proj", "q_proj"]))
+    moved = make_model().config
+    moved._name_or_path = "/another/machine"
+    assert told(ours, with_(moved, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))) is None
+    message = told(ours, with_(other, LoraConfig(r=8, target_modules=["q_proj", "v_proj"])), hosts=("north", "south"))
+    assert "model.num_attention_heads: 4 on process 0 (north); 2 on process 1 (south)" in message
+    assert "peft_config.r: 4 on process 0 (north); 8 on process 1 (south)" in message
+    assert "on process 0; '1.0' on process 1" in told(ours, {**ours, "version of torch": "1.0"})
+
+
+def test_a_fact_that_cannot_be_had_does_not_stop_a_process_alone(tmp_path):
+    """It would leave the others waiting for it."""
+
+    def missing():
+        raise OSError("no such folder")
+
+    ours, theirs = facts(tmp_path, configs={"model": lambda: None}), facts(tmp_path, configs={"model": missing})
+    assert "model: None on process 0; 'OSError: no such folder' on process 1" in told(ours, theirs)
+
+
+def test_nothing_secret_is_shown(tmp_path):
+    ours = facts(tmp_path, model_init_kwargs={"token": "hf_a"}, hub_token="hf_b", configs={"x": {"api_key": "hf_c", "my_token": "hf_d"}})
+    message = told(ours, {"nothing": "in common"})
+    assert "hf_" not in message and "hf_" not in str(ours)
+
+
+def test_a_long_list_of_differences_is_cut():
+    message = told({f"a{i}": 0 for i in range(30)}, {f"a{i}": 1 for i in range(30)})
+    assert "a19: 0 on process 0" in message and "a20" not in message and "and 10 more" in message
+
+
+# What cannot run, before anything is loaded.
+
+
+def test_fsdp_where_nothing_would_be_sharded(tmp_path, monkeypatch):
+    """Accelerate shards on GPUs alone and elsewhere says nothing."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP was asked for.* \(cpu, NO\).*zero3.yaml"):
+        CPOConstrainedTrainer(model="nowhere", args=CPOConstrainedConfig(**training_options(tmp_path)))
+
+
+def test_a_process_of_several_that_would_train_alone(tmp_path, monkeypatch):
+    args = CPOConstrainedConfig(**training_options(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one of 2 processes .*--multi_gpu --num_processes 2"):
+        CPOConstrainedTrainer(model="nowhere", args=args)
+    parallel.check_launch(args, DistributedType.MULTI_CPU)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    parallel.check_launch(args)
+
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+PLAIN, QUANTIZED = SimpleNamespace(), SimpleNamespace(quantization_config={"load_in_4bit": True})
+
+
+@pytest.mark.parametrize(
+    "environment, config, quantization, reference, refused",
+    [
+        ({}, PLAIN, NF4, True, None),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, QUANTIZED, None, True, None),
+        ({"ACCELERATE_USE_FSDP": "true"}, PLAIN, None, True, None),
+        ({"ACCELERATE_USE_FSDP": "true"}, PLAIN, NF4, False, "ddp.yaml"),
+        ({"ACCELERATE_USE_FSDP": "true"}, QUANTIZED, None, False, "ddp.yaml"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, PLAIN, None, True, None),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, PLAIN, None, False, None),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            PLAIN, None, True, "fsdp_cpu_ram_efficient_loading: false",
+        ),
+    ],
+)  # fmt: skip
+def test_combinations(monkeypatch, environment, config, quantization, reference, refused):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = SimpleNamespace(fsdp=None, fsdp_config=None)
+
+    def check():
+        parallel.check_combination(args, config, separate_reference=reference, quantization_config=quantization)
+
+    if refused is None:
+        check()
+    else:
+        with pytest.raises(ValueError, match=refused):
+            check()
+
+
+def test_combinations_asked_for_in_the_arguments():
+    args = SimpleNamespace(fsdp=True, fsdp_config={"cpu_ram_efficient_loading": "true"})
+    with pytest.raises(ValueError, match="peft_config"):
+        parallel.check_combination(args, PLAIN, separate_reference=True)
+    with pytest.raises(ValueError, match="quantised"):
+        parallel.check_combination(args, QUANTIZED, separate_reference=False)
+
+
+# Processes.
+
+
+def environment(**more) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def test_two_processes_are_told_the_same_and_a_dead_one_ends_the_job(tmp_path, model_folder, tokenizer):
+    other = tmp_path / "other"
+    make_model(intermediate_size=32).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    job = {"do": "disagree", "model": model_folder, "other_model": str(other), "folder": str(tmp_path)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(SCRIPT)]
+    done = subprocess.run(
+        [*command, json.dumps(job)], capture_output=True, text=True, timeout=400,
+        env=environment(HF_DATASETS_CACHE=str(tmp_path / "datasets")),
+    )  # fmt: skip
+    zero, one = (json.loads((tmp_path / f"told{rank}.json").read_text()) for rank in range(2))
+    assert zero == one
+    assert "args.gamma: 0.5 on process 0; 1.5 on process 1" in zero["gamma"]
+    assert "train_dataset.8 rows" in zero["row"] and "train_dataset.rows" not in zero["row"]
+    assert "train_dataset.rows: 8 on process 0; 7 on process 1" in zero["rows"]
+    assert "model.intermediate_size: 48 on process 0; 32 on process 1" in zero["model"]
+    assert "model: 'OSError" in zero["missing"] or "on process 1" in zero["missing"]
+    assert "train_dataset.rows: 8 on process 0; 0 on process 1" in zero["empty"]
+    assert zero["nothing"] is None
+    # Process 1 killed itself in the middle of a training of 100 steps; the bound is the timeout above.
+    assert done.returncode != 0 and "SIGKILL" in done.stderr or "-9" in done.stderr
