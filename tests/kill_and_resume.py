@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -209,7 +210,8 @@ def traced(folder: Path) -> list[str]:
 def kill(group: int, children: list[int]) -> None:
     os.killpg(group, signal.SIGKILL)
     for child in children:
-        os.waitpid(child, 0)
+        with suppress(ChildProcessError):  # one of several may have ended a moment before
+            os.waitpid(child, 0)
 
 
 def say_why(folder: Path) -> str:
@@ -362,16 +364,22 @@ def main() -> int:
         try:
             if index not in alone:
                 alone[index] = uninterrupted(control, model, variant, options.processes)
-            for attempt in range(rng.randint(1, 3)):
-                moment = "writing" if attempt == 0 and number % 2 == 0 else "any"
+            wanted, attempts = rng.randint(1, 3), 0
+            while killed < wanted and attempts < 10:
+                attempts += 1
+                moment = "writing" if killed == 0 and number % 2 == 0 else "any"
                 newest, before = checkpoints.newest_checkpoint(folder / "run"), len(traced(folder))
                 if not interrupt(folder, model, variant, options.processes, rng, moment, alone[index]):
-                    break
+                    if killed:
+                        break
+                    shutil.rmtree(folder)  # done before it could be killed: again, from the start
+                    continue
                 killed += 1
                 while_writing += (folder / "run" / checkpoints.UNFINISHED).exists()
                 check_after_kill(folder)
                 if any(word.startswith("begun") for word in traced(folder)[before:]):
                     check_resumed(folder, newest, before)
+            assert killed, "training ended before it could be killed"
             newest, before = checkpoints.newest_checkpoint(folder / "run"), len(traced(folder))
             _, children = start(folder, model, variant, options.processes)
             codes = wait(children, 300)

@@ -2,8 +2,8 @@
 
     score_in_processes.py '{"kind": "ddp", "folder": ..., "data": ..., "runs": [...]}'
 
-A run: model, a folder; weights, a folder that is copied there first; cache; options of the configuration; dies_writing, the shard at whose renaming the main process
-kills itself.
+A run: model, a folder; weights, a folder that is copied there first; cache; options of the configuration; dies_writing,
+the shard at whose renaming the main process kills itself.
 """
 
 import json

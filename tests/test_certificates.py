@@ -207,6 +207,13 @@ def test_tampering_with_any_field_shows(run, kind):
     assert check(made) == [] and check(made, run) == []
 
 
+def test_what_was_added_shows(run):
+    forged = {**certify_run(run), "approved_by": "nobody"}
+    forged["evidence"]["files"]["more.json"] = {"bytes": 1}
+    assert set(check(forged, run)) == {f"{name}: there should be none" for name in ("evidence.files.more.json", "approved_by")}
+    assert check(forged) == ["approved_by: there should be none"]
+
+
 def test_numbers_that_contradict_each_other_show(run):
     for kind in ("held_out", "loss"):
         forged = certify_run(run, kind=kind)
@@ -416,7 +423,8 @@ def test_wrong_use_ends_with_the_next_command(run, capsys, options, message):
 def test_a_model_on_held_out_pairs(tmp_path, capsys, model_folder, ref_model_folder):
     """Scored into a folder that is its evidence: the gaps are the trainer's own, and certifying again gives the same."""
     pairs, scores = tmp_path / "pairs.jsonl", tmp_path / "scores"
-    pairs.write_text("\n".join(json.dumps(row) for row in pair_rows(10)))
+    same = {"prompt": "why?", "chosen": " tea", "rejected": " tea"}  # no pair to compare: counts as below γ
+    pairs.write_text("\n".join(json.dumps(row) for row in [*pair_rows(10), same]))
     options = ["--model", model_folder, "--dataset", str(pairs), "--gamma", "0.5", "--scores", str(scores), "--json"]
     assert main(["certify", *options]) == 2  # a file has the split train alone
     assert "train" in capsys.readouterr().err and not scores.exists()
@@ -428,7 +436,7 @@ def test_a_model_on_held_out_pairs(tmp_path, capsys, model_folder, ref_model_fol
     expected = gaps_of(model_folder, pair_rows(10)), gaps_of(ref_model_folder, pair_rows(10))
     for column, gaps in zip((0, 2), expected, strict=True):
         assert torch.allclose(rows[:, column] - rows[:, column + 1], gaps, atol=1e-4)
-    assert made["evidence"]["numbers"] == {"pairs": 10, "meeting": int((expected[0] >= 0.5).sum())}
+    assert len(rows) == 10 and made["evidence"]["numbers"] == {"pairs": 11, "meeting": int((expected[0] >= 0.5).sum())}
     assert main(["certify", *options, "--split", "train"]) == 2
     assert "already holds files" in capsys.readouterr().err
 

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, skip_first_batches
 from conftest import make_model, pairs_dataset, training_options
 from datasets import IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kill_and_resume import differences, same, without_timings
 from peft import LoraConfig
+from torch.utils.data import BatchSampler
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import HPSearchBackend, rotate_checkpoints
 from trl import DPOConfig, DPOTrainer
@@ -173,6 +175,11 @@ def test_a_finished_run_is_not_trained_further(tmp_path, tokenizer, small_model)
             again = trainer_of(folder, small_model, tokenizer, plain=plain, **extra)
             again.train(resume_from_checkpoint=True)
         counts[plain] = again.state.global_step
+        if not plain:
+            alone = trainer_of(tmp_path / "alone", small_model, tokenizer, constraint="none")
+            alone.train()
+            logs = [[without_timings(record) for record in trainer.state.log_history] for trainer in (again, alone)]
+            assert logs[0] == logs[1], "the summary has the metrics since the last log"
     assert counts == {True: 5, False: 4}, "if plain is 4, transformers has changed and _run_epoch need not be overridden"
 
 
@@ -502,6 +509,24 @@ def test_counters_of_two_processes_go_to_as_many_or_to_others(processes, index, 
     assert (trainer._total_loss_scalar, trainer._globalstep_last_logged, trainer._total_train_tokens) == (7.0, 3, 9)
 
 
+def test_balanced_batches_are_of_the_epoch_on_several_processes_too(tmp_path, tokenizer, small_model, monkeypatch):
+    """Accelerate's own `set_epoch` ends at the wrapper that gives each process its batches, where some are skipped."""
+    trainer = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", balance_tokens=True)
+    sampler = trainer._get_train_sampler()
+    batches = BatchSamplerShard(BatchSampler(sampler, 2, drop_last=False), num_processes=2, process_index=0)
+    loader = skip_first_batches(DataLoaderShard(trainer.train_dataset, batch_sampler=batches), 1)
+    seen = []
+
+    def run_epoch(self, epoch, train_dataloader, **kwargs):
+        train_dataloader.set_epoch(epoch)
+        seen.append(sampler.epoch)
+
+    monkeypatch.setattr(DPOTrainer, "_run_epoch", run_epoch)
+    trainer.state.max_steps = 9
+    trainer._run_epoch(epoch=3, train_dataloader=loader)
+    assert seen == [3]
+
+
 # The log
 
 
@@ -519,7 +544,7 @@ def test_the_log_is_appended_to_and_read_as_if_never_interrupted(tmp_path):
             log.on_log(args, state, control, logs)
         RunLog(file).on_log(args, SimpleNamespace(is_world_process_zero=False), control, {"loss": 0.0})
 
-    run(0, 1, 2, 3)
+    run(0, 0, 1, 2, 3)
     with file.open("a") as lines:
         lines.write('{"step": 4, "lo')
     first = file.read_bytes()
@@ -527,7 +552,7 @@ def test_the_log_is_appended_to_and_read_as_if_never_interrupted(tmp_path):
     second = file.read_bytes()
     assert second.startswith(first + b"\n" + b'{"resumed_from": 2}\n'), "what was there stays, a torn line is ended"
     ends = [{"step": 4, "eval_loss": 1.0}, {"step": 4, "train_runtime": 5.0}]
-    resumed = [{"step": s, "loss": x} for s, x in ((1, 1.0), (2, 2.0), (3, 3.2), (4, 4.2))]
+    resumed = [{"step": s, "loss": x} for s, x in ((0, 0.0), (1, 1.0), (2, 2.0), (3, 3.2), (4, 4.2))]
     assert read_log(file) == resumed + ends
     run(4, after=[{"eval_loss": 1.0}, {"train_runtime": 6.0}])  # killed after training: its end is said again
     assert read_log(file) == [*resumed, ends[0], {"step": 4, "train_runtime": 6.0}]
@@ -565,5 +590,5 @@ def test_killed_three_times_with_one_process():
 
 
 def test_killed_once_with_two_processes():
-    """Under DDP, with accumulation, in the middle of the first checkpoint."""
-    assert "1 of 1 equal" in kill_and_resume("--times", 1, "--processes", 2, "--seed", 7)
+    """Under DDP, with accumulation and balanced batches, while a checkpoint is being written."""
+    assert "1 of 1 equal" in kill_and_resume("--times", 1, "--processes", 2, "--seed", 7, "--variant", 3)

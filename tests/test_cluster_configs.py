@@ -28,12 +28,18 @@ def test_the_folder_is_whole():
         assert f"`{name}`" in text, name
 
 
+def written(name: str) -> dict:
+    return yaml.safe_load((FOLDER / name).read_text())
+
+
 def launched_with(name: str) -> tuple[object, dict[str, str]]:
     """What accelerate launch makes of a file: its options, and the environment of the processes."""
     with patch.dict("os.environ"):
         options = launch_command_parser().parse_args(["--config_file", str(FOLDER / name), "train.py"])
         options, _, _ = _validate_launch_command(options)
         if options.use_deepspeed:
+            # As `launch_command` does: what was read from the file.
+            options.deepspeed_fields_from_accelerate_config = ",".join(written(name).get("deepspeed_config", {}))
             _, environment = prepare_deepspeed_cmd_env(options)
         else:
             environment = prepare_multi_gpu_env(options)
@@ -43,17 +49,16 @@ def launched_with(name: str) -> tuple[object, dict[str, str]]:
 @pytest.mark.parametrize("name", YAML)
 def test_accelerate_reads_every_key(name):
     """Accelerate refuses unknown keys at the top; inside `deepspeed_config` and `fsdp_config` it takes any."""
-    written = yaml.safe_load((FOLDER / name).read_text())
     assert isinstance(load_config_from_file(str(FOLDER / name)), ClusterConfig)
     options, environment = launched_with(name)
     for part in ("deepspeed_config", "fsdp_config"):
-        for key, value in written.get(part, {}).items():
+        for key, value in written(name).get(part, {}).items():
             assert getattr(options, key) == value
             known = {action.dest for action in launch_command_parser()._actions}
             assert key in known, key
     # What the trainer decides is not decided here.
     assert options.mixed_precision == environment["ACCELERATE_MIXED_PRECISION"] == "no"
-    assert "deepspeed_config_file" not in str(written), "nothing names a file, so that it works from every folder"
+    assert "deepspeed_config_file" not in str(written(name)), "nothing names a file, so that it works from every folder"
     expected = {"ddp": (True, False, False), "fsdp2": (False, True, False)}.get(Path(name).stem, (False, False, True))
     assert (bool(options.multi_gpu), bool(options.use_fsdp), bool(options.use_deepspeed)) == expected
 

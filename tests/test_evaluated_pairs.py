@@ -43,10 +43,12 @@ def test_several_sets_and_the_latest_evaluation(tmp_path, tokenizer, model_folde
     assert after["eval_b"] is first["eval_b"]
 
 
-def test_training_batches_are_not_among_them(tmp_path, tokenizer, model_folder, ref_model_folder):
+def test_neither_training_nor_what_an_evaluation_left_is_among_them(tmp_path, tokenizer, model_folder, ref_model_folder):
     trainer = make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, constraint="clip")
     trainer.train()
     assert trainer.evaluated_pairs == {}
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
     trainer.evaluate()
     assert len(trainer.evaluated_pairs["eval"].gap) == 6
 

@@ -124,7 +124,7 @@ def test_tensorboard_gets_the_numbers_of_the_history(tmp_path, tokenizer):
     options.pop("logging_dir")
     trainer = CPOConstrainedTrainer(
         model=make_model(), ref_model=make_model(1), processing_class=tokenizer, train_dataset=pairs_dataset(),
-        eval_dataset=pairs_dataset(5, seed=2), args=CPOConstrainedConfig(**options, constraint="lagrangian", gamma=1.0),
+        eval_dataset=pairs_dataset(5, seed=2), args=CPOConstrainedConfig(**options, constraint="lagrangian", gamma=1.0, epsilon=0.5),
     )  # fmt: skip
     trainer.train()
     (events,) = {path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*")}

@@ -7,14 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
 from conftest import make_model, pair_rows, pairs_dataset, training_options
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer, parallel
 
@@ -145,49 +143,6 @@ def test_a_process_of_several_that_would_train_alone(tmp_path, monkeypatch):
     parallel.check_launch(args)
 
 
-NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-PLAIN, QUANTIZED = SimpleNamespace(), SimpleNamespace(quantization_config={"load_in_4bit": True})
-
-
-@pytest.mark.parametrize(
-    "environment, config, quantization, reference, refused",
-    [
-        ({}, PLAIN, NF4, True, None),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, QUANTIZED, None, True, None),
-        ({"ACCELERATE_USE_FSDP": "true"}, PLAIN, None, True, None),
-        ({"ACCELERATE_USE_FSDP": "true"}, PLAIN, NF4, False, "ddp.yaml"),
-        ({"ACCELERATE_USE_FSDP": "true"}, QUANTIZED, None, False, "ddp.yaml"),
-        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, PLAIN, None, True, None),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, PLAIN, None, False, None),
-        (
-            {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
-            PLAIN, None, True, "fsdp_cpu_ram_efficient_loading: false",
-        ),
-    ],
-)  # fmt: skip
-def test_combinations(monkeypatch, environment, config, quantization, reference, refused):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    args = SimpleNamespace(fsdp=None, fsdp_config=None)
-
-    def check():
-        parallel.check_combination(args, config, separate_reference=reference, quantization_config=quantization)
-
-    if refused is None:
-        check()
-    else:
-        with pytest.raises(ValueError, match=refused):
-            check()
-
-
-def test_combinations_asked_for_in_the_arguments():
-    args = SimpleNamespace(fsdp=True, fsdp_config={"cpu_ram_efficient_loading": "true"})
-    with pytest.raises(ValueError, match="peft_config"):
-        parallel.check_combination(args, PLAIN, separate_reference=True)
-    with pytest.raises(ValueError, match="quantised"):
-        parallel.check_combination(args, QUANTIZED, separate_reference=False)
-
-
 # Processes.
 
 
@@ -217,3 +172,85 @@ def test_two_processes_are_told_the_same_and_a_dead_one_ends_the_job(tmp_path, m
     assert zero["nothing"] is None
     # Process 1 killed itself in the middle of a training of 100 steps; the bound is the timeout above.
     assert done.returncode != 0 and "SIGKILL" in done.stderr or "-9" in done.stderr
+
+
+# Two machines: two network namespaces, joined by a pair of virtual network cards.
+
+HOSTS = ("10.193.77.1", "10.193.77.2")
+
+
+def ip(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20)
+
+
+@pytest.fixture
+def machines():
+    """Names of two namespaces that reach each other, and nothing else."""
+    names = [f"trlcpo{os.getpid()}{side}" for side in "ab"]
+    try:
+        made = ip("netns", "add", names[0])
+    except FileNotFoundError:
+        pytest.skip("no `ip` on this machine")
+    if made.returncode:
+        pytest.skip(f"network namespaces cannot be made here: {made.stderr.strip()}")
+    try:
+        commands = [
+            ["netns", "add", names[1]],
+            # Made inside, so that nothing of the machine's own network is touched.
+            ["-n", names[0], "link", "add", "veth0", "type", "veth", "peer", "name", "veth0", "netns", names[1]],
+        ]
+        for name, address in zip(names, HOSTS, strict=True):
+            commands += [["-n", name, "addr", "add", f"{address}/24", "dev", "veth0"]]
+            commands += [["-n", name, "link", "set", device, "up"] for device in ("lo", "veth0")]
+        for command in commands:
+            done = ip(*command)
+            if done.returncode:
+                pytest.skip(f"no virtual network here: ip {' '.join(command)}: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def test_two_machines_train_as_one_and_a_lost_network_ends_both(tmp_path, model_folder, machines):
+    timeout = 20
+    job = {"do": "train", "model": model_folder, "folder": str(tmp_path), "timeout": timeout}
+    started = []
+    for rank, name in enumerate(machines):
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+        command += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank), "--mixed_precision", "no"]
+        command += ["--main_process_ip", HOSTS[0], "--main_process_port", "29511", "--dynamo_backend", "no"]
+        with open(tmp_path / f"machine{rank}.log", "w") as log:
+            started.append(
+                subprocess.Popen(
+                    [*command, str(SCRIPT), json.dumps(job)], stdout=log, stderr=log, start_new_session=True,
+                    env=environment(HF_DATASETS_CACHE=str(tmp_path / f"datasets{rank}"), GLOO_SOCKET_IFNAME="veth0"),
+                )
+            )  # fmt: skip
+    logs = [tmp_path / f"machine{rank}.log" for rank in range(2)]
+
+    def wait_for(what, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < end, "\n".join(log.read_text()[-3000:] for log in logs)
+            time.sleep(0.2)
+
+    try:
+        # A first training from start to end, and the second one in its third step.
+        wait_for(lambda: all((tmp_path / f"step3-{rank}").exists() for rank in range(2)), 300)
+        zero, one = (json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in range(2))
+        assert zero["processes"] == 2 and len(zero["loss"]) == 2
+        # The losses are each process's own; the weights are one.
+        assert zero["weights"] == one["weights"]
+        # The cable is pulled: no connection is closed, nothing is ever answered.
+        assert ip("-n", machines[0], "link", "set", "veth0", "down").returncode == 0
+        pulled = time.monotonic()
+        wait_for(lambda: all(process.poll() is not None for process in started), 120)
+        assert all(process.returncode for process in started)
+        assert time.monotonic() - pulled < timeout + 90
+        assert any("Timed out" in log.read_text() or "timed out" in log.read_text() for log in logs)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

@@ -14,6 +14,7 @@ from trl_cpo.cli import main
 from trl_cpo.cli.errors import UserError
 from trl_cpo.cli.options import GROUPS, parse_run, read_config, run_parser
 from trl_cpo.cli.train import command_line_names
+from trl_cpo.outputs import making
 from trl_cpo.recipes import names, recipe
 from trl_cpo.run.record import strict, write_json
 
@@ -227,3 +228,41 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no"):
         write_json(file, {"a": 2})
     assert json.loads(file.read_text()) == {"a": 1} and [path.name for path in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_a_folder_that_was_made_for_nothing_is_taken_away(tmp_path):
+    """Only what was made, only where it is still empty; a run that goes well, or was killed, keeps it."""
+    with pytest.raises(ValueError), making(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+        raise ValueError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError), making(tmp_path / "mine"):
+        raise ValueError
+    assert (tmp_path / "mine").is_dir()
+    with pytest.raises(ValueError), making(tmp_path / "c" / "d"):
+        (tmp_path / "c" / "kept").write_text("x")
+        raise ValueError
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["kept"]
+    with making(tmp_path / "e"):
+        pass
+    assert (tmp_path / "e").is_dir()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--model_name_or_path", "./nowhere"], "Cannot load the model ./nowhere"),
+        (["--output_dir", "taken"], "already holds files"),
+        (["--output_dir", "new", "--resume_from_checkpoint", "latest"], "there is no whole checkpoint-* folder in new"),
+    ],
+)
+def test_what_is_found_wrong_once_the_options_are_right(tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hh_rows(6, 0)))
+    assert main(["train", "--dataset_name", "pairs.jsonl", *ON_CPU, *options]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err and err.endswith("\nAll options: trl-cpo train --help\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "taken"]

@@ -161,6 +161,9 @@ def test_a_resumed_log_counts_every_step_once(tmp_path):
     steps, losses = step_pictures.series(run, "loss", of_training=True)
     assert steps.tolist() == [10, 20, 30, 40] and losses[1:].tolist() == [1.25] * 3 and losses[0] != 1.25
     assert any("resumed from step 10" in note for note in run.notes)
+    # Resumed, and killed again before it was where it had been: what was logged past that counts no more.
+    (folder / "log.jsonl").write_text("\n".join([*lines[:4], '{"resumed_from": 10}', json.dumps(again[0])]))
+    assert list(read_run(folder).training) == [10, 20]
 
 
 def test_of_a_run_that_was_killed_the_log_says_all_there_is(tmp_path):
@@ -199,6 +202,10 @@ BREAKAGES = {
             folder, lambda pairs: pairs["rows"].__setitem__(slice(0, 3), [[math.nan] * 6, [None] * 6, [1.0]])
         ),
         "3 of 60 pairs",
+    ),
+    "an impossible number": (
+        lambda folder: _edit_pairs(folder, lambda pairs: pairs["rows"][0].__setitem__(0, 1e300)),
+        "1 of 60 pairs",
     ),
     "NaN in the log": (lambda folder: _edit_log(folder, {"loss": math.nan, "cpo/gap": math.inf}), "NaN or infinite"),
     "diverged": (lambda folder: _edit_log(folder, {"loss": 1e300, "cpo/gap": -1e300}), None),
@@ -514,6 +521,12 @@ def test_any_name_can_be_drawn(name):
         assert name.startswith(head) and name.endswith(tail) and len(head) > 3 and len(tail) > 3
 
 
+def test_names_are_no_mathematics(tmp_path):
+    runs = read_runs([make_run(tmp_path / r"$\frac$ x_1", steps=5)])
+    figure, _ = drawn_figure(pictures.KINDS[0], runs)
+    assert r"A  $\frac$ x_1" in figure.axes[0].get_title(loc="left")
+
+
 def test_runs_of_one_report_are_told_apart(tmp_path):
     looks = [style.run_style(Run(tmp_path, letter)) for letter in "ABCDEFGHIJKL"[:MOST_RUNS]]
     assert len({(look["color"], look["linestyle"]) for look in looks}) == MOST_RUNS
@@ -673,7 +686,8 @@ def test_the_report_lies_in_the_first_run_and_replaces_itself(tmp_path, coarse):
 
 
 @pytest.mark.parametrize("theirs", ["notes.txt", "phase-portrait.png", "report.html", CONTENTS])
-def test_what_is_somebody_elses_stays(tmp_path, theirs, capsys):
+def test_what_is_somebody_elses_stays(tmp_path, theirs, capsys, monkeypatch):
+    monkeypatch.setattr(pictures, "draw", lambda runs: pytest.fail("the folder is looked at before anything is drawn"))
     out = tmp_path / "out"
     out.mkdir()
     (out / theirs).write_text("{}")

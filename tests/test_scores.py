@@ -154,9 +154,10 @@ def nudged():
     return model
 
 
-def trained_adapter():
-    torch.manual_seed(5)
-    return get_peft_model(make_model(), LORA)
+def trained_adapter(seed=5, **settings):
+    model = make_model()
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(**{**LORA.to_dict(), **settings}))
 
 
 CHAT = dict(dataset=pairs_dataset(PAIRS, conversational=True))
@@ -164,7 +165,8 @@ CHAT = dict(dataset=pairs_dataset(PAIRS, conversational=True))
 OTHERS = {
     "weights": (lambda: dict(model=nudged()), None),
     "a trained adapter": (lambda: dict(model=trained_adapter()), None),
-    "an adapter's scale": (lambda: dict(model=get_peft_model(make_model(), LoraConfig(**{**LORA.to_dict(), "lora_alpha": 9}))), None),
+    "another trained adapter": (lambda: dict(model=trained_adapter(6)), lambda: dict(model=trained_adapter())),
+    "an adapter's scale": (lambda: dict(model=trained_adapter(lora_alpha=9)), lambda: dict(model=trained_adapter())),
     "tokenizer": (lambda: dict(tokenizer=other_tokenizer()), None),
     "template": (lambda: dict(CHAT, tokenizer=other_template()), lambda: CHAT),
     "data": (lambda: dict(dataset=pairs_dataset(PAIRS, seed=1)), None),
@@ -387,6 +389,20 @@ def test_random_states_are_put_back_after_an_error():
     assert random.getstate() == before and model.training
 
 
+def test_progress_is_shown_unless_switched_off(tmp_path, cache, capsys, monkeypatch):
+    """Pairs in all and those that were there already; by the main process (scoring.fill) alone."""
+    whole = table(tmp_path, disable_tqdm=False)
+    assert f"{PAIRS}/{PAIRS}" in capsys.readouterr().err
+    (whole.folder / "000001.safetensors").unlink()
+    table(tmp_path, disable_tqdm=False)
+    shown = capsys.readouterr().err
+    assert f"{PAIRS - SHARD}/{PAIRS}" in shown and "pair/s" in shown and "Reference log probs, train dataset" in shown
+    (whole.folder / "000001.safetensors").unlink()
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    table(tmp_path, disable_tqdm=False)
+    assert "Reference log probs" not in capsys.readouterr().err
+
+
 # ---- killed, continued, shared
 
 
@@ -438,15 +454,15 @@ def test_two_processes_are_one_and_a_killed_run_is_continued(tmp_path, cache, ca
 def test_sharded_weights_that_change_at_the_same_path_are_seen(tmp_path, cache, model_folder, ref_model_folder):
     """ZeRO-3: each process holds parts, of which there is nothing to see before they are gathered."""
     same = str(tmp_path / "zero")
-    place = str(tmp_path / "model")
-    done = launch("zero3", tmp_path, [{"model": place, "weights": f, "cache": same} for f in (model_folder, ref_model_folder, model_folder)])
+    place, folders = str(tmp_path / "model"), (model_folder, ref_model_folder, model_folder)
+    done = launch("zero3", tmp_path, [{"model": place, "weights": weights, "cache": same} for weights in folders])
     assert done.returncode == 0, done.stderr[-3000:]
     first, second, third = (ranks(tmp_path, number) for number in range(3))
     for rank in range(2):
         assert first[rank]["partitioned"] > 0 and first[rank]["processes"] == 2
         assert first[rank]["calls"] == second[rank]["calls"] == 3 and third[rank]["calls"] == 0
         assert first[rank]["table"] == third[rank]["table"] != second[rank]["table"]
-        for seen, folder in ((first, model_folder), (second, ref_model_folder), (third, model_folder)):
+        for seen, folder in zip((first, second, third), folders, strict=True):
             expected = values(table(tmp_path, model=folder))[:2]
             np.testing.assert_allclose(seen[rank]["logps"], expected, atol=1e-4)
 
@@ -489,11 +505,17 @@ def test_leftovers_of_killed_runs_are_removed_once_nobody_can_own_them(tmp_path)
     assert not old.exists() and new.exists()
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, step):
+    """Written elsewhere, synced, renamed: each step is taken, and until the last one nothing has changed."""
     store = ScoreStore(tmp_path, [np.arange(2)])
     columns = {name: np.arange(2).astype(dtype) for name, dtype in COLUMNS.items()}
     store.write(0, columns)
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, step, fail)
     with pytest.raises(OSError, match="disk full"):
         store.write(0, {name: column + 1 for name, column in columns.items()})
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from train_packed_parallel import JOB, lora, wrapping  # first: it prepares the process for its kind
+from train_packed_parallel import JOB, lora, nf4, wrapping  # first: it prepares the process for its kind
 
 # isort: split
 from accelerate.state import AcceleratorState
@@ -47,6 +47,7 @@ def make_trainer(run: dict, place: Path, **more) -> CPOConstrainedTrainer:
         processing_class=make_tokenizer(),
         train_dataset=data["train"],
         eval_dataset=data["test"],
+        quantization_config=nf4() if run.get("nf4") else None,
         peft_config=lora() if run.get("lora") else None,
     )
 
@@ -77,7 +78,7 @@ def train(run: dict) -> list[dict]:
     """One training and its evaluation; with `resume` a second one, gone on with from the checkpoint of the second step.
 
     Args:
-        run: name; lora; ref_model, a folder; options of the configuration; accumulate, how many micro-batches make a
+        run: name; lora; nf4; ref_model, a folder; options of the configuration; accumulate, how many micro-batches make a
             step; double, in float64; resume.
     """
     place = Path(JOB["folder"]) / run["name"]

@@ -132,9 +132,24 @@ def reference_engine(trainer: DPOTrainer) -> torch.nn.Module:
         return trainer.ref_model
     if not trainer.is_deepspeed_enabled:
         return trainer.model
+    if trainer.model_wrapped is not trainer.model:
+        return trainer.model_wrapped  # training has put them there
     if trainer._precompute_engine is None:
         trainer._precompute_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
     return trainer._precompute_engine
+
+
+def release_reference_engine(trainer: DPOTrainer) -> None:
+    """Takes the inference engine of a precomputed reference off the model, before training wraps it in its own.
+
+    DPOTrainer leaves it there. Under ZeRO-3 its hooks would run in every forward of the training beside the training's own,
+    and end it with an IndexError where the engine had just begun to record the order of the layers (DeepSpeed 0.19.8:
+    wrapping a model again numbers its layers anew).
+    """
+    engine = getattr(trainer, "_precompute_engine", None)
+    if engine is not None:
+        engine.destroy()
+        trainer._precompute_engine = None
 
 
 def with_reference_logps(dataset: Dataset, chosen, rejected) -> Dataset:

@@ -1,4 +1,4 @@
-"""Several processes: what cannot run together is refused, and processes that disagree stop, before anything is loaded."""
+"""Several processes: launches that would not do what was asked, and processes that disagree, before anything is loaded."""
 
 import dataclasses
 import hashlib
@@ -74,40 +74,6 @@ def check_launch(args: Any, kind: DistributedType | None = None) -> None:
             f"This is one of {started} processes (WORLD_SIZE={started}), and it would train by itself: no process group was "
             "made. Without a GPU say use_cpu=True (--use_cpu), and launch with "
             f"`accelerate launch --multi_gpu --num_processes {started}` or `torchrun --nproc_per_node {started}`."
-        )
-
-
-def _is_quantized(config: Any, quantization_config: Any) -> bool:
-    return quantization_config is not None or getattr(config, "quantization_config", None) is not None
-
-
-def check_combination(
-    args: Any, config: Any, *, separate_reference: bool, quantization_config: Any = None
-) -> None:
-    """Raises `ValueError` for ways of sharding that this model or reference would come out of wrong.
-
-    Args:
-        args: the `TrainingArguments`.
-        config: the policy's `PretrainedConfig`.
-        separate_reference: whether the reference is a model of its own (not the policy without its adapter).
-        quantization_config: how the policy is to be quantised when it is loaded.
-    """
-    if not uses_fsdp(args):
-        return
-    if _is_quantized(config, quantization_config):
-        raise ValueError(
-            "FSDP with a quantised model is refused: the quantised weights are left out of sharding or lose what is needed to "
-            "read them. Use DDP, where a 4-bit model is small enough for each GPU "
-            "(accelerate launch --config_file deepspeed_configs/ddp.yaml), or ZeRO-2 (zero2.yaml)."
-        )
-    given = (args.fsdp_config or {}).get("cpu_ram_efficient_loading") if args.fsdp else None
-    wanted = str(given).lower() == "true" if args.fsdp else _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    if wanted and separate_reference:
-        raise ValueError(
-            "FSDP with cpu_ram_efficient_loading=true and a reference model is refused: only the first process would load the "
-            "reference, and TRL does not send its weights to the others, so that they would train against an empty one. "
-            "Set fsdp_cpu_ram_efficient_loading: false (as in deepspeed_configs/fsdp2.yaml), or train an adapter "
-            "(peft_config), whose reference is the model itself."
         )
 
 

@@ -140,6 +140,7 @@ class CPOConstrainedTrainer(DPOTrainer):
 
         self._constraint = CONSTRAINTS[args.constraint]
         self._knobs = args.knobs
+        self._balanced: BalancedSampler | None = None
         self._dual = DualState(args.dual_rule) if self._constraint.dual else None
         self._ledgers = {"train": MetricLedger(), "eval": MetricLedger()}
         #: By metric prefix ("eval", or "eval_<name>" with several sets), the log-probabilities of every pair of that set's
@@ -196,14 +197,6 @@ class CPOConstrainedTrainer(DPOTrainer):
     @staticmethod
     def _check_processes(args, model, ref_model, quantization_config, peft_config, datasets) -> None:
         parallel.check_launch(args)
-        if parallel.uses_fsdp(args):
-            adapted = peft_config is not None or (not isinstance(model, str) and _trl.is_peft_model(model))
-            parallel.check_combination(
-                args,
-                _trl.config_of(model, args),
-                separate_reference=ref_model is not None or not adapted,
-                quantization_config=quantization_config,
-            )
         configs = {
             "model": lambda: _trl.config_of(model, args),
             "ref_model": getattr(ref_model, "config", None),
@@ -230,6 +223,7 @@ class CPOConstrainedTrainer(DPOTrainer):
             CheckpointError: the checkpoint is not whole, or there is none; before the model is touched.
         """
         checkpoint = self._resumption.prepare(resume_from_checkpoint)
+        _trl.release_reference_engine(self)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model, trial):
@@ -239,8 +233,11 @@ class CPOConstrainedTrainer(DPOTrainer):
         # Resumed from a run's last checkpoint, in the middle of an epoch, transformers would train a step too many.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        if self._balanced is not None:
+            # Where a resumed epoch skips batches and there are several processes, Accelerate does not reach the sampler.
+            self._balanced.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         # Skips the scheduler at the start of `train` alone; a resumed run was evaluated there before it was interrupted.
@@ -286,6 +283,11 @@ class CPOConstrainedTrainer(DPOTrainer):
         """DPOTrainer's loss at the constraint's target margin, plus what the constraint adds.
 
         `mean_i ℓ(δ_θ,i; t_i) + mean_i added_i`, in nats. WPO weights and `loss_weights` act on the first term alone.
+        Pairs that compare no two answers (`guards.comparable`) keep DPO's target, and nothing is added to them.
+
+        Raises:
+            FloatingPointError: in training, a log-probability or the loss is not finite (`guards.BatchCheck`).
+            ValueError: on the first micro-batch of a run, the policy is not its reference (`guards.StartCheck`).
         """
         comparable = guards.comparable(inputs["input_ids"], inputs["completion_mask"])
 
@@ -317,12 +319,13 @@ class CPOConstrainedTrainer(DPOTrainer):
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
         lengths = zip(*(map(len, dataset[name]) for name in _trl.TOKENIZED_COLUMNS), strict=True)
-        return BalancedSampler(
+        self._balanced = BalancedSampler(
             [pair_tokens(*parts, max_length=self.args.max_length) for parts in lengths],
             micro_batch=self.args.train_batch_size,
             micro_batches=self.args.world_size * self.args.gradient_accumulation_steps,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
+        return self._balanced
 
     def compute_ref_log_probs(self, model, inputs):
         """The reference's log-probabilities of a batch, through the packed forward where it is in use."""

@@ -52,10 +52,12 @@ def test_few_misaligned_pairs_mean_that_dpo_is_as_good():
 
 
 def test_too_few_pairs_to_decide():
-    advice = said(audited(pairs_of(mixed(n=60, misaligned=0.05))))
-    assert "undecided" in advice and "constrain" not in advice and "dpo_as_good" not in advice
-    # p = 0.139, the largest that the interval allows: 0.139 × 0.861 × (1.96/0.05)² = 184.
-    assert "About 190 pairs" in advice["few_pairs"]
+    """2 of 60 are below 5 %, and their interval is not."""
+    advice = said(audited(pairs_of(mixed(n=60, misaligned=2 / 60))))
+    assert "undecided" in advice and "3.3 % [0.4 to 11.5]" in advice["undecided"]
+    assert "constrain" not in advice and "dpo_as_good" not in advice
+    # 5 of 40: p = 0.268, the largest that the interval allows: 0.268 × 0.732 × (1.96/0.05)² = 301.
+    assert "About 310 pairs" in said(audited(pairs_of(mixed(n=40, misaligned=0.125))))["few_pairs"]
 
 
 def test_shallow_misalignment_means_that_dpo_is_as_fast():

@@ -48,7 +48,8 @@ def pairs_of(generator, n: int, dtype) -> PairLogps:
     """Log-probabilities ≤ 0; a third of the pairs at a gap of nearly nothing, where signs are decided."""
     columns = [-magnitudes(generator, n, LARGEST, dtype) for _ in range(4)]
     close = torch.rand(n, generator=generator) < 0.3
-    columns[1] = torch.where(close, columns[0] * (1 + torch.finfo(dtype).eps), columns[1])
+    info = torch.finfo(dtype)
+    columns[1] = torch.where(close, (columns[0] * (1 + info.eps)).clamp(min=info.min), columns[1])
     return PairLogps(*columns)
 
 
@@ -125,7 +126,8 @@ def constraints(rng: random.Random, draws: int) -> None:
         if knobs.alpha <= 1:
             hold((softplus >= clip), "softplus ≥ clip for α ≤ 1", softplus, clip, ref, knobs)
         else:
-            hold(softplus >= torch.minimum(ref, clip), "softplus ≥ δ_ref", softplus, ref, knobs)
+            rounding = 8 * torch.finfo(ref.dtype).eps * torch.maximum(ref.abs(), gamma)
+            hold(softplus >= ref - rounding, "softplus ≥ δ_ref", softplus, ref, knobs)
         released = CONSTRAINTS["inverse_logp"].target(pairs, knobs)
         hold(released <= ref, "the release's form relaxes", released, ref, knobs)
         raised = CONSTRAINTS["inverse_prob"].target(pairs, knobs)

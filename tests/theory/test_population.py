@@ -128,6 +128,22 @@ def test_by_name_is_the_same_as_directly():
         population_gaps("clamp", PAIRS, P, KNOBS)
 
 
+def test_the_loss_of_both_labels():
+    """−p log σ(u) − (1 − p) log σ(−u), least at u = logit p, where it is the entropy of the label."""
+    p, target, beta = vector(0.2, 0.5, 0.9), vector(-1, 0, 3), 0.7
+    gap = vector(2, -1, 5)
+    u = (beta * (gap - target)).tolist()
+    by_hand = [x * math.log1p(math.exp(-v)) + (1 - x) * math.log1p(math.exp(v)) for x, v in zip(p.tolist(), u, strict=True)]
+    assert population_loss(gap, target, p, beta=beta).tolist() == pytest.approx(by_hand, rel=1e-12)
+    best = population_gap(target, p, beta=beta)
+    lowest = population_loss(best, target, p, beta=beta)
+    assert torch.allclose(lowest, -p * p.log() - (1 - p) * (1 - p).log(), rtol=1e-12)
+    for step in (-1e-3, 1e-3):
+        assert (population_loss(best + step, target, p, beta=beta) > lowest).all()
+    # A label that never comes costs nothing, not even where its loss is infinite.
+    assert population_loss(vector(math.inf, -math.inf), vector(0, 0), vector(1, 0), beta=1.0).tolist() == [0, 0]
+
+
 def test_dpo_is_rlhf_where_labels_are_bradley_terrys():
     """With logit p = Δr, DPO's optimum has the gap of RLHF's; where Assumption 3.1 fails, that gap is negative."""
     reward_gap = torch.logit(P)

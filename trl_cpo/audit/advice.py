@@ -126,9 +126,9 @@ def _main(numbers: dict, settings: dict):
     if settings["reduction"] == "sum" and _is_length(numbers):
         means = numbers["misaligned"]["mean"]
         return "constrain_means", (
-            f"{needs}. But by sums this is length (rank correlation {numbers['length']['sum']['correlation']['value']:+.2f}, "
-            f"below): a constraint on sums would ask for the long answer to be as likely as the short one, which on the worst "
-            f"tenth of these pairs is {depth['90%']['value'] / beta:.0f} nats to make up. Do not constrain sums here. Per token "
+            f"{needs}. But by sums this is length (rank correlation {numbers['length']['sum']['correlation']['value']:+.2f}): "
+            f"a constraint on sums would ask for the long answer to be as likely as the short one, which on the worst tenth of "
+            f"these pairs is at least {depth['90%']['value'] / beta:.0f} nats to make up. Do not constrain sums here. Per token "
             f"{interval(means)} are misaligned; audit that with --logps-reduction mean, and train with it if you constrain."
         )
     pull = [numbers["gradient"][name]["at_zero"]["misaligned_pull"] for name in ("dpo", "clip")]

@@ -33,7 +33,9 @@ def evidence_of(folder: str | Path, kind: str, gamma: float | None) -> dict[str,
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CertificateError(f"There is no folder {folder}. Give the folder of a run, which holds pairs.json and metrics.json.")
+        raise CertificateError(
+            f"There is no folder {folder}. Give the folder of a run, which holds pairs.json and metrics.json."
+        )
     pairs, metrics = (
         read_json(folder / name) if (folder / name).is_file() else None for name in ("pairs.json", "metrics.json")
     )

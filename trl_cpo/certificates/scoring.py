@@ -48,7 +48,9 @@ def score_to_folder(
 
     folder = Path(folder)
     if is_taken(folder):
-        raise CertificateError(f"{folder} already holds files, and nothing in it is overwritten. Give a new folder for the scores.")
+        raise CertificateError(
+            f"{folder} already holds files, and nothing in it is overwritten. Give a new folder for the scores."
+        )
     loaded = load_pairs(dataset, split)
     pairs, _ = to_conversational(loaded.add_column(ROW, list(range(len(loaded)))))
     if max_pairs is not None and max_pairs < len(pairs):

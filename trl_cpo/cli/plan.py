@@ -1,0 +1,124 @@
+"""`trl-cpo plan`: what a run will hold on each GPU, and whether it fits, before anything is loaded."""
+
+import argparse
+import json
+
+from .errors import UserError
+
+HELP = "Say what a run will hold on each GPU, and whether it fits, from the model's config alone."
+PASSES_ON = True
+
+_KINDS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "trl-cpo plan [--model M] [--config RECIPE] [--gpus N] [--memory 24GB] [any option of trl-cpo train]"
+    parser.epilog = (
+        "trl-cpo plan --config hh-rlhf-qlora-24gb --memory 24GB\n"
+        "trl-cpo plan --model path/to/model --gpus 8 --parallel zero3 --memory 80GB --max_length 2048\n"
+        "\nNo weights are loaded; a model's hub name needs its config alone. docs/plan.md says how good the estimates are."
+    )
+    parser.add_argument("--model", metavar="M", help="hub name or folder with a config.json (default: the recipe's)")
+    parser.add_argument("--config", metavar="RECIPE", help="a YAML file, or a recipe's name (trl-cpo recipes)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="devices that share the work (default: 1)")
+    parser.add_argument("--parallel", choices=_KINDS, help="how they share it (default: ddp)")
+    parser.add_argument("--offload", action="store_true", help="ZeRO-3 with weights and optimizer in the machine's memory")
+    parser.add_argument("--memory", metavar="SIZE", help="of each device, such as 24GB: says whether it fits, and what makes it fit")
+    parser.add_argument("--prompt_share", type=float, default=0.5, metavar="P",
+                        help="the prompt's part of the longest row, 0 to 1 (default: 0.5); the packed forward runs it once")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..plan import cheapest, estimate
+    from ..plan.size import parse_size
+    from ..plan.text import as_document, as_text
+    from .options import parse_run
+
+    usage = "Usage: trl-cpo plan --help"
+    if options.gpus < 1:
+        raise UserError(f"--gpus must be 1 or more; got {options.gpus}.\n{usage}")
+    if not 0.0 <= options.prompt_share <= 1.0:
+        raise UserError(f"--prompt_share must lie between 0 and 1; got {options.prompt_share:g}.\n{usage}")
+    try:
+        memory = None if options.memory is None else parse_size(options.memory)
+    except ValueError as error:
+        raise UserError(f"--memory {error}\n{usage}") from None
+    # The machine that plans need not be the one that trains: without this, bf16 would be refused where there is no GPU.
+    device = "cpu" if _for_cpu(options) else "cuda"
+    _, args, policy = parse_run([*options.passed_on, "--use_cpu", "True"], options.config, "trl-cpo plan")
+    try:
+        request = _request(options, args, policy, device)
+        found = estimate(request)
+        remedy = cheapest(request, memory) if memory is not None and found.peak > memory else None
+    except ValueError as error:
+        raise UserError(f"{error}\n{usage}") from error
+    print(json.dumps(as_document(found, memory, remedy), indent=1) if options.json else as_text(found, memory, remedy))
+    return 0 if memory is None or found.peak <= memory else 1
+
+
+def _for_cpu(options: argparse.Namespace) -> bool:
+    from .options import read_config
+
+    given = [word.replace("-", "_") for word in options.passed_on]
+    for position, word in enumerate(given):
+        if word.startswith("__use_cpu"):
+            value = word.partition("=")[2] or (given[position + 1] if given[position + 1 :] else "")
+            return value.lower() not in ("false", "0", "no", "f", "n")
+    return bool(options.config and read_config(options.config).get("use_cpu"))
+
+
+def _request(options: argparse.Namespace, args, policy, device: str):
+    from ..plan import Request
+
+    model = options.model or policy.model_name_or_path
+    kind = options.parallel or ("ddp" if options.gpus > 1 else "single")
+    if options.offload and kind != "zero3":
+        raise UserError(f"--offload goes with --parallel zero3; got {kind}.\nUsage: trl-cpo plan --help")
+    bits = 4 if policy.load_in_4bit else 8 if policy.load_in_8bit else 16
+    if bits < 16 and not policy.use_peft:
+        raise UserError("weights in 4 or 8 bits cannot be trained themselves.\nAdd adapters: trl-cpo plan --use_peft …")
+    packed = args.prefix_sharing if args.prefix_sharing is not None else args.constraint != "none"
+    targets = policy.lora_target_modules or ["all-linear"]
+    return Request(
+        config=_config(model, args, policy),
+        gpus=options.gpus,
+        parallel="single" if options.gpus == 1 and kind == "ddp" else kind,
+        offload=options.offload,
+        device=device,
+        weight_bytes=2 if policy.dtype in ("bfloat16", "float16") else 4,
+        bits=bits,
+        nested=bool(policy.use_bnb_nested_quant),
+        autocast=bool(args.bf16 or args.fp16),
+        lora_rank=policy.lora_r if policy.use_peft else 0,
+        lora_targets=tuple([targets] if isinstance(targets, str) else targets),
+        precomputed=bool(args.precompute_ref_log_probs),
+        checkpointing=bool(args.gradient_checkpointing),
+        packed=bool(packed),
+        micro_batch=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        max_length=args.max_length or 1024,
+        prompt_share=options.prompt_share,
+        optim=str(getattr(args.optim, "value", args.optim)),
+    )
+
+
+def _config(model: str, args, policy):
+    from transformers import AutoConfig
+
+    from ..run.arguments import DEMO_MODEL
+
+    if model == DEMO_MODEL:
+        from ..demo.model import demo_model_folder
+
+        model = str(demo_model_folder())
+    try:
+        return AutoConfig.from_pretrained(
+            model, revision=policy.model_revision, trust_remote_code=bool(args.trust_remote_code)
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"The config of the model {model!r} cannot be read: {first}\nGive a folder with a config.json, or a hub name where "
+            "there is a network: trl-cpo plan --model path/to/model"
+        ) from error

@@ -1,0 +1,148 @@
+"""What the backward pass keeps of a forward pass, counted on tensors without numbers, for any architecture."""
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Tokens a row of the three counted forwards: bytes are at most quadratic in them.
+_LENGTHS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes kept for backward by a part of the model: `once + rows · (linear · T + quadratic · T²)` for rows of T tokens.
+
+    `once` are copies of weights that autocast makes; `quadratic` are attention masks, and attention weights where they are
+    kept.
+    """
+
+    once: float
+    linear: float
+    quadratic: float
+
+    def padded(self, rows: int, tokens: float) -> float:
+        """Of rows that are padded, with their mask."""
+        return self.once + rows * (self.linear * tokens + self.quadratic * tokens**2)
+
+    def packed(self, tokens: float) -> float:
+        """Of one row whose attention goes by segments and takes no mask."""
+        return self.once + self.linear * tokens
+
+
+class _LikeLora(nn.Module):
+    """A frozen linear layer with an adapter, with PEFT's operations: what is kept is what PEFT's layer keeps."""
+
+    def __init__(self, base: nn.Linear, rank: int):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        result = self.base(x)
+        return result + self.up(self.down(x.to(self.down.weight.dtype))) * 2.0
+
+
+def kept_by(config: Any, *, dtype: torch.dtype, autocast: bool, lora: bool) -> tuple[Kept, Kept]:
+    """What one block keeps, and what everything around the blocks keeps, the head left out.
+
+    Models of one and of two blocks are built and run forward on tensors without numbers, on rows of three lengths; the
+    difference is a block's. A model whose blocks differ is taken to consist of blocks like its second.
+
+    Args:
+        config: the model's.
+        dtype: of its weights.
+        autocast: whether it runs under bfloat16 autocast.
+        lora: whether all linear layers are frozen and have adapters.
+
+    Raises:
+        ValueError: the model cannot be run without numbers: what it computes depends on them, as in mixtures of experts.
+    """
+    return _kept_by(config.to_json_string(), config, dtype, autocast, lora)
+
+
+class _Keyed:
+    """A config that counts as equal to another of the same text."""
+
+    def __init__(self, text: str, config: Any):
+        self.text, self.config = text, config
+
+    def __hash__(self):
+        return hash(self.text)
+
+    def __eq__(self, other):
+        return self.text == other.text
+
+
+def _kept_by(text, config, *options):
+    return _counted(_Keyed(text, config), *options)
+
+
+@lru_cache(maxsize=64)
+def _counted(keyed: _Keyed, dtype, autocast, lora) -> tuple[Kept, Kept]:
+    one, two = (
+        [_bytes_kept(_cut(keyed.config, layers), length, dtype, autocast, lora) for length in _LENGTHS]
+        for layers in (1, 2)
+    )
+    block = [b - a for a, b in zip(one, two, strict=True)]
+    return _fit(block), _fit([a - b for a, b in zip(one, block, strict=True)])
+
+
+def _fit(values: list[float]) -> Kept:
+    """The parabola through the three counts."""
+    powers = torch.tensor([[1.0, n, n * n] for n in _LENGTHS], dtype=torch.float64)
+    once, linear, quadratic = torch.linalg.solve(powers, torch.tensor(values, dtype=torch.float64)).tolist()
+    return Kept(max(once, 0.0), max(linear, 0.0), max(quadratic, 0.0))
+
+
+def _cut(config: Any, layers: int) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        text.layer_types = list(kinds[-layers:])
+    return config
+
+
+def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora: bool) -> float:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.train()
+        if lora:
+            model.requires_grad_(False)
+            head = model.get_output_embeddings()
+            for path, module in list(model.named_modules()):
+                if isinstance(module, nn.Linear) and module is not head:
+                    parent, _, name = path.rpartition(".")
+                    setattr(model.get_submodule(parent), name, _LikeLora(module, 8))
+        weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        kept: dict[int, tuple[int, Any]] = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = (storage.nbytes(), storage)  # held, so that no other takes its place
+            return tensor
+
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+        ):
+            try:
+                output = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"what a {config.model_type} model keeps for backward cannot be counted without its weights: what it "
+                    "computes depends on the numbers in them, as in mixtures of experts."
+                ) from error
+        del output
+        return float(sum(size for size, _ in kept.values()))

@@ -1,0 +1,273 @@
+"""The terms of a run's memory on each device, one function each, and their sum at the moment that needs most."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .activations import kept_by
+from .shape import INT8_BYTES, NF4_BYTES, NF4_NESTED_BYTES, Shape, shape_of
+
+PARALLEL = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+#: TRL's fused head works on tiles of so many tokens and entries of the vocabulary. With Triton a tile is overwritten in
+#: place; without it, so many tensors of a tile's size are alive at once (counted in its code: backward, float32).
+HEAD_TOKENS, HEAD_ENTRIES, HEAD_COPIES = 4096, 32768, 7
+
+#: Bytes a trainable weight that optimizers keep, by TrainingArguments.optim; `None` is two moments of the weight's type.
+OPTIMIZER_BYTES = {
+    "adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0,
+    "adafactor": 0.1, "sgd": 0.0, "lion_8bit": 1.0, "paged_lion_8bit": 1.0, "lion_32bit": 4.0, "paged_lion_32bit": 4.0,
+}  # fmt: skip
+
+#: What CUDA's context, its libraries and a fragmented allocator take beside tensors: an allowance, not measured here.
+CUDA_BYTES = 1.0e9
+
+
+@dataclass(frozen=True)
+class Request:
+    """One training run, as far as its memory goes.
+
+    Attributes:
+        config: the model's transformers config.
+        gpus: devices that share the work.
+        parallel: "single", "ddp", "zero1", "zero2", "zero3" or "fsdp2".
+        offload: whether ZeRO-3 keeps weights and optimizer in the machine's memory.
+        device: "cuda" or "cpu".
+        weight_bytes: of a weight as loaded, 4 (float32, TRL's default) or 2.
+        bits: 16 or more: as loaded; 8 or 4: bitsandbytes.
+        nested: whether the scales of 4-bit layers are quantized.
+        autocast: bf16 or fp16 mixed precision.
+        lora_rank, lora_targets: of LoRA; rank 0 is full fine-tuning.
+        precomputed: whether the reference is scored before training.
+        checkpointing, packed: gradient checkpointing; prefix sharing.
+        micro_batch: pairs a device and forward.
+        accumulation: micro-batches a step.
+        max_length: tokens of the longest row.
+        prompt_share: the prompt's part of that row, 0 to 1.
+        optim: TrainingArguments.optim.
+    """
+
+    config: Any
+    gpus: int = 1
+    parallel: str = "single"
+    offload: bool = False
+    device: str = "cuda"
+    weight_bytes: int = 4
+    bits: int = 16
+    nested: bool = False
+    autocast: bool = True
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    precomputed: bool = False
+    checkpointing: bool = True
+    packed: bool = True
+    micro_batch: int = 8
+    accumulation: int = 1
+    max_length: int = 1024
+    prompt_share: float = 0.5
+    optim: str = "adamw_torch_fused"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by term, resident all the time and at the moments beside it.
+
+    Attributes:
+        resident: held throughout training.
+        forward: beside it, when the forward pass has ended.
+        backward: beside it, when the backward pass has ended.
+        step: beside it, while the optimizer steps.
+    """
+
+    request: Request
+    shape: Shape
+    resident: dict[str, float]
+    forward: dict[str, float]
+    backward: dict[str, float]
+    step: dict[str, float]
+
+    @property
+    def moments(self) -> dict[str, dict[str, float]]:
+        return {"forward": self.forward, "backward": self.backward, "optimizer step": self.step}
+
+    @property
+    def peak_moment(self) -> str:
+        """The moment that needs most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def at_peak(self) -> dict[str, float]:
+        """The terms at that moment, largest first."""
+        terms = {**self.resident, **self.moments[self.peak_moment]}
+        return dict(sorted(((k, v) for k, v in terms.items() if v), key=lambda item: -item[1]))
+
+    @property
+    def peak(self) -> float:
+        """Bytes a device at that moment."""
+        return sum(self.at_peak.values())
+
+
+def base_bytes(request: Request, shape: Shape) -> float:
+    """A model's weights in bytes, before they are shared out: quantized where they are, else as loaded."""
+    if request.bits >= 16:
+        return request.weight_bytes * shape.weights
+    each = INT8_BYTES if request.bits == 8 else NF4_NESTED_BYTES if request.nested else NF4_BYTES
+    return each * shape.quantizable + request.weight_bytes * (shape.weights - shape.quantizable)
+
+
+def weights(request: Request, shape: Shape) -> float:
+    """The policy's, without adapters: all of them, or a part on each device with ZeRO-3 and FSDP2 (none, offloaded)."""
+    return 0.0 if request.offload else base_bytes(request, shape) / _shares_of_weights(request)
+
+
+def gathered(request: Request, shape: Shape) -> float:
+    """Sharded weights put together for use: two blocks, and the head, in the precision of the computation."""
+    if _shares_of_weights(request) == 1 and not request.offload:
+        return 0.0
+    each = min(request.weight_bytes, 2 if request.autocast else 4)
+    return each * (2 * shape.block + max(shape.head, shape.hidden * shape.vocabulary))
+
+
+def reference(request: Request, shape: Shape) -> float:
+    """A second model: none with adapters, whose base is the reference, and none where it is scored beforehand."""
+    if request.lora_rank or (request.precomputed and request.parallel != "fsdp2"):
+        return 0.0
+    return weights(request, shape)
+
+
+def trainable(request: Request, shape: Shape) -> tuple[float, float]:
+    """Trainable weights, and bytes of one: adapters are float32 (PEFT raises them), except beside ZeRO-3."""
+    if not request.lora_rank:
+        return shape.weights, request.weight_bytes
+    each = request.weight_bytes if request.parallel == "zero3" else 4
+    return shape.lora_weights(request.lora_rank, list(request.lora_targets)), each
+
+
+def adapters(request: Request, shape: Shape) -> float:
+    """LoRA's weights."""
+    count, each = trainable(request, shape)
+    return count * each / _shares_of_weights(request) if request.lora_rank else 0.0
+
+
+def optimizer(request: Request, shape: Shape) -> float:
+    """The optimizer's moments, and with ZeRO in half precision its float32 copy of the weights; a part each when sharded."""
+    if request.offload:
+        return 0.0
+    count, each = trainable(request, shape)
+    kept = OPTIMIZER_BYTES.get(request.optim, 2 * each)
+    if request.parallel.startswith("zero"):
+        kept = OPTIMIZER_BYTES.get(request.optim, 8.0) + 4.0
+    shares = request.gpus if request.parallel in ("zero1", "zero2", "zero3", "fsdp2") else 1
+    return count * kept / shares
+
+
+def gradients(request: Request, shape: Shape) -> float:
+    """Gradients of the trainable weights in their type; a part each with ZeRO-2, ZeRO-3 and FSDP2."""
+    count, each = trainable(request, shape)
+    return count * each / (request.gpus if request.parallel in ("zero2", "zero3", "fsdp2") else 1)
+
+
+def buckets(request: Request, shape: Shape) -> float:
+    """DDP's buckets, a second copy of the gradients, held from the first step on."""
+    count, each = trainable(request, shape)
+    return count * each if request.parallel == "ddp" and request.gpus > 1 else 0.0
+
+
+def rows(request: Request) -> tuple[int, float, float]:
+    """Rows, tokens a row, and scored tokens of a micro-batch whose rows are all of the greatest length.
+
+    Padded: 2B rows of L tokens. Packed: one row, a pair in it of `p + 2 (L − p)` tokens.
+    """
+    length, prompt = request.max_length, request.prompt_share * request.max_length
+    scored = 2 * request.micro_batch * (length - prompt)
+    if request.packed:
+        return 1, request.micro_batch * (prompt + 2 * (length - prompt)), scored
+    return 2 * request.micro_batch, length, scored
+
+
+def activations(request: Request, shape: Shape) -> float:
+    """What the policy's forward keeps for backward, counted on the architecture itself (`activations.kept_by`).
+
+    With checkpointing a block keeps its input alone, and one block at a time is computed again. Attention by segments, as
+    the packed forward has it, takes no mask, and keeps the prompt's keys and values once more for the rejected answer.
+    """
+    block, around = kept_by(
+        request.config, dtype=_dtype(request), autocast=request.autocast, lora=bool(request.lora_rank)
+    )
+    count, tokens, _ = rows(request)
+    if request.packed:
+        prompts = request.micro_batch * request.prompt_share * request.max_length
+        each = 2 if request.autocast or request.weight_bytes == 2 else 4
+        a_block, outside = block.packed(tokens) + each * 2 * shape.hidden * prompts, around.packed(tokens)
+    else:
+        a_block, outside = block.padded(count, tokens), around.padded(count, tokens)
+    if not request.checkpointing:
+        return shape.layers * a_block + outside
+    return shape.layers * count * tokens * shape.hidden * request.weight_bytes + a_block + outside
+
+
+def head(request: Request, shape: Shape) -> float:
+    """The output head's working space: tiles of logits, never all of them."""
+    count, tokens, scored = rows(request)
+    positions = scored if request.device == "cuda" or request.packed else count * tokens
+    tile = min(positions, HEAD_TOKENS) * min(shape.vocabulary, HEAD_ENTRIES)
+    if request.device == "cuda":
+        return tile * (2 if request.autocast or request.weight_bytes == 2 else 4)
+    return tile * 4 * HEAD_COPIES
+
+
+def head_gradient(request: Request, shape: Shape) -> float:
+    """The head's gradient, collected in float32 where the head is trained."""
+    return 0.0 if request.lora_rank else 4.0 * shape.hidden * shape.vocabulary
+
+
+def temporaries(request: Request, shape: Shape) -> float:
+    """What the optimizer's step needs beside its state: one tensor of the weights' size unless it is fused or in 8 bits."""
+    if "fused" in request.optim or "8bit" in request.optim or "paged" in request.optim:
+        return 0.0
+    count, each = trainable(request, shape)
+    return count * each / (request.gpus if request.parallel in ("zero1", "zero2", "zero3", "fsdp2") else 1)
+
+
+def allowance(request: Request, shape: Shape) -> float:
+    """CUDA's own."""
+    return CUDA_BYTES if request.device == "cuda" else 0.0
+
+
+Term = Callable[[Request, Shape], float]
+#: Name to term, by when it is held.
+RESIDENT: dict[str, Term] = {
+    "weights": weights, "reference": reference, "adapters": adapters, "optimizer": optimizer,
+    "gradient buckets": buckets, "gathered weights": gathered, "CUDA": allowance,
+}  # fmt: skip
+FORWARD: dict[str, Term] = {"activations": activations, "logits": head, "head gradient": head_gradient}
+BACKWARD: dict[str, Term] = {"gradients": gradients}
+STEP: dict[str, Term] = {"gradients": gradients, "optimizer temporaries": temporaries}
+
+
+def estimate(request: Request) -> Estimate:
+    """What each device holds, in bytes, at the moment that needs most: from the config alone, no weight is loaded.
+
+    Raises:
+        ValueError: LoRA's targets name no layer, or transformers has no model for the config.
+    """
+    shape = shape_of(request.config)
+
+    def terms(table: dict[str, Term]) -> dict[str, float]:
+        return {name: term(request, shape) for name, term in table.items()}
+
+    resident, forward = terms(RESIDENT), terms(FORWARD)
+    if request.accumulation > 1:
+        # The gradients of the micro-batches before are there while the next one runs.
+        forward["gradients"] = gradients(request, shape)
+    return Estimate(request, shape, resident, forward, terms(BACKWARD), terms(STEP))
+
+
+def _shares_of_weights(request: Request) -> int:
+    return request.gpus if request.parallel in ("zero3", "fsdp2") else 1
+
+
+def _dtype(request: Request) -> torch.dtype:
+    return torch.bfloat16 if request.weight_bytes == 2 else torch.float32

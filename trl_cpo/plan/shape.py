@@ -1,0 +1,110 @@
+"""How large a model is, counted on a model of its config that holds no numbers."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Weights of bitsandbytes' 4-bit layers, bytes a weight: half a byte, and a float32 scale for each block of 64; nested, the
+#: scales are 8-bit with a float32 of their own for each 256.
+NF4_BYTES = 0.5 + 4 / 64
+NF4_NESTED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+INT8_BYTES = 1.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A causal language model in numbers of weights.
+
+    Attributes:
+        weights: all of them, tied ones counted once.
+        linears: (module path, in, out) of every linear layer but the head.
+        head: weights of the output head.
+        tied: whether the head is the embedding.
+        layers: blocks.
+        block: weights of the largest block.
+        hidden, vocabulary: widths.
+        key_value: width of a layer's keys, all heads.
+    """
+
+    weights: int
+    linears: tuple[tuple[str, int, int], ...]
+    head: int
+    tied: bool
+    layers: int
+    block: int
+    hidden: int
+    vocabulary: int
+    key_value: int
+
+    @cached_property
+    def quantizable(self) -> int:
+        """Weights that bitsandbytes quantizes: those of all linear layers but the head."""
+        return sum(inside * outside for _, inside, outside in self.linears)
+
+    def lora_weights(self, rank: int, targets: str | list[str]) -> int:
+        """Trainable weights of LoRA: `r (in + out)` for each target layer.
+
+        Args:
+            rank: r.
+            targets: "all-linear", or the last names (or path ends) of modules.
+
+        Raises:
+            ValueError: no layer has one of these names.
+        """
+        names = [targets] if isinstance(targets, str) else list(targets)
+        everything = names == ["all-linear"]
+
+        def meant(path: str) -> bool:
+            return everything or any(path == name or path.endswith(f".{name}") for name in names)
+
+        chosen = [(inside, outside) for path, inside, outside in self.linears if meant(path)]
+        if not chosen:
+            known = sorted({path.rsplit(".", 1)[-1] for path, _, _ in self.linears})
+            raise ValueError(f"no linear layer is named {' or '.join(names)}; there are {', '.join(known)}, and 'all-linear'.")
+        return sum(rank * (inside + outside) for inside, outside in chosen)
+
+
+def empty_model(config: Any) -> nn.Module:
+    """The model of a config on torch's meta device: every shape, no weight."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def shape_of(config: Any) -> Shape:
+    """Counts a model by its config. Raises `ValueError` where transformers has no causal language model for it."""
+    from transformers.pytorch_utils import Conv1D
+
+    model, text = empty_model(config), config.get_text_config()
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    linears = []
+    for path, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, nn.Linear):
+            linears.append((path, module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            linears.append((path, module.nx, module.nf))
+    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=_weights_of, default=nn.ModuleList())
+    heads = getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Shape(
+        weights=_weights_of(model),
+        linears=tuple(linears),
+        head=0 if head is None else head.weight.numel(),
+        tied=head is not None and head.weight is embedding.weight,
+        layers=len(blocks),
+        block=max(map(_weights_of, blocks), default=0),
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        key_value=width * (getattr(text, "num_key_value_heads", None) or heads),
+    )
+
+
+def _weights_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
