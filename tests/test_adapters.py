@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo.quantized import keep_trainable
 
 
 def nf4():
@@ -34,7 +35,10 @@ def logits(model) -> torch.Tensor:
 def test_an_adapter_from_training_to_merging(tmp_path, tokenizer, wide_model, quantization):
     def load():
         options = {"quantization_config": quantization()} if quantization else {}
-        return AutoModelForCausalLM.from_pretrained(wide_model, **options)
+        model = AutoModelForCausalLM.from_pretrained(wide_model, **options)
+        # Some CPUs would compute 4-bit layers in bfloat16 in evaluation, and nothing below could be told from rounding.
+        keep_trainable(model)
+        return model
 
     def train(folder, model, **more):
         options = training_options(tmp_path / folder, learning_rate=2e-2, max_steps=2)
@@ -75,8 +79,9 @@ def test_an_adapter_from_training_to_merging(tmp_path, tokenizer, wide_model, qu
             requantized = PeftModel.from_pretrained(load(), tmp_path / "first").merge_and_unload()
         assert (logits(requantized) - logits(again)).abs().max() > 1e-2
 
-    # Trained further: the reference is the adapter as it was loaded, and the policy starts there.
+    # Trained further: the reference is the adapter as it was loaded, and the policy starts there. TRL makes the trained
+    # adapter of a quantised model bfloat16 and leaves its reference in float32.
     further = train("second", PeftModel.from_pretrained(load(), tmp_path / "first", is_trainable=True))
     first_step = next(record for record in further.state.log_history if "loss" in record)
-    assert first_step["cpo/gap"] == pytest.approx(first_step["cpo/ref_gap"], abs=1e-4)
+    assert first_step["cpo/gap"] == pytest.approx(first_step["cpo/ref_gap"], abs=bound or 1e-4)
     assert (logits(further.model) - expected).abs().max() > 1e-2

@@ -145,7 +145,8 @@ def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lor
         return torch.randint(10, 300, (count,), generator=generator).tolist()
 
     inputs = trainer.data_collator(
-        [{"prompt_ids": ids(prompt), "chosen_ids": ids(answer), "rejected_ids": ids(answer)} for _ in range(batch)]
+        # One answer is shorter, or DPOTrainer's rows would need no mask.
+        [{"prompt_ids": ids(prompt), "chosen_ids": ids(answer), "rejected_ids": ids(answer - (i == 0))} for i in range(batch)]
     )
     trainer.model.train()
     real = kept_in(lambda: trainer.compute_loss(trainer.model, inputs), trainer.model)
