@@ -13,7 +13,8 @@ python examples/lora.py --dataset_name trl-lib/ultrafeedback_binarized --model_n
 python examples/lora.py --adapter Qwen-LoRA --learning_rate 1e-6 --output_dir Qwen-LoRA-2 ...
 
 An adapter trained on 4-bit weights belongs to those weights. They are dequantised before merging, so that the merged model is
-the one that was trained; merged into the original weights it would be another, by all that 4 bits round away.
+the one that was trained; merged into the original weights it would be another, by all that 4 bits round away. (On CPUs with
+AVX512-BF16, 4-bit layers compute in bfloat16 when a model is evaluated: the check below then finds differences of that size.)
 """
 
 from dataclasses import dataclass, field

