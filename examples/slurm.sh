@@ -14,7 +14,8 @@
 set -euo pipefail
 CONFIG=${CONFIG:-deepspeed_configs/zero3.yaml}
 GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# All of its output is read: `head` would break the pipe, and the script would end.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # One port a job, so that two jobs on a machine do not meet.
 port=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 

@@ -135,6 +135,17 @@ def test_a_gradient_without_numbers_is_never_saved(make, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("more", [{}, {"eval_strategy": "epoch"}], ids=["at the end", "put off until after the evaluation"])
+def test_a_gradient_without_numbers_is_not_saved_at_the_end_of_an_epoch(make, tmp_path, more):
+    """There the saving is asked for when the step's own callbacks have run."""
+    given = {"max_steps": -1, "num_train_epochs": 4, "per_device_train_batch_size": 12, "save_strategy": "epoch", **more}
+    trainer = make(given, eval_dataset=pairs_dataset(4) if more else None)
+    trainer.add_callback(AtStep(1, lambda model: next(model.parameters()).register_hook(lambda g: g * float("nan"))))
+    with pytest.raises(FloatingPointError, match="After step 2 trained weights are NaN or infinite.*Nothing was saved"):
+        trainer.train()
+    assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1"]
+
+
 def test_a_gradient_without_numbers_in_the_last_step_is_not_given_out(make):
     trainer = make({"max_steps": 1})
     next(trainer.model.parameters()).register_hook(lambda gradient: gradient * float("inf"))

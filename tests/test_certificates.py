@@ -4,11 +4,13 @@ import copy
 import json
 import math
 import random
+import warnings
 from fractions import Fraction
 
 import pytest
 import torch
 from conftest import make_model, pair_rows, pairs_dataset, training_options
+from datasets import Dataset
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.certificates import CertificateError, certify_run, check, document, read_json
@@ -370,6 +372,34 @@ def test_the_loss_is_the_trainers_own(tmp_path, tokenizer, settings):
     assert 0 < count["evidence"]["numbers"]["meeting"] < 8
     (folder / "pairs.json").unlink()
     assert certify_run(folder)["statement"] == count["statement"]
+
+
+def test_pairs_that_compare_no_two_answers_do_not_meet_gamma(tmp_path, tokenizer):
+    """The gap of two equal answers is 0, which is no less than γ = 0; both files must count it the same."""
+    rows = pairs_dataset(6, seed=1).to_list()
+    rows[1] = {**rows[1], "rejected": rows[1]["chosen"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of these very rows
+        trainer = CPOConstrainedTrainer(
+            model=make_model(), ref_model=make_model(7), processing_class=tokenizer,
+            args=CPOConstrainedConfig(**training_options(tmp_path / "out"), constraint="clip"),
+            train_dataset=pairs_dataset(8), eval_dataset=Dataset.from_list(rows),
+        )  # fmt: skip
+    after = trainer.evaluate()
+    config = trainer.args.to_dict()
+    told = {name: config[name] for name in ("gamma", "beta", "constraint")}
+    made = pairs_document(
+        trainer.evaluated_pairs["eval"], comparable=trainer.evaluated_comparable["eval"], reduction="sum", split="test",
+        start_is_reference=False, **told,
+    )  # fmt: skip
+    assert after["eval_cpo/incomparable_pairs"] == 1 and len(made["rows"]) == 5 and made["left_out"] == 1
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "pairs.json").write_text(json.dumps(made))
+    (folder / "metrics.json").write_text(json.dumps({"config": config, "after": after}, default=str))
+    by_rows = certify_run(folder)["evidence"]["numbers"]
+    (folder / "pairs.json").unlink()
+    assert by_rows == certify_run(folder)["evidence"]["numbers"] and by_rows["pairs"] == 6
 
 
 def test_the_command(run, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -39,27 +40,30 @@ def launch_lines(example: str) -> list[str]:
     return re.findall(r"^(?:python|accelerate) .*$", top.replace("\\\n", " "), re.M)
 
 
-def run(line: str, places: dict[str, str], cwd: Path, *more: str, wrapper: Path | None = None) -> str:
-    """A launch line with what a CPU and a test need; `wrapper` is started in place of the script, with it as an argument."""
+def words_of(line: str, places: dict[str, str]) -> list[str]:
+    """A launch line word by word, with what stands in for the hub, and with its files' whole paths."""
     words = [places.get(word, word) for word in shlex.split(line)]
     assert sum(word in places.values() for word in words) == 2
-    words = [str(ROOT / word) if word.startswith(("examples/", "deepspeed_configs/")) else word for word in words]
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    launcher = {"python": [sys.executable], "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"]}
-    head = [*launcher[words[0]], *words[1:script]]
-    if words[0] == "accelerate":
-        head += ["--num_processes", "2", "--main_process_port", "0"]
-    command = [*head, *([str(wrapper)] if wrapper else []), *words[script:], *TINY.split(), *more]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(cwd / "datasets")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return [str(ROOT / word) if word.startswith(("examples/", "deepspeed_configs/")) else word for word in words]
 
 
-def test_drop_in(places, tmp_path):
-    out = run(launch_lines("drop_in.py")[0], places, tmp_path)
+@pytest.fixture
+def run(places, tmp_path, monkeypatch, capsys):
+    """Runs a line that begins with `python` in this process; gives what was printed."""
+
+    def run(line: str, *more: str) -> str:
+        python, script, *options = words_of(line, places)
+        assert python == "python"
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *options, *TINY.split(), *more])
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_drop_in(run, tmp_path):
+    out = run(launch_lines("drop_in.py")[0])
     assert out.count("'cpo/gap'") == 2
     assert (tmp_path / "Qwen2.5-0.5B-CPO" / "model.safetensors").exists()
 
@@ -83,8 +87,16 @@ def test_drop_in_with_zero3(places, tmp_path):
     )
     line = launch_lines("drop_in.py")[1]
     assert "deepspeed_configs/zero3.yaml" in line
-    out = run(line, places, tmp_path, wrapper=wrapper)
-    assert out.count("'cpo/gap'") == 2, "one process logs"
+    words = words_of(line, places)
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:script]]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(wrapper), *words[script:], *TINY.split()]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(tmp_path / "datasets")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("'cpo/gap'") == 2, "one process logs"
     folder = tmp_path / "Qwen2.5-7B-CPO"
     # Whole weights, gathered, not shards.
     trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -98,25 +110,25 @@ def moved_and_error(out: str) -> tuple[float, float]:
     return tuple(map(float, re.search(r"by up to (\S+); merged, they are off by up to (\S+)", out).groups()))
 
 
-def test_lora_and_further(places, tmp_path):
+def test_lora_and_further(run, tmp_path):
     line, _, further = launch_lines("lora.py")
     line = line.replace("1e-5", "1e-2")
-    moved, error = moved_and_error(run(line, places, tmp_path, *LORA.split()))
+    moved, error = moved_and_error(run(line, *LORA.split()))
     assert moved > 1e-2 > 1e-4 > error
     folder = tmp_path / "Qwen-LoRA"
     assert (folder / "adapter_model.safetensors").exists() and (folder / "merged" / "model.safetensors").exists()
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
     # The third line leaves out what it shares with the first.
     options = line[line.index("--dataset_name") : line.index("--constraint")]
-    out = run(further.replace("...", options).replace("1e-6", "1e-2"), places, tmp_path)
+    out = run(further.replace("...", options).replace("1e-6", "1e-2"))
     # From where the first one ended.
     assert moved_and_error(out)[0] != moved > 1e-4 > moved_and_error(out)[1] and (tmp_path / "Qwen-LoRA-2" / "adapter_model.safetensors").exists()
 
 
-def test_qlora(places, tmp_path):
+def test_qlora(run, tmp_path):
     line = launch_lines("lora.py")[1].replace("1e-5", "1e-2")
     assert "--load_in_4bit" in line
-    moved, error = moved_and_error(run(line, places, tmp_path, *LORA.split()))
+    moved, error = moved_and_error(run(line, *LORA.split()))
     # Merged into the weights that it was trained on. On some CPUs the 4-bit layers compute in bfloat16; how exact merging is
     # stands in test_adapters.py.
     assert moved > 1e-2 and error < moved / 10

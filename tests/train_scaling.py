@@ -14,6 +14,7 @@ from train_packed_parallel import JOB, lora, nf4, wrapping  # first: it prepares
 
 # isort: split
 from accelerate.state import AcceleratorState
+from accelerate.utils import is_peft_model
 from conftest import make_tokenizer, training_options
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, set_seed
@@ -24,9 +25,22 @@ from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 OPTIONS = dict(optim="sgd", learning_rate=0.01, max_grad_norm=0.0, gamma=0.3, max_steps=4)
 
 
-def make_trainer(run: dict, place: Path, **more) -> CPOConstrainedTrainer:
+def data_of(place: Path):
     # A cache of its own: TRL keeps precomputed log-probabilities beside the data and would take them up again.
-    data = load_dataset("json", data_files=JOB["data"], cache_dir=str(place / "cache"))
+    return load_dataset("json", data_files=JOB["data"], cache_dir=str(place / "cache"))
+
+
+def evaluate(trainer: CPOConstrainedTrainer, place: Path) -> dict:
+    """On the evaluation set; an adapter also on a new one, whose reference, the model without it, is not precomputed yet."""
+    evaluated = trainer.evaluate()
+    if not is_peft_model(trainer.model):
+        return evaluated
+    new = data_of(place)["train"].select(range(5))
+    return {**evaluated, **trainer.evaluate(new, metric_key_prefix="new")}
+
+
+def make_trainer(run: dict, place: Path, **more) -> CPOConstrainedTrainer:
+    data = data_of(place)
     accumulate = run.get("accumulate", 1)
     options = {
         **OPTIONS,
@@ -100,13 +114,13 @@ def train(run: dict) -> list[dict]:
     if run.get("double"):
         in_double(trainer)
     trainer.train()
-    seen = [seen_of(trainer, trainer.evaluate(), place / "trained")]
+    seen = [seen_of(trainer, evaluate(trainer, place), place / "trained")]
     if run.get("resume"):
         del trainer
         gc.collect()
         trainer = make_trainer(run, place)
         trainer.train(resume_from_checkpoint=str(place / "checkpoint-2"))
-        seen.append(seen_of(trainer, trainer.evaluate(), place / "resumed", since=2))
+        seen.append(seen_of(trainer, evaluate(trainer, place), place / "resumed", since=2))
     return seen
 
 

@@ -252,9 +252,9 @@ class FiniteWeights(TrainerCallback):
         self._gather = gather
         self._device = device
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if control.should_save:
-            self._look(model, state.global_step, "Nothing was saved; resume from the checkpoint before it")
+    def before_saving(self, model: torch.nn.Module, step: int) -> None:
+        """Called by every process just before a checkpoint is written, whatever asked for it."""
+        self._look(model, step, "Nothing was saved; resume from the checkpoint before it")
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._look(model, state.global_step, "Resume from the last checkpoint")

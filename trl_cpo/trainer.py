@@ -147,6 +147,8 @@ class CPOConstrainedTrainer(DPOTrainer):
         #: latest evaluation: gathered over processes, each pair once, in the order in which the set was gone through (its
         #: own, unless train_sampling_strategy="group_by_length" shuffles it), on the CPU.
         self.evaluated_pairs: dict[str, PairLogps] = {}
+        #: The same: which of these pairs compare two answers (`guards.comparable`), (n,), bool.
+        self.evaluated_comparable: dict[str, torch.Tensor] = {}
         self._evaluated: list[torch.Tensor] = []
         # With the constraint off the trainer is DPOTrainer bit for bit, so packing has to be asked for.
         wanted = False if args.prefix_sharing is None and args.constraint == "none" else args.prefix_sharing
@@ -187,7 +189,8 @@ class CPOConstrainedTrainer(DPOTrainer):
             self.add_callback(Narrator(args.logps_reduction))
         self._resumption = Resumption(self)
         self.add_callback(self._resumption)
-        self.add_callback(guards.FiniteWeights(self.accelerator.gather, self.accelerator.device))
+        self._finite_weights = guards.FiniteWeights(self.accelerator.gather, self.accelerator.device)
+        self.add_callback(self._finite_weights)
         self._start_check = guards.StartCheck(excuse, half_precision=_trl.in_half_precision(self))
         keep_trainable(self.model)
         # Sharded models can run only once training has wrapped them; the first batch probes those.
@@ -227,6 +230,8 @@ class CPOConstrainedTrainer(DPOTrainer):
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model, trial):
+        # Not in a callback: an epoch's end, or a best evaluation, asks for a checkpoint after those of the step have run.
+        self._finite_weights.before_saving(model, self.state.global_step)
         self._resumption.save(lambda: super(CPOConstrainedTrainer, self)._save_checkpoint(model, trial), trial)
 
     def _run_epoch(self, *args, **kwargs):
@@ -353,7 +358,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         ledger.add(counted)
         ledger.left_out.update(check.left_out())
         if not training:
-            self._evaluated.append(logps)
+            self._evaluated.append(torch.cat([logps, marks[:, :1]], dim=1))
         elif self._dual is not None and len(counted):
             self._dual.observe(counted[:, COLUMNS[self._dual.rule.signal]])
         return check
@@ -392,7 +397,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         self._evaluated = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._evaluated:
-            self.evaluated_pairs[metric_key_prefix] = PairLogps.from_rows(torch.cat(self._evaluated).cpu())
+            logps, comparable = torch.cat(self._evaluated).cpu().split([4, 1], dim=1)
+            self.evaluated_pairs[metric_key_prefix] = PairLogps.from_rows(logps)
+            self.evaluated_comparable[metric_key_prefix] = comparable[:, 0].bool()
             self._evaluated = []
         # Under the set's own prefix: with several sets, DPOTrainer's metrics all come under "eval_".
         pairs = self._ledgers["eval"].count

@@ -9,6 +9,8 @@ import torch
 from conftest import make_model, pair_rows
 from datasets import Dataset
 
+from trl_cpo import parallel
+from trl_cpo.audit.scoring import Scorer
 from trl_cpo.cli import main
 from trl_cpo.scores import table_of
 
@@ -152,6 +154,12 @@ def test_preflight_alone_loads_no_model(audit, tmp_path, tokenizer):
     code, out, err = audit("--preflight-only", model=str(tmp_path / "tokenizer_only"))
     assert code == 0, err
     assert "FAULT: 1 of 23 (4.3 %) have the same chosen and rejected answer" in out and "Where the reference" not in out
+
+
+def test_processes_agree_though_each_scores_in_a_folder_of_its_own(tmp_path):
+    one, two = (Scorer().config(str(tmp_path / name)) for name in "ab")
+    facts = [parallel.facts_of(args, configs={}, datasets={}) for args in (one, two)]
+    assert parallel.disagreement(["here", "here"], facts) is None
 
 
 def test_an_adapter_is_scored_as_it_stands(audit, model_folder, tmp_path, tokenizer):

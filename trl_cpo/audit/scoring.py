@@ -60,6 +60,7 @@ class Scorer:
             model_init_kwargs={"dtype": self.dtype},
             trust_remote_code=self.trust_remote_code,
             report_to="none",
+            save_on_each_node=True,  # several processes need not have the same folder, which each makes for itself
             **self.options,
         )
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..pairs import PairLogps
 
 #: The columns of pairs.json: log-probabilities in nats of the policy after training, the reference, the policy before.
@@ -51,24 +53,29 @@ def pairs_document(
     constraint: str,
     split: str,
     start_is_reference: bool,
+    comparable: "Tensor | None" = None,
 ) -> dict[str, Any]:
     """What pairs.json holds: one row a held-out pair, in dataset order, its log-probabilities in nats.
+
+    Pairs that compare no two answers have no row; where there are any, `left_out` is their number.
 
     Args:
         pairs: the held-out pairs as the trained policy and the reference score them, (n,) each.
         reduction: "sum" (nats per response) or "mean" (nats per token).
         gamma, beta, constraint, split: of the run.
         start_is_reference: whether the policy before training was the reference; otherwise its columns are null.
+        comparable: (n,), bool, which pairs compare two answers (`trl_cpo.guards.comparable`); None: all.
     """
-    rows = [
-        [*row, *(row[2:] if start_is_reference else (None, None))] for row in pairs.rows().double().cpu().tolist()
-    ]
+    kept = pairs.rows() if comparable is None else pairs.rows()[comparable]
+    left_out = len(pairs.gap) - len(kept)
+    rows = [[*row, *(row[2:] if start_is_reference else (None, None))] for row in kept.double().cpu().tolist()]
     return {
         "reduction": reduction,
         "gamma": gamma,
         "beta": beta,
         "constraint": constraint,
         "split": split,
+        **({"left_out": left_out} if left_out else {}),
         "columns": list(COLUMNS),
         "rows": rows,
     }
