@@ -51,9 +51,9 @@ def constrained_optimum(
 
         π(chosen) ∝ π*(chosen) e^{κ σ(−γ)},   π(rejected) ∝ π*(rejected) e^{−κ σ(γ)},   other responses ∝ π*,
 
-    so `δ = max(δ*, γ)` exactly, and where γ ≥ 0 at least half of the κ nats come from lowering the rejected response. Several pairs
-    have one κ ≥ 0 each, found by turns (coordinate ascent on the dual, which is concave and smooth): gaps are ≥ γ, and
-    κ > 0 only where a gap is γ.
+    so `δ = max(δ*, γ)` exactly, and where γ ≥ 0 at least half of the κ nats come from lowering the rejected response.
+    Several pairs have one κ ≥ 0 each, found by turns (coordinate ascent on the dual, which is concave and smooth): gaps
+    are ≥ γ, and κ > 0 only where a gap is γ.
 
     Args:
         logps: log π*, (Y,), nats, finite; need not be normalised.
