@@ -169,6 +169,14 @@ def peak(**changes):
     return estimate(dataclasses.replace(BASE, **changes)).peak
 
 
+@pytest.mark.parametrize("autocast, each", [(True, 16.0), (False, 20.0)], ids=["bf16", "float32"])
+def test_zero_holds_a_weight_its_gradient_and_its_state(autocast, each):
+    """Mixed precision: 2 and 2 bytes, and 12 in float32 (copy and two moments). Float32: 4, 4 and 12."""
+    held = estimate(Request(config=LLAMA_8B, gpus=8, parallel="zero3", autocast=autocast, precomputed=True, max_length=64))
+    state = held.resident["weights"] + held.resident["optimizer"] + held.backward["gradients"]
+    assert 8 * state / held.shape.weights == pytest.approx(each)
+
+
 class TestWhatMustHold:
     @settings(deadline=None, max_examples=25)
     @given(st.sampled_from([64, 128, 512]), st.sampled_from([1, 2, 8]), st.booleans(), st.booleans(), st.booleans())

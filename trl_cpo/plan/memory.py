@@ -71,6 +71,11 @@ class Request:
     prompt_share: float = 0.5
     optim: str = "adamw_torch_fused"
 
+    @property
+    def held_bytes(self) -> int:
+        """Of a weight in training: DeepSpeed turns the weights of a mixed-precision run into half precision."""
+        return 2 if self.autocast and self.parallel.startswith("zero") else self.weight_bytes
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -114,9 +119,9 @@ class Estimate:
 def base_bytes(request: Request, shape: Shape) -> float:
     """A model's weights in bytes, before they are shared out: quantized where they are, else as loaded."""
     if request.bits >= 16:
-        return request.weight_bytes * shape.weights
+        return request.held_bytes * shape.weights
     each = INT8_BYTES if request.bits == 8 else NF4_NESTED_BYTES if request.nested else NF4_BYTES
-    return each * shape.quantizable + request.weight_bytes * (shape.weights - shape.quantizable)
+    return each * shape.quantizable + request.held_bytes * (shape.weights - shape.quantizable)
 
 
 def weights(request: Request, shape: Shape) -> float:
@@ -128,7 +133,7 @@ def gathered(request: Request, shape: Shape) -> float:
     """Sharded weights put together for use: two blocks, and the head, in the precision of the computation."""
     if _shares_of_weights(request) == 1 and not request.offload:
         return 0.0
-    each = min(request.weight_bytes, 2 if request.autocast else 4)
+    each = min(request.held_bytes, 2 if request.autocast else 4)
     return each * (2 * shape.block + max(shape.head, shape.hidden * shape.vocabulary))
 
 
@@ -142,8 +147,8 @@ def reference(request: Request, shape: Shape) -> float:
 def trainable(request: Request, shape: Shape) -> tuple[float, float]:
     """Trainable weights, and bytes of one: adapters are float32 (PEFT raises them), except beside ZeRO-3."""
     if not request.lora_rank:
-        return shape.weights, request.weight_bytes
-    each = request.weight_bytes if request.parallel == "zero3" else 4
+        return shape.weights, request.held_bytes
+    each = request.held_bytes if request.parallel == "zero3" else 4
     return shape.lora_weights(request.lora_rank, list(request.lora_targets)), each
 
 
@@ -201,20 +206,20 @@ def activations(request: Request, shape: Shape) -> float:
     count, tokens, _ = rows(request)
     if request.packed:
         prompts = request.micro_batch * request.prompt_share * request.max_length
-        each = 2 if request.autocast or request.weight_bytes == 2 else 4
+        each = 2 if request.autocast or request.held_bytes == 2 else 4
         a_block, outside = block.packed(tokens) + each * 2 * shape.hidden * prompts, around.packed(tokens)
     else:
         a_block, outside = block.padded(count, tokens), around.padded(count, tokens)
     if not request.checkpointing:
         return shape.layers * a_block + outside
-    return shape.layers * count * tokens * shape.hidden * request.weight_bytes + a_block + outside
+    return shape.layers * count * tokens * shape.hidden * request.held_bytes + a_block + outside
 
 
 def workspace(request: Request, shape: Shape) -> float:
     """What a block's backward has in hand: two tensors as wide as its widest layer."""
     count, tokens, _ = rows(request)
     widest = max((max(inside, outside) for _, inside, outside in shape.linears), default=shape.hidden)
-    return 2 * count * tokens * widest * (2 if request.autocast or request.weight_bytes == 2 else 4)
+    return 2 * count * tokens * widest * (2 if request.autocast or request.held_bytes == 2 else 4)
 
 
 def head(request: Request, shape: Shape) -> float:
@@ -223,7 +228,7 @@ def head(request: Request, shape: Shape) -> float:
     positions = scored if request.device == "cuda" or request.packed else count * tokens
     tile = min(positions, HEAD_TOKENS) * min(shape.vocabulary, HEAD_ENTRIES)
     if request.device == "cuda":
-        return tile * (2 if request.autocast or request.weight_bytes == 2 else 4)
+        return tile * (2 if request.autocast or request.held_bytes == 2 else 4)
     return tile * 4 * HEAD_COPIES
 
 
@@ -280,4 +285,4 @@ def _shares_of_weights(request: Request) -> int:
 
 
 def _dtype(request: Request) -> torch.dtype:
-    return torch.bfloat16 if request.weight_bytes == 2 else torch.float32
+    return torch.bfloat16 if request.held_bytes == 2 else torch.float32
