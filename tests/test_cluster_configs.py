@@ -95,15 +95,9 @@ def test_the_trainer_fills_in_every_auto_and_deepspeed_takes_it(name, forgotten)
     assert '"auto"' in json.dumps(written) and '"auto"' not in json.dumps(filled)
     assert filled["train_batch_size"] == 30 and filled["gradient_clipping"] == 0.7 and filled["bf16"]["enabled"] is True
     assert filled["zero_optimization"]["reduce_bucket_size"] == 32 * 32
-    # Without a process group DeepSpeed counts one process.
+    # DeepSpeed refuses keys that it does not know. Without a process group it counts one process.
     read = DeepSpeedConfig({**filled, "train_batch_size": 15})
     assert read.zero_config.stage == int(name[4])
-    # DeepSpeed only warns of a key that it does not know.
-    assert written["zero_optimization"].keys() <= known_keys(type(read.zero_config))
-
-
-def known_keys(model: type) -> set[str]:
-    return set(model.model_fields) | {field.alias for field in model.model_fields.values() if field.alias}
 
 
 @pytest.mark.parametrize("name", JSON)

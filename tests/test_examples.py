@@ -72,7 +72,8 @@ def test_drop_in_is_trl_with_four_lines_changed():
     """What stands after "was" gives the TRL script back."""
     lines = [line for line in (EXAMPLES / "drop_in.py").read_text().splitlines() if "# was: " in line]
     assert len(lines) == 4
-    assert [name in line.split("# was: ")[1] for line, name in zip(lines, ("DPOConfig", "DPOTrainer", "DPOTrainer(", "DPOConfig"))]
+    names = ("DPOConfig", "DPOTrainer", "DPOTrainer(", "DPOConfig")
+    assert all(name in line.split("# was: ")[1] for line, name in zip(lines, names, strict=True))
     assert sum("CPOConstrained" in line.split("# was: ")[0] for line in lines) == 3
 
 
@@ -142,7 +143,8 @@ def test_the_slurm_script_starts_a_launcher_on_each_machine(tmp_path):
     tools.mkdir()
     for name, body in {
         "scontrol": 'echo "north"; echo "south"',
-        "srun": '[ "$1" = --kill-on-bad-exit=1 ] || exit 3; shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ] || exit 3; shift\n'
+        'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
         "accelerate": 'printf "%s\\n" "$*"',
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")

@@ -113,7 +113,8 @@ def test_a_fact_that_cannot_be_had_does_not_stop_a_process_alone(tmp_path):
 
 
 def test_nothing_secret_is_shown(tmp_path):
-    ours = facts(tmp_path, model_init_kwargs={"token": "hf_a"}, hub_token="hf_b", configs={"x": {"api_key": "hf_c", "my_token": "hf_d"}})
+    configs = {"x": {"api_key": "hf_c", "my_token": "hf_d"}}
+    ours = facts(tmp_path, model_init_kwargs={"token": "hf_a"}, hub_token="hf_b", configs=configs)
     message = told(ours, {"nothing": "in common"})
     assert "hf_" not in message and "hf_" not in str(ours)
 
