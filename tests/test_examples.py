@@ -123,7 +123,8 @@ def test_lora_and_further(run, tmp_path):
     options = line[line.index("--dataset_name") : line.index("--constraint")]
     out = run(further.replace("...", options).replace("1e-6", "1e-2"))
     # From where the first one ended.
-    assert moved_and_error(out)[0] != moved > 1e-4 > moved_and_error(out)[1] and (tmp_path / "Qwen-LoRA-2" / "adapter_model.safetensors").exists()
+    assert moved_and_error(out)[0] != moved > 1e-4 > moved_and_error(out)[1]
+    assert (tmp_path / "Qwen-LoRA-2" / "adapter_model.safetensors").exists()
 
 
 def test_qlora(run, tmp_path):

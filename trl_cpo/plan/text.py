@@ -26,7 +26,7 @@ def as_text(estimate: Estimate, memory: float | None, remedy: tuple[list[Change]
     lines.append(f"  {'together':<22} {shown(estimate.peak):>9}  at the end of the {estimate.peak_moment}"
                  if estimate.peak_moment != "optimizer step" else
                  f"  {'together':<22} {shown(estimate.peak):>9}  in the optimizer step")  # fmt: skip
-    lines += ["", f"{largest} dominate{'' if largest.endswith('s') else 's'}."]
+    lines += ["", f"The largest part: {largest}."]
     if memory is None:
         return "\n".join(lines)
     if estimate.peak <= memory:

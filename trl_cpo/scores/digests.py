@@ -120,4 +120,5 @@ def _update(digest, tensor: Tensor) -> None:
     # As bytes, because numpy has no bfloat16 and no float8.
     flat = tensor.as_subclass(Tensor).reshape(-1).view(torch.uint8)
     for start in range(0, flat.numel(), _CHUNK):
-        digest.update(flat[start : start + _CHUNK].cpu().numpy())
+        # A copy: a storage that numpy has looked into can no longer be resized, and FSDP2 frees gathered weights that way.
+        digest.update(flat[start : start + _CHUNK].to("cpu", copy=True).numpy())
