@@ -1,4 +1,4 @@
-"""Balanced micro-batches: the pairs of each step are a plain shuffle's, their order is the same everywhere and after a resume."""
+"""Micro-batches by tokens: what a step holds is a plain shuffle's, every pair weighs the same, a resume sees the same."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.forward.balance import BalancedSampler, deal, pair_tokens
+from trl_cpo.forward.balance import BalancedSampler, TokenBudget, deal, pair_tokens
 
 costs_of = st.lists(st.integers(2, 2000), min_size=1, max_size=150)
 
@@ -68,6 +68,67 @@ def test_it_evens_out_real_spreads():
     assert spread(plain) > 1.7 and spread(balanced) < 1.3
 
 
+@settings(max_examples=300, deadline=None)
+@given(costs=costs_of, groups=st.integers(1, 4), share=st.floats(0, 1), epoch=st.integers(0, 3))
+def test_a_step_under_a_budget_holds_its_share_of_tokens(costs, groups, share, epoch):
+    """Steps in the permutation's order, as many in every epoch, each within its share and a round; no pair twice."""
+    costs = costs * groups  # enough for a round
+    least = -(-sum(costs) * groups // len(costs))
+    sampler = TokenBudget(costs, tokens=least + int(share * 2 * sum(costs)), micro_batches=groups, seed=3)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    plain = torch.randperm(len(costs), generator=torch.Generator().manual_seed(3 + epoch)).tolist()
+    assert batches == list(sampler) and len(batches) == len(sampler) == sampler.steps * groups
+    kept = plain[: len(costs) // groups * groups]
+    rounds = [sum(costs[i] for i in kept[r : r + groups]) for r in range(0, len(kept), groups)]
+    seen = 0
+    for start in range(0, len(batches), groups):
+        step = batches[start : start + groups]
+        assert len({len(batch) for batch in step}) == 1 and step[0]
+        pairs = sorted(i for batch in step for i in batch)
+        assert pairs == sorted(kept[seen : seen + len(pairs)])
+        assert sum(costs[i] for i in pairs) <= sum(rounds) / sampler.steps + max(rounds)
+        seen += len(pairs)
+    assert seen == len(kept)
+    assert sampler.mean_pairs == pytest.approx(seen / len(batches))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_under_a_budget_every_pair_of_an_epoch_weighs_the_same(micro_batches):
+    """Short pairs have loss 0 and long ones 1: the mean over steps is the share of long pairs, which plain means miss."""
+    costs = [1000 if i % 5 == 0 else 30 for i in range(300)]
+    sampler = TokenBudget(costs, tokens=4000, micro_batches=micro_batches, seed=1)
+    weighed, plain = [], []
+    for batch in sampler:
+        mean = sum(costs[i] == 1000 for i in batch) / len(batch)
+        plain.append(mean)
+        weighed.append(mean * len(batch) / sampler.mean_pairs)
+    assert sum(weighed) / len(weighed) == pytest.approx(0.2, abs=1e-12)
+    assert sum(plain) / len(plain) > 0.21
+
+
+def test_steps_under_a_budget_are_even_where_texts_are_not():
+    generator = torch.Generator().manual_seed(0)
+    costs = (torch.randn(4096, generator=generator) * 0.8 + 5).exp().int().tolist()
+    budget = 32 * sum(costs) / 4096
+    batches = list(TokenBudget(costs, tokens=round(budget), micro_batches=2, seed=0))
+    sums = torch.tensor([sum(costs[i] for i in batch) for batch in batches], dtype=torch.float).view(-1, 2).sum(1)
+    plain = torch.tensor(costs, dtype=torch.float)[torch.randperm(4096, generator=generator)].view(-1, 32).sum(1)
+    assert sums.std() / sums.mean() < 0.35 * plain.std() / plain.mean()
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (dict(tokens=10, micro_batches=2), "less than one pair for each of a step's 2 micro-batches holds, 40 tokens"),
+        (dict(tokens=1000, micro_batches=5), "5 micro-batches and there are 4 pairs"),
+    ],
+)
+def test_a_budget_that_no_step_can_keep_is_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        TokenBudget([20] * 4, seed=0, **options)
+
+
 @pytest.mark.parametrize("lengths, limit, cost", [((10, 5, 3), None, 18), ((10, 5, 3), 12, 14), ((20, 5, 3), 12, 12)])
 def test_cost_of_a_pair(lengths, limit, cost):
     assert pair_tokens(*lengths, max_length=limit) == cost
@@ -106,13 +167,50 @@ def test_resumed_training_sees_the_rest_and_ends_the_same(tmp_path, tokenizer, m
         assert torch.equal(a, b)
 
 
-def test_lengths_known_beforehand_are_needed(tmp_path, tokenizer, model_folder):
-    args = CPOConstrainedConfig(**training_options(tmp_path), balance_tokens=True)
+def test_training_under_a_budget_goes_on_with_the_rest_and_ends_the_same(tmp_path, tokenizer, model_folder):
+    options = dict(constraint="clip", tokens_per_step=180)
+    whole, seen = train(tmp_path, tokenizer, model_folder, **options)
+    rest, seen_after = train(tmp_path, tokenizer, model_folder, tmp_path / "checkpoint-4", **options)
+    steps = whole._order.steps
+    assert len(seen) == 18 and seen_after == seen[12:] and 4 < steps, "an epoch longer than four steps"
+    assert len({len(rows) for rows in seen}) > 1, "steps of different sizes"
+    for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_losses_of_an_epoch_under_a_budget_have_the_mean_over_pairs(tmp_path, tokenizer, model_folder):
+    """With a learning rate of 0, the logged losses average to the mean over the pairs that the epoch held."""
+    args = CPOConstrainedConfig(
+        **training_options(tmp_path, gradient_accumulation_steps=2, learning_rate=0.0, num_train_epochs=1, max_steps=-1),
+        constraint="penalty", gamma=5.0, penalty_weight=0.1, tokens_per_step=180,
+    )  # fmt: skip
+    dataset = pairs_dataset(24)
+    trainer = CPOConstrainedTrainer(model=model_folder, args=args, processing_class=tokenizer, train_dataset=dataset, eval_dataset=dataset)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == trainer._order.steps == len(trainer.get_train_dataloader()) / 2
+    assert len({len(batch) for batch in trainer._order}) > 1
+    trainer.evaluate()
+    pairs = trainer.evaluated_pairs["eval"]
+    expected = torch.nn.functional.softplus(torch.tensor(0.0)) + 0.1 * (5.0 - pairs.gap).clamp(min=0).mean()
+    assert sum(losses) / len(losses) == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("option", [dict(balance_tokens=True), dict(tokens_per_step=500)])
+def test_lengths_known_beforehand_are_needed(tmp_path, tokenizer, model_folder, option):
+    args = CPOConstrainedConfig(**training_options(tmp_path), **option)
     stream = IterableDataset.from_generator(lambda: iter(pairs_dataset().to_list()))
-    with pytest.raises(ValueError, match="needs the lengths of all pairs beforehand, got IterableDataset"):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} needs the lengths of all pairs beforehand, got IterableDataset"):
         CPOConstrainedTrainer(model=model_folder, args=args, processing_class=tokenizer, train_dataset=stream)
 
 
-def test_two_orders_at_once_are_refused(tmp_path):
+@pytest.mark.parametrize("option", [dict(balance_tokens=True), dict(tokens_per_step=500)])
+def test_two_orders_at_once_are_refused(tmp_path, option):
     with pytest.raises(ValueError, match="Leave one of them out"):
-        CPOConstrainedConfig(**training_options(tmp_path), balance_tokens=True, train_sampling_strategy="group_by_length")
+        CPOConstrainedConfig(**training_options(tmp_path), **option, train_sampling_strategy="group_by_length")
+
+
+@pytest.mark.parametrize("budget", [0, -5, True, 3.5, "many"])
+def test_a_budget_is_a_number_of_tokens(tmp_path, budget):
+    with pytest.raises(ValueError, match="tokens_per_step must be a whole number ≥ 1, or None"):
+        CPOConstrainedConfig(**training_options(tmp_path), tokens_per_step=budget)

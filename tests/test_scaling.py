@@ -34,6 +34,9 @@ RUNS = {
     "full softplus precomputed": {"options": {"constraint": "softplus", "precompute_ref_log_probs": True}},
     "full penalty adamw": {"options": {"constraint": "penalty", "max_grad_norm": 1.0, **ADAMW}, "accumulate": 2},
     "full lagrangian explicit resumed": {"ref_model": REFERENCE, "resume": True, "options": LAGRANGIAN},
+    "full clip tokens resumed": {
+        "rounds": 2, "resume": True, "options": {"constraint": "clip", "tokens_per_step": 150},
+    },
     "lora inverse_prob": {
         "lora": True,
         "options": {"constraint": "inverse_prob", "logps_reduction": "mean", "gamma": 0.05},

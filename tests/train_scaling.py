@@ -42,6 +42,8 @@ def evaluate(trainer: CPOConstrainedTrainer, place: Path) -> dict:
 def make_trainer(run: dict, place: Path, **more) -> CPOConstrainedTrainer:
     data = data_of(place)
     accumulate = run.get("accumulate", 1)
+    if "rounds" in run:  # micro-batches of a step over all processes
+        accumulate = run["rounds"] // int(os.environ.get("WORLD_SIZE", 1))
     options = {
         **OPTIONS,
         "per_device_train_batch_size": JOB["batch"] // accumulate,
@@ -105,8 +107,8 @@ def train(run: dict) -> list[dict]:
     """One training and its evaluation; with `resume` a second one, gone on with from the checkpoint of the second step.
 
     Args:
-        run: name; lora; nf4; ref_model, a folder; options of the configuration; accumulate, how many micro-batches make a
-            step; double, in float64; resume.
+        run: name; lora; nf4; ref_model, a folder; options of the configuration; accumulate, how many micro-batches of a
+            process make a step, or rounds, how many of all processes; double, in float64; resume.
     """
     place = Path(JOB["folder"]) / run["name"]
     saves = dict(save_strategy="steps", save_steps=2) if run.get("resume") else {}

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,9 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
+from transformers.trainer_utils import seed_worker
 from trl import DPOTrainer
 from trl import __version__ as trl_version
 from trl.data_utils import _tokenize
@@ -327,6 +330,31 @@ def _restore_rewards(trainer: DPOTrainer, log_ratios: Tensor) -> None:
     logged["rewards/rejected"][-1] = rejected.mean().item()
     logged["rewards/accuracies"][-1] = (chosen > rejected).float().mean().item()
     logged["rewards/margins"][-1] = (chosen - rejected).mean().item()
+
+
+def train_dataloader(trainer: DPOTrainer, batches: Sampler[list[int]]) -> DataLoader:
+    """The trainer's loader of training pairs, with these batches, of any sizes, dealt to its processes in turn.
+
+    Args:
+        batches: gives the rows of each micro-batch, as many micro-batches as the processes can share evenly.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    loader = DataLoader(
+        trainer._remove_unused_columns(trainer.train_dataset, description="training"),
+        batch_sampler=batches,
+        collate_fn=trainer.data_collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    )
+    # Accelerate fills batches up to one size unless told not to.
+    even, accelerator.even_batches = accelerator.even_batches, False
+    try:
+        return accelerator.prepare(loader)
+    finally:
+        accelerator.even_batches = even
 
 
 def run_dir(trainer: DPOTrainer, trial: Any = None) -> str:

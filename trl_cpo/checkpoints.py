@@ -17,7 +17,7 @@ STATE_FILE = "trl_cpo_state.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_REPLACED, _REMOVED = "replaced-", "removed-"
+_WHOLE, _REPLACED, _REMOVED = "whole-", "replaced-", "removed-"
 #: Any of these holds weights: whole, in shards, of adapters, of FSDP, of DeepSpeed.
 _WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model.*", "*/adapter_model.*", "latest")
 #: Files that a resume reads numbers from. The others (a model card, a tokenizer) may be edited.
@@ -67,11 +67,17 @@ def sync(folder: Path) -> None:
 
 
 def publish(run_dir: str | Path, name: str) -> None:
-    """Moves the checkpoint `name` from the staging folder into `run_dir` by one rename, in place of an older one."""
-    staged, final = staging(run_dir) / name, Path(run_dir) / name
+    """Moves the checkpoint `name` from the staging folder into `run_dir` by one rename, in place of an older one.
+
+    Raises `FileNotFoundError`, with `run_dir` as it was, if none is staged, as where another machine on the disk was first.
+    """
+    claimed, final = staging(run_dir) / f"{_WHOLE}{name}", Path(run_dir) / name
+    # The first thing asked of the disk: what a machine remembers of a folder on a network's disk may be older than a
+    # rename by another one, and the checkpoint in place must not make room for one that is no longer there.
+    os.rename(staging(run_dir) / name, claimed)
     if final.exists():
         os.rename(final, staging(run_dir) / f"{_REPLACED}{name}")
-    os.rename(staged, final)
+    os.rename(claimed, final)
     with suppress(OSError):
         descriptor = os.open(run_dir, os.O_RDONLY)
         try:
@@ -127,7 +133,7 @@ def fault_of(folder: str | Path) -> str | None:
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
-    if UNFINISHED in folder.absolute().parts:
+    if folder.absolute().parent.name == UNFINISHED:
         return "it was being written or deleted when the run ended"
     for name, required in ((TRAINER_STATE_FILE, True), (STATE_FILE, False)):
         file = folder / name
@@ -169,8 +175,8 @@ def newest_checkpoint(run_dir: str | Path) -> Path | None:
 
 def refusal(folder: str | Path, fault: str) -> CheckpointError:
     """The error for a checkpoint that is not whole, with the newest one beside it that is."""
-    inside = [part for part in Path(folder).absolute().parents if part.name == UNFINISHED]
-    run_dir = inside[0].parent if inside else Path(folder).absolute().parent
+    beside = Path(folder).absolute().parent
+    run_dir = beside.parent if beside.name == UNFINISHED else beside
     newest = newest_checkpoint(run_dir)
     step = f"The newest whole checkpoint there is {newest}" if newest else f"There is no whole checkpoint in {run_dir}"
     then = "resume from that" if newest else "train from the start"
@@ -178,8 +184,8 @@ def refusal(folder: str | Path, fault: str) -> CheckpointError:
 
 
 def is_fresh(run_dir: str | Path) -> bool:
-    """Whether `run_dir` holds nothing but what a run leaves that was killed before its first checkpoint."""
-    traces = {UNFINISHED, "log.jsonl", "README.md", "runs"}
-    return Path(run_dir).is_dir() and all(
-        name in traces or _NAME.fullmatch(name) and fault_of(Path(run_dir) / name) for name in os.listdir(run_dir)
-    )
+    """Whether `run_dir` holds nothing but what a run leaves that was killed before its first checkpoint.
+
+    A damaged checkpoint is not such a thing: checkpoints come into place whole, so something else befell it.
+    """
+    return Path(run_dir).is_dir() and {UNFINISHED, "log.jsonl", "README.md", "runs"}.issuperset(os.listdir(run_dir))

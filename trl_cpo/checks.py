@@ -83,14 +83,15 @@ def check_not_all_dropped(dataset: Any, name: str, max_length: int | None) -> No
         )
 
 
-def check_lengths_known(dataset: Any) -> None:
-    """Raises `ValueError` if the lengths of a dataset's pairs are not known before training: streamed, or with images."""
+def check_lengths_known(dataset: Any, option: str) -> None:
+    """Raises `ValueError`, naming the option that needs them, if the lengths of a dataset's pairs are not known before
+    training: streamed, or with images."""
     columns = getattr(dataset, "column_names", None) or []
     if not isinstance(dataset, Dataset) or "image" in columns or "images" in columns:
         got = "one with images" if isinstance(dataset, Dataset) else type(dataset).__name__
         raise ValueError(
-            f"balance_tokens=True needs the lengths of all pairs beforehand, got {got}. Train on a text Dataset that is not "
-            "streamed, or leave balance_tokens out."
+            f"{option} needs the lengths of all pairs beforehand, got {got}. Train on a text Dataset that is not streamed, or "
+            f"leave {option} out."
         )
 
 

@@ -96,6 +96,11 @@ class CPOConstrainedConfig(DPOConfig):
         balance_tokens (`bool`, *optional*, defaults to `False`):
             Whether the pairs of each optimizer step are dealt to processes and micro-batches so that each computes about
             as many tokens. The pairs of a step stay those of a plain shuffle, and so does its loss.
+        tokens_per_step (`int`, *optional*):
+            Tokens of an optimizer step, over all processes and accumulation steps, on average: steps then hold as many
+            pairs of a plain shuffle as that makes, in place of `per_device_train_batch_size`, dealt as by
+            `balance_tokens`. A pair costs its prompt once and both its answers. Losses are multiplied by the step's pairs
+            over those of a mean step, so that every pair of an epoch weighs the same.
         check_reference (`bool`, *optional*, defaults to `True`):
             Whether the first micro-batch of a run without `ref_model` is looked at before the first step: there policy and
             reference must give the same log-probabilities, up to rounding, or training stops with what may be wrong. It
@@ -179,6 +184,13 @@ class CPOConstrainedConfig(DPOConfig):
         metadata={
             "help": "Deal the pairs of each optimizer step to processes and micro-batches so that each computes about as "
             "many tokens. Which pairs a step holds stays a plain shuffle."
+        },
+    )
+    tokens_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of an optimizer step over all processes, on average, in place of a fixed number of pairs "
+            "(per_device_train_batch_size). Every pair of an epoch keeps the same weight."
         },
     )
     check_reference: bool = field(
@@ -276,6 +288,9 @@ class CPOConstrainedConfig(DPOConfig):
         for name in ("balance_tokens", "check_reference", "narrate"):
             if not isinstance(getattr(self, name), bool):
                 faults.append(f"{name} must be True or False; got {getattr(self, name)!r}.")
+        budget = self.tokens_per_step
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+            faults.append(f"tokens_per_step must be a whole number ≥ 1, or None; got {budget!r}.")
         for loss_type in self.loss_type:
             if loss_type not in LOSS_READS:
                 faults.append(one_of("loss_type", loss_type, LOSS_READS))
@@ -299,9 +314,10 @@ class CPOConstrainedConfig(DPOConfig):
                 )
         if form.moves_target:
             faults += self._target_faults(reads)
-        if self.balance_tokens is True and self.train_sampling_strategy != "random":
+        orders = [f"{name}={getattr(self, name)}" for name in ("balance_tokens", "tokens_per_step") if getattr(self, name)]
+        if orders and self.train_sampling_strategy != "random":
             faults.append(
-                f"balance_tokens=True orders the training pairs itself; got train_sampling_strategy="
+                f"{orders[0]} orders the training pairs itself; got train_sampling_strategy="
                 f"{self.train_sampling_strategy!r} beside it. Leave one of them out."
             )
         return faults

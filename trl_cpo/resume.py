@@ -21,7 +21,7 @@ SETTINGS = (
     "constraint", "gamma", "tau", "alpha", "penalty_weight", "epsilon", "dual_lr", "dual_max", "dual_warmup_steps",
     "dual_signal", "logps_reduction", "beta", "loss_type", "max_length", "learning_rate", "lr_scheduler_type", "optim",
     "max_grad_norm", "weight_decay", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed",
-    "balance_tokens",
+    "balance_tokens", "tokens_per_step",
 )  # fmt: skip
 
 _REFERENCE_FILE = "synchronised_reference.safetensors"
@@ -171,7 +171,7 @@ class Resumption(TrainerCallback):
         if trainer.accelerator.is_main_process:
             checkpoints.publish(run_dir, name)
         trainer.accelerator.wait_for_everyone()
-        self._once_a_machine(lambda: checkpoints.publish(run_dir, name) if staged.is_dir() else None)
+        self._once_a_machine(lambda: _publish_if_staged(run_dir, name))
         if args.push_to_hub:
             _trl.push_checkpoint(trainer, final)
         if args.should_save:
@@ -208,3 +208,9 @@ class Resumption(TrainerCallback):
         if self._trainer.accelerator.is_local_main_process:
             action()
         self._trainer.accelerator.wait_for_everyone()
+
+
+def _publish_if_staged(run_dir: str, name: str) -> None:
+    if (checkpoints.staging(run_dir) / name).is_dir():
+        with suppress(FileNotFoundError):  # what this machine remembered of the disk was old
+            checkpoints.publish(run_dir, name)

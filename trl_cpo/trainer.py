@@ -24,7 +24,7 @@ from . import _trl, checks, guards, parallel
 from .config import CPOConstrainedConfig, unused_knobs
 from .constraints import CONSTRAINTS, Knobs
 from .dual import DualAscent, DualState
-from .forward.balance import BalancedSampler, pair_tokens
+from .forward.balance import BalancedSampler, TokenBudget, pair_tokens
 from .forward.sharing import PrefixSharing
 from .metrics import COLUMNS, MetricLedger, PairView, per_pair
 from .narration import Narrator
@@ -49,10 +49,10 @@ class CPOConstrainedTrainer(DPOTrainer):
     taken for `trl.experimental.cpo.CPOTrainer`, which is *Contrastive* Preference Optimization (arXiv 2401.08417).
 
     Takes the arguments of [`~trl.DPOTrainer`], with `args` a [`CPOConstrainedConfig`]. Overridden are `compute_loss`,
-    `compute_ref_log_probs` (to go through the packed forward), `_precompute_ref_logps` (for the reference
-    table), `_prepare_dataset` (to refuse datasets in words), `_get_train_sampler` (for `balance_tokens`), `log` and
-    `evaluation_loop` (both for the `cpo/*` metrics), `train`, `_save_checkpoint`, `_run_epoch`, `_evaluate` and
-    `_finalize_training` (so that a resumed run is the uninterrupted one).
+    `compute_ref_log_probs` (to go through the packed forward), `_precompute_ref_logps` (for the reference table),
+    `_prepare_dataset` (to refuse datasets in words), `_get_train_sampler` (for `balance_tokens`), `get_train_dataloader`
+    (for `tokens_per_step`), `log` and `evaluation_loop` (both for the `cpo/*` metrics), `train`, `_save_checkpoint`,
+    `_run_epoch`, `_evaluate` and `_finalize_training` (so that a resumed run is the uninterrupted one).
 
     Raises:
         ImportError: the installed TRL is not one of those supported.
@@ -135,12 +135,13 @@ class CPOConstrainedTrainer(DPOTrainer):
         if isinstance(train_dataset, (Dataset, IterableDataset)) and isinstance(processing_class, PreTrainedTokenizerBase):
             checks.check_tokenizer(processing_class, is_conversational(next(iter(train_dataset))))
 
-        if args.balance_tokens:
-            checks.check_lengths_known(train_dataset)
+        for option in ("balance_tokens", "tokens_per_step"):
+            if getattr(args, option):
+                checks.check_lengths_known(train_dataset, option)
 
         self._constraint = CONSTRAINTS[args.constraint]
         self._knobs = args.knobs
-        self._balanced: BalancedSampler | None = None
+        self._order: BalancedSampler | TokenBudget | None = None
         self._dual = DualState(args.dual_rule) if self._constraint.dual else None
         self._ledgers = {"train": MetricLedger(), "eval": MetricLedger()}
         #: By metric prefix ("eval", or "eval_<name>" with several sets), the log-probabilities of every pair of that set's
@@ -239,9 +240,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if self._balanced is not None:
+        if self._order is not None:
             # Where a resumed epoch skips batches and there are several processes, Accelerate does not reach the sampler.
-            self._balanced.set_epoch(kwargs["epoch"])
+            self._order.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
@@ -288,7 +289,8 @@ class CPOConstrainedTrainer(DPOTrainer):
         """DPOTrainer's loss at the constraint's target margin, plus what the constraint adds.
 
         `mean_i ℓ(δ_θ,i; t_i) + mean_i added_i`, in nats. WPO weights and `loss_weights` act on the first term alone.
-        Pairs that compare no two answers (`guards.comparable`) keep DPO's target, and nothing is added to them.
+        Pairs that compare no two answers (`guards.comparable`) keep DPO's target, and nothing is added to them. Under
+        `tokens_per_step` what is trained on is this times the pairs here over those of a mean micro-batch.
 
         Raises:
             FloatingPointError: in training, a log-probability or the loss is not finite (`guards.BatchCheck`).
@@ -315,6 +317,8 @@ class CPOConstrainedTrainer(DPOTrainer):
         if added is not None:
             loss = loss + torch.where(comparable, added, 0.0).mean()
         check = self._count(pairs, target, comparable, loss, inputs)
+        if self.model.training and isinstance(self._order, TokenBudget):
+            loss = loss * (len(comparable) / self._order.mean_pairs)
         if self.model.training and check.sound and self._start_check.due(self.state.global_step):
             self._check_start(model, inputs, pairs)
         return (loss, *outputs) if return_outputs else loss
@@ -322,15 +326,30 @@ class CPOConstrainedTrainer(DPOTrainer):
     def _get_train_sampler(self, train_dataset=None):
         if not self.args.balance_tokens:
             return super()._get_train_sampler(train_dataset)
+        self._order = BalancedSampler(
+            self._costs(train_dataset), micro_batch=self.args.train_batch_size, **self._dealing()
+        )
+        return self._order
+
+    def get_train_dataloader(self):
+        """DPOTrainer's, or under `tokens_per_step` one whose micro-batches `TokenBudget` forms."""
+        if self.args.tokens_per_step is None:
+            return super().get_train_dataloader()
+        self._order = TokenBudget(self._costs(), tokens=self.args.tokens_per_step, **self._dealing())
+        return _trl.train_dataloader(self, self._order)
+
+    def _costs(self, train_dataset: Dataset | None = None) -> list[int]:
+        """Tokens of every training pair."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         lengths = zip(*(map(len, dataset[name]) for name in _trl.TOKENIZED_COLUMNS), strict=True)
-        self._balanced = BalancedSampler(
-            [pair_tokens(*parts, max_length=self.args.max_length) for parts in lengths],
-            micro_batch=self.args.train_batch_size,
-            micro_batches=self.args.world_size * self.args.gradient_accumulation_steps,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
-        return self._balanced
+        return [pair_tokens(*parts, max_length=self.args.max_length) for parts in lengths]
+
+    def _dealing(self) -> dict[str, int]:
+        args = self.args
+        return {
+            "micro_batches": args.world_size * args.gradient_accumulation_steps,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+        }
 
     def compute_ref_log_probs(self, model, inputs):
         """The reference's log-probabilities of a batch, through the packed forward where it is in use."""

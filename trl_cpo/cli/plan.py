@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 
 from .errors import UserError
 
@@ -46,13 +48,15 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--memory {error}\n{usage}") from None
     # The machine that plans need not be the one that trains: without this, bf16 would be refused where there is no GPU.
     device = "cpu" if _for_cpu(options) else "cuda"
-    _, args, policy = parse_run([*options.passed_on, "--use_cpu", "True"], options.config, "trl-cpo plan")
-    try:
-        request = _request(options, args, policy, device)
-        found = estimate(request)
-        remedy = cheapest(request, memory) if memory is not None and found.peak > memory else None
-    except ValueError as error:
-        raise UserError(f"{error}\n{usage}") from error
+    # Libraries print to stdout now and then; there the answer stands alone.
+    with redirect_stdout(sys.stderr):
+        _, args, policy = parse_run([*options.passed_on, "--use_cpu", "True"], options.config, "trl-cpo plan")
+        try:
+            request = _request(options, args, policy, device)
+            found = estimate(request)
+            remedy = cheapest(request, memory) if memory is not None and found.peak > memory else None
+        except ValueError as error:
+            raise UserError(f"{error}\n{usage}") from error
     print(json.dumps(as_document(found, memory, remedy), indent=1) if options.json else as_text(found, memory, remedy))
     return 0 if memory is None or found.peak <= memory else 1
 
@@ -79,6 +83,11 @@ def _request(options: argparse.Namespace, args, policy, device: str):
     if bits < 16 and not policy.use_peft:
         raise UserError("weights in 4 or 8 bits cannot be trained themselves.\nAdd adapters: trl-cpo plan --use_peft …")
     packed = args.prefix_sharing if args.prefix_sharing is not None else args.constraint != "none"
+    if args.tokens_per_step is not None:
+        raise UserError(
+            "plan counts pairs, and --tokens_per_step sets none.\nGive the pairs of a micro-batch instead: trl-cpo plan "
+            "--per_device_train_batch_size N …"
+        )
     targets = policy.lora_target_modules or ["all-linear"]
     return Request(
         config=_config(model, args, policy),

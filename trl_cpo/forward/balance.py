@@ -1,7 +1,10 @@
-"""Which pairs go into which micro-batch of an optimizer step, so that all of them cost about the same."""
+"""Which pairs go into which micro-batch and which optimizer step, so that all of them cost about the same."""
 
+import bisect
 import heapq
+import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch.utils.data import Sampler
@@ -75,3 +78,76 @@ class BalancedSampler(Sampler[int]):
                 return
             for group in deal([self.costs[i] for i in pairs], self.micro_batches):
                 yield from (pairs[i] for i in group)
+
+
+class TokenBudget(Sampler[list[int]]):
+    """Shuffled micro-batches of optimizer steps that all hold about `tokens` tokens, and as many pairs as that makes.
+
+    The epoch's random permutation is cut, in its order, into S = ⌈all tokens / `tokens`⌉ steps at the places nearest to
+    equal shares of its tokens; so no step holds more than its share and one round of pairs, a pair for each micro-batch.
+    A step's micro-batches have the same number of pairs and about the same tokens (`deal`). S is the same in every epoch. Up
+    to `micro_batches` − 1 pairs at the end of the permutation, others in each epoch, are left out of it.
+
+    A step's mean over its pairs would give pairs in steps of long ones more weight. Multiplied by (pairs in the
+    micro-batch) / `mean_pairs`, losses give every pair of an epoch the same: over an epoch, the mean over steps of
+    the losses so weighed is the mean over pairs.
+
+    Args:
+        costs: tokens of each pair.
+        tokens: tokens of an optimizer step, over all processes and accumulation steps, on average.
+        micro_batches: micro-batches in an optimizer step, over all processes and accumulation steps.
+        seed: of the permutation, with the epoch added.
+
+    Raises:
+        ValueError: there are fewer pairs than micro-batches, or a pair for each of these holds more than `tokens`, on average.
+    """
+
+    def __init__(self, costs: Sequence[int], *, tokens: int, micro_batches: int, seed: int):
+        self._rounds = len(costs) // micro_batches
+        if not self._rounds:
+            raise ValueError(
+                f"A step has {micro_batches} micro-batches and there are {len(costs)} pairs to train on. Lower "
+                "gradient_accumulation_steps, or train on more pairs."
+            )
+        mean = sum(costs) / len(costs)
+        if tokens < mean * micro_batches:
+            raise ValueError(
+                f"tokens_per_step={tokens} is less than one pair for each of a step's {micro_batches} micro-batches holds, "
+                f"{math.ceil(mean * micro_batches)} tokens on average. Raise it, or lower gradient_accumulation_steps."
+            )
+        self.costs = list(costs)
+        self.micro_batches = micro_batches
+        self.seed = seed
+        self.epoch = 0
+        #: Optimizer steps in an epoch.
+        self.steps = min(self._rounds, math.ceil(sum(costs) / tokens))
+        #: Pairs in a micro-batch, on average over an epoch.
+        self.mean_pairs = self._rounds / self.steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop at the start of each epoch, a resumed one too."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.costs), generator=generator).tolist()
+        size = self.micro_batches
+        ends = list(accumulate(sum(self.costs[i] for i in order[r * size : (r + 1) * size]) for r in range(self._rounds)))
+        start = 0
+        for step in range(1, self.steps + 1):
+            end = _nearest(ends, ends[-1] * step / self.steps)
+            end = max(start + 1, min(end, self._rounds - (self.steps - step)))  # every step has its round
+            pairs = order[start * size : end * size]
+            for group in deal([self.costs[i] for i in pairs], size):
+                yield [pairs[i] for i in group]
+            start = end
+
+
+def _nearest(ends: Sequence[int], share: float) -> int:
+    """How many of the rounds whose running sums `ends` are come nearest to `share`."""
+    above = min(bisect.bisect_left(ends, share), len(ends) - 1)
+    below = ends[above - 1] if above else 0
+    return above + (ends[above] - share <= share - below)
