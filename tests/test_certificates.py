@@ -232,13 +232,16 @@ def test_another_runs_files_show(run, tmp_path):
 
 
 def test_counts_in_metrics_are_enough_for_the_runs_gamma(run, tmp_path):
-    """The same certificate from metrics.json alone; pairs that its metrics leave out count as below γ."""
+    """The same certificate from metrics.json alone; pairs with nothing to compare count as below γ, NaN is refused."""
     after = {"eval_cpo/pairs": 4, "eval_cpo/violation_rate": 0.5}
     alone = write_run(tmp_path / "alone", [], pairs=False, after=after)
     made = certify_run(alone)
     assert made["statement"] == certify_run(run)["statement"] and list(made["evidence"]["files"]) == ["metrics.json"]
-    fewer = write_run(tmp_path / "fewer", [], pairs=False, after={**after, "eval_cpo/nonfinite_pairs": 3})
+    fewer = write_run(tmp_path / "fewer", [], pairs=False, after={**after, "eval_cpo/incomparable_pairs": 3})
     assert certify_run(fewer)["evidence"]["numbers"] == {"pairs": 7, "meeting": 2}
+    broken = write_run(tmp_path / "broken", [], pairs=False, after={**after, "eval_cpo/nonfinite_pairs": 3})
+    with pytest.raises(CertificateError, match="3 pairs have log-probabilities that are none"):
+        certify_run(broken)
 
 
 def test_dpos_loss_proves_nothing_of_gamma(tmp_path):

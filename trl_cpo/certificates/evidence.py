@@ -199,8 +199,14 @@ def _numbers_of_metrics(metrics, subject, kind, gamma) -> dict[str, Any]:
         raise CertificateError(
             f"metrics.json: a fraction of {rate!r} of {count} pairs is no whole number of pairs. It is not of this evaluation."
         )
+    lost = after.get("eval_cpo/nonfinite_pairs", 0)
+    if lost:
+        raise CertificateError(
+            f"metrics.json: {lost:g} pairs have log-probabilities that are none. A pair without a gap cannot be counted; find "
+            "out why the model gives none."
+        )
     # As in pairs.json, pairs that were left out do not meet γ.
-    left_out = sum(after.get(f"eval_cpo/{reason}", 0) for reason in ("nonfinite_pairs", "incomparable_pairs"))
+    left_out = after.get("eval_cpo/incomparable_pairs", 0)
     return {"pairs": int(count) + int(left_out), "meeting": int(count) - round(violating)}
 
 
