@@ -758,6 +758,14 @@ def test_the_command_speaks_and_gives_json(tmp_path, capsys, coarse):
     assert only["unit"] == "nats per response" and any("log.jsonl is missing" in note for note in only["notes"])
 
 
+def test_a_runs_name_cannot_drive_the_terminal(tmp_path, capsys, coarse):
+    run = make_run(tmp_path / "r\x1b[2J\n", steps=5)
+    (run / "log.jsonl").unlink()
+    assert main(["report", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "r\\x1b[2J\\n: log.jsonl is missing" in said
+
+
 def test_it_is_light_and_says_what_to_install(tmp_path):
     """Neither torch nor transformers is needed for it; without matplotlib it ends with the command that gets it."""
     run = make_run(tmp_path / "r", steps=5)

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 
 from .errors import UserError
 
@@ -22,7 +24,9 @@ def run(options: argparse.Namespace) -> int:
     from ..report import NotARun, make_report
 
     try:
-        report = make_report(options.runs, options.out)
+        # Libraries print to stdout now and then; there the answer stands alone.
+        with redirect_stdout(sys.stderr):
+            report = make_report(options.runs, options.out)
     except NotARun as error:
         raise UserError(f"{error}\nUsage: trl-cpo report --help") from None
     except FileExistsError as error:
@@ -42,8 +46,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _as_text(report) -> str:
+    from ..audit.quoting import escaped
+
     lines = [f"{run.letter}  {run.name}: {note}" for run in report.runs for note in run.notes]
-    return "\n".join([*report.notes, *lines, f"{len(report.pictures)} pictures beside it", f"report  {report.page}"])
+    lines = [*report.notes, *lines, f"{len(report.pictures)} pictures beside it", f"report  {report.page}"]
+    return "\n".join(map(escaped, lines))
 
 
 def _as_json(report) -> str:

@@ -21,7 +21,7 @@ def _own_files(out: Path) -> dict[str, list[str]]:
     try:
         contents = json.loads((out / CONTENTS).read_text(encoding="utf-8"))
         files = contents["files"] if contents["made_by"] == _MADE_BY else {}
-        return {name: list(hashes) for name, hashes in files.items() if Path(name).name == name}
+        return {name: list(hashes) for name, hashes in files.items() if Path(name).name == name != ".."}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
