@@ -20,6 +20,7 @@ def row(name: str, record: dict, target: str) -> str:
     """One line of the table."""
     if "seconds_per_pair" in record:
         shown = ", ".join(f"{n}: {1000 * v['train_s']:.1f} ms" for n, v in record["seconds_per_pair"].items())
+        shown += f" (+ {max(v['first_step_s'] for v in record['seconds_per_pair'].values()):.2f} s for the first step)"
         return f"| {name} | {shown} | largest/smallest {record['largest_over_smallest']:.2f} | | {target} |"
     ratio = f"{record['ratio']:.2f}×"
     if "lowest" in record:
