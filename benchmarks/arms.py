@@ -101,11 +101,14 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
     # With the reference precomputed none is kept, which LoRA has as well; a second copy of 8B weights would not help.
     reference = None if setting.lora or setting.shape is None else model_of(setting)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if setting.lora else None
+    # More than the batches need: DPOTrainer drops pairs whose prompt alone is too long, and some batches are passed over.
+    spare = setting.batches + 1 if setting.padded_tokens is None else 40
+    count = count or setting.batch * (setting.batches + spare)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trainer_class(
             model=model_of(setting), ref_model=reference, args=args, processing_class=tokenizer, peft_config=lora,
-            train_dataset=dataset_of(setting, count or setting.batch * (setting.batches + (1 if setting.padded_tokens is None else 40))),
+            train_dataset=dataset_of(setting, count),
         )  # fmt: skip
     trainer.model.train()
     return trainer

@@ -72,9 +72,12 @@ def test_it_evens_out_real_spreads():
 @given(costs=costs_of, groups=st.integers(1, 4), share=st.floats(0, 1), epoch=st.integers(0, 3))
 def test_a_step_under_a_budget_holds_its_share_of_tokens(costs, groups, share, epoch):
     """Steps in the permutation's order, as many in every epoch, each within its share and a round; no pair twice."""
-    costs = costs * groups  # enough for a round
+    costs = costs + costs[: groups - 1] if len(costs) >= groups else costs * groups
     least = -(-sum(costs) * groups // len(costs))
-    sampler = TokenBudget(costs, tokens=least + int(share * 2 * sum(costs)), micro_batches=groups, seed=3)
+    # From the smallest budget, a step for every round, to one step for all, evenly in the number of steps.
+    tokens = max(least, -(-sum(costs) // max(1, round(share * len(costs) / groups))))
+    sampler = TokenBudget(costs, tokens=tokens, micro_batches=groups, seed=3)
+    assert sampler.steps == min(len(costs) // groups, -(-sum(costs) // tokens))
     sampler.set_epoch(epoch)
     batches = list(sampler)
     plain = torch.randperm(len(costs), generator=torch.Generator().manual_seed(3 + epoch)).tolist()
@@ -120,7 +123,7 @@ def test_steps_under_a_budget_are_even_where_texts_are_not():
 @pytest.mark.parametrize(
     "options, match",
     [
-        (dict(tokens=10, micro_batches=2), "less than one pair for each of a step's 2 micro-batches holds, 40 tokens"),
+        (dict(tokens=39, micro_batches=2), "less than one pair for each of a step's 2 micro-batches holds, 40 tokens"),
         (dict(tokens=1000, micro_batches=5), "5 micro-batches and there are 4 pairs"),
     ],
 )
@@ -208,6 +211,35 @@ def test_lengths_known_beforehand_are_needed(tmp_path, tokenizer, model_folder, 
 def test_two_orders_at_once_are_refused(tmp_path, option):
     with pytest.raises(ValueError, match="Leave one of them out"):
         CPOConstrainedConfig(**training_options(tmp_path), **option, train_sampling_strategy="group_by_length")
+
+
+def test_the_smallest_budget_is_exact():
+    """Seven pairs of 29 tokens in all, seven micro-batches: floats would put the least budget above 29."""
+    assert TokenBudget([5, 4, 4, 4, 4, 4, 4], tokens=29, micro_batches=7, seed=0).steps == 1
+
+
+def test_a_budget_is_looked_at_before_training(tmp_path, tokenizer, model_folder):
+    args = CPOConstrainedConfig(**training_options(tmp_path), tokens_per_step=10)
+    with pytest.raises(ValueError, match="tokens_per_step=10 is less than one pair"):
+        CPOConstrainedTrainer(model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset())
+    with pytest.raises(ValueError, match="auto_find_batch_size=True looks for a number of pairs"):
+        CPOConstrainedConfig(**training_options(tmp_path, auto_find_batch_size=True), tokens_per_step=500)
+
+
+def test_every_pair_moves_the_multiplier_alike(tmp_path, tokenizer, model_folder):
+    """With weights that stand still, λ after an epoch is η times the steps times (mean violation − ε)."""
+    args = CPOConstrainedConfig(
+        **training_options(tmp_path, learning_rate=0.0, num_train_epochs=1, max_steps=-1), constraint="lagrangian",
+        gamma=40.0, epsilon=1.0, dual_lr=1e-3, dual_max=10.0, tokens_per_step=120,
+    )  # fmt: skip
+    dataset = pairs_dataset(24)
+    trainer = CPOConstrainedTrainer(
+        model=model_folder, args=args, processing_class=tokenizer, train_dataset=dataset, eval_dataset=dataset
+    )
+    trainer.train()
+    assert len({len(batch) for batch in trainer._order}) > 1
+    violation = trainer.evaluate()["eval_cpo/violation"]
+    assert trainer._dual.multiplier == pytest.approx(1e-3 * trainer._order.steps * (violation - 1.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("budget", [0, -5, True, 3.5, "many"])

@@ -42,6 +42,20 @@ def test_memory(tmp_path, model_folder):
     assert "MiB)" in table
 
 
+def test_growth_is_told_apart_from_the_first_step(model_folder):
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.__main__ import row
+    from benchmarks.cases import cases, growth
+
+    _, setting, target = cases(model_folder, "demo", 2, "tiny", 128)["growth"]
+    record = growth(setting, False, sizes=(16, 40))
+    times = record["seconds_per_pair"]
+    assert list(times) == [16, 40] and all(v["train_s"] > 0 and v["first_step_s"] > 0 for v in times.values())
+    fastest, slowest = sorted(v["train_s"] for v in times.values())
+    assert record["largest_over_smallest"] == slowest / fastest
+    assert "16: " in row("growth", record, target) and "s for the first step" in row("growth", record, target)
+
+
 def test_useful_operations_of_a_dense_layer_by_hand():
     """One pair: 2 per weight forward, 4 backward, each unique token once; 4 per hidden unit and key seen in attention."""
     import torch

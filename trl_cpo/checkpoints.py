@@ -29,6 +29,10 @@ class CheckpointError(ValueError):
     """There is no checkpoint to resume from, or it is not whole."""
 
 
+class NotStaged(Exception):
+    """There is no checkpoint to publish: another machine on the disk was first."""
+
+
 def staging(run_dir: str | Path) -> Path:
     """The folder that checkpoints of `run_dir` are written into."""
     return Path(run_dir) / UNFINISHED
@@ -69,12 +73,15 @@ def sync(folder: Path) -> None:
 def publish(run_dir: str | Path, name: str) -> None:
     """Moves the checkpoint `name` from the staging folder into `run_dir` by one rename, in place of an older one.
 
-    Raises `FileNotFoundError`, with `run_dir` as it was, if none is staged, as where another machine on the disk was first.
+    Raises `NotStaged`, with `run_dir` as it was, if there is none.
     """
     claimed, final = staging(run_dir) / f"{_WHOLE}{name}", Path(run_dir) / name
     # The first thing asked of the disk: what a machine remembers of a folder on a network's disk may be older than a
     # rename by another one, and the checkpoint in place must not make room for one that is no longer there.
-    os.rename(staging(run_dir) / name, claimed)
+    try:
+        os.rename(staging(run_dir) / name, claimed)
+    except FileNotFoundError as error:
+        raise NotStaged(f"{staging(run_dir) / name} is not there") from error
     if final.exists():
         os.rename(final, staging(run_dir) / f"{_REPLACED}{name}")
     os.rename(claimed, final)

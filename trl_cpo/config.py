@@ -97,10 +97,10 @@ class CPOConstrainedConfig(DPOConfig):
             Whether the pairs of each optimizer step are dealt to processes and micro-batches so that each computes about
             as many tokens. The pairs of a step stay those of a plain shuffle, and so does its loss.
         tokens_per_step (`int`, *optional*):
-            Tokens of an optimizer step, over all processes and accumulation steps, on average: steps then hold as many
+            Most tokens of a mean optimizer step, over all processes and accumulation steps: steps then hold as many
             pairs of a plain shuffle as that makes, in place of `per_device_train_batch_size`, dealt as by
             `balance_tokens`. A pair costs its prompt once and both its answers. Losses are multiplied by the step's pairs
-            over those of a mean step, so that every pair of an epoch weighs the same.
+            over those of a mean step, so that every pair of an epoch weighs the same in them.
         check_reference (`bool`, *optional*, defaults to `True`):
             Whether the first micro-batch of a run without `ref_model` is looked at before the first step: there policy and
             reference must give the same log-probabilities, up to rounding, or training stops with what may be wrong. It
@@ -189,8 +189,8 @@ class CPOConstrainedConfig(DPOConfig):
     tokens_per_step: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of an optimizer step over all processes, on average, in place of a fixed number of pairs "
-            "(per_device_train_batch_size). Every pair of an epoch keeps the same weight."
+            "help": "Most tokens of a mean optimizer step over all processes, in place of a fixed number of pairs "
+            "(per_device_train_batch_size). Every pair of an epoch keeps the same weight in the loss."
         },
     )
     check_reference: bool = field(
@@ -319,6 +319,10 @@ class CPOConstrainedConfig(DPOConfig):
             faults.append(
                 f"{orders[0]} orders the training pairs itself; got train_sampling_strategy="
                 f"{self.train_sampling_strategy!r} beside it. Leave one of them out."
+            )
+        if self.tokens_per_step is not None and self.auto_find_batch_size:
+            faults.append(
+                "auto_find_batch_size=True looks for a number of pairs, and tokens_per_step sets none. Leave one of them out."
             )
         return faults
 

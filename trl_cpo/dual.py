@@ -27,11 +27,15 @@ class DualRule:
     warmup_steps: int = 0
     signal: str = "violation"
 
-    def updated(self, multiplier: float, violation: float) -> float:
-        """λ after one step at a mean violation; a violation that is not finite leaves it as it is."""
+    def updated(self, multiplier: float, violation: float, share: float = 1.0) -> float:
+        """λ after one step at a mean violation; a violation that is not finite leaves it as it is.
+
+        `share` multiplies η: the pairs of the step over those of a mean step, where steps differ, so that every pair moves
+        λ alike.
+        """
         if self.step_size == 0.0 or not math.isfinite(violation):  # 0 · ∞ is no number
             return multiplier
-        return min(max(multiplier + self.step_size * (violation - self.epsilon), 0.0), self.cap)
+        return min(max(multiplier + share * self.step_size * (violation - self.epsilon), 0.0), self.cap)
 
 
 class DualState:
@@ -45,6 +49,8 @@ class DualState:
         self.rule = rule
         #: λ, in 1/nats.
         self.multiplier = rule.start
+        #: Pairs of a mean step, where steps hold different numbers of pairs.
+        self.mean_pairs: float | None = None
         self._steps = 0
         self._seen: list[Tensor] = []
         self._window = {"violation": 0.0, "pairs": 0, "steps": 0, "held": 0}
@@ -64,7 +70,8 @@ class DualState:
         total = sum(value.sum().item() for value in values)
         violation = total / pairs
         if self._steps >= self.rule.warmup_steps:
-            self.multiplier = self.rule.updated(self.multiplier, violation)
+            share = 1.0 if self.mean_pairs is None else pairs / self.mean_pairs
+            self.multiplier = self.rule.updated(self.multiplier, violation, share)
         self._steps += 1
         window = self._window
         window["violation"] += total

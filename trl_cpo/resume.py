@@ -212,5 +212,5 @@ class Resumption(TrainerCallback):
 
 def _publish_if_staged(run_dir: str, name: str) -> None:
     if (checkpoints.staging(run_dir) / name).is_dir():
-        with suppress(FileNotFoundError):  # what this machine remembered of the disk was old
+        with suppress(checkpoints.NotStaged):  # what this machine remembered of the disk was old
             checkpoints.publish(run_dir, name)

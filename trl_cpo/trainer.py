@@ -192,6 +192,8 @@ class CPOConstrainedTrainer(DPOTrainer):
         self.add_callback(self._resumption)
         self._finite_weights = guards.FiniteWeights(self.accelerator.gather, self.accelerator.device)
         self.add_callback(self._finite_weights)
+        if args.tokens_per_step is not None:
+            self.get_train_dataloader()  # says now what is wrong with the budget
         self._start_check = guards.StartCheck(excuse, half_precision=_trl.in_half_precision(self))
         keep_trainable(self.model)
         # Sharded models can run only once training has wrapped them; the first batch probes those.
@@ -336,6 +338,8 @@ class CPOConstrainedTrainer(DPOTrainer):
         if self.args.tokens_per_step is None:
             return super().get_train_dataloader()
         self._order = TokenBudget(self._costs(), tokens=self.args.tokens_per_step, **self._dealing())
+        if self._dual is not None:
+            self._dual.mean_pairs = self._order.mean_pairs * self._order.micro_batches
         return _trl.train_dataloader(self, self._order)
 
     def _costs(self, train_dataset: Dataset | None = None) -> list[int]:

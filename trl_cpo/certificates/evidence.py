@@ -200,9 +200,9 @@ def _numbers_of_metrics(metrics, subject, kind, gamma) -> dict[str, Any]:
             f"metrics.json: a fraction of {rate!r} of {count} pairs is no whole number of pairs. It is not of this evaluation."
         )
     lost = after.get("eval_cpo/nonfinite_pairs", 0)
-    if lost:
+    if lost != 0:
         raise CertificateError(
-            f"metrics.json: {lost:g} pairs have log-probabilities that are none. A pair without a gap cannot be counted; find "
+            f"metrics.json: {lost} pairs have log-probabilities that are none. A pair without a gap cannot be counted; find "
             "out why the model gives none."
         )
     # As in pairs.json, pairs that were left out do not meet γ.

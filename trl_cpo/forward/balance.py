@@ -2,7 +2,6 @@
 
 import bisect
 import heapq
-import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
@@ -81,12 +80,13 @@ class BalancedSampler(Sampler[int]):
 
 
 class TokenBudget(Sampler[list[int]]):
-    """Shuffled micro-batches of optimizer steps that all hold about `tokens` tokens, and as many pairs as that makes.
+    """Shuffled micro-batches of optimizer steps that all hold at most about `tokens` tokens, and as many pairs as that makes.
 
     The epoch's random permutation is cut, in its order, into S = ⌈all tokens / `tokens`⌉ steps at the places nearest to
     equal shares of its tokens; so no step holds more than its share and one round of pairs, a pair for each micro-batch.
-    A step's micro-batches have the same number of pairs and about the same tokens (`deal`). S is the same in every epoch. Up
-    to `micro_batches` − 1 pairs at the end of the permutation, others in each epoch, are left out of it.
+    A step's micro-batches have the same number of pairs and about the same tokens (`deal`). S is the same in every epoch, and
+    at most the number of rounds. Up to `micro_batches` − 1 pairs at the end of the permutation, others in each epoch, are
+    left out of it.
 
     A step's mean over its pairs would give pairs in steps of long ones more weight. Multiplied by (pairs in the
     micro-batch) / `mean_pairs`, losses give every pair of an epoch the same: over an epoch, the mean over steps of
@@ -94,7 +94,7 @@ class TokenBudget(Sampler[list[int]]):
 
     Args:
         costs: tokens of each pair.
-        tokens: tokens of an optimizer step, over all processes and accumulation steps, on average.
+        tokens: most tokens of a mean optimizer step, over all processes and accumulation steps.
         micro_batches: micro-batches in an optimizer step, over all processes and accumulation steps.
         seed: of the permutation, with the epoch added.
 
@@ -109,18 +109,18 @@ class TokenBudget(Sampler[list[int]]):
                 f"A step has {micro_batches} micro-batches and there are {len(costs)} pairs to train on. Lower "
                 "gradient_accumulation_steps, or train on more pairs."
             )
-        mean = sum(costs) / len(costs)
-        if tokens < mean * micro_batches:
+        total = sum(costs)
+        if tokens * len(costs) < total * micro_batches:
             raise ValueError(
                 f"tokens_per_step={tokens} is less than one pair for each of a step's {micro_batches} micro-batches holds, "
-                f"{math.ceil(mean * micro_batches)} tokens on average. Raise it, or lower gradient_accumulation_steps."
+                f"{-(-total * micro_batches // len(costs))} tokens on average. Raise it, or lower gradient_accumulation_steps."
             )
         self.costs = list(costs)
         self.micro_batches = micro_batches
         self.seed = seed
         self.epoch = 0
         #: Optimizer steps in an epoch.
-        self.steps = min(self._rounds, math.ceil(sum(costs) / tokens))
+        self.steps = min(self._rounds, -(-total // tokens))
         #: Pairs in a micro-batch, on average over an epoch.
         self.mean_pairs = self._rounds / self.steps
 

@@ -17,7 +17,7 @@ MORE_ROWS = (
 MAIN_SETTINGS = (
     "constraint", "gamma", "tau", "alpha", "penalty_weight", "epsilon", "dual_lr", "dual_max", "dual_init", "dual_signal",
     "logps_reduction", "beta", "loss_type", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs",
-    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "precompute_ref_log_probs",
+    "max_steps", "tokens_per_step", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "precompute_ref_log_probs",
     "bf16", "fp16", "seed",
 )  # fmt: skip
 #: Where a run writes and who may push it says nothing of what it does.

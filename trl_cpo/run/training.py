@@ -35,6 +35,8 @@ def checkpoint_of(args: "RunConfig") -> str | None:
         return given
     found = newest_checkpoint(args.output_dir) if args.chose_output_dir else None
     if found is None and not (args.chose_output_dir and is_fresh(args.output_dir)):
+        for damaged in sorted(Path(args.output_dir).glob("checkpoint-*")) if args.chose_output_dir else ():
+            raise refusal(damaged, fault_of(damaged))
         raise FileNotFoundError(
             f"--resume_from_checkpoint {given}: there is no whole checkpoint-* folder in {args.output_dir}. Give the "
             "--output_dir of the run to go on with (checkpoints are written with --save_strategy steps), or a checkpoint's "
