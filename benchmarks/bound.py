@@ -24,7 +24,9 @@ from trl_cpo.sources import load_pairs, to_conversational
 RESPONSE_TOKENS = 48
 
 
-def trained(model: str, train, test, epochs: float, seed: int, **constraint) -> CPOConstrainedTrainer:
+def trained(
+    model: str, train, test, epochs: float, seed: int, target_modules: str | None = None, **constraint
+) -> CPOConstrainedTrainer:
     """A trainer after the demo's recipe with this constraint."""
     args = CPOConstrainedConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=256,
@@ -38,7 +40,9 @@ def trained(model: str, train, test, epochs: float, seed: int, **constraint) -> 
         train_dataset=train,
         eval_dataset={"train": train, "test": test},
         processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM"
+        ),
     )
     trainer.train()
     return trainer

@@ -42,6 +42,27 @@ def test_memory(tmp_path, model_folder):
     assert "MiB)" in table
 
 
+def test_what_a_bound_costs_is_measured(model_folder):
+    """KL is nothing before training and something after; the violations are those of the final weights."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from benchmarks.bound import kl_paid, measured, trained
+
+    from trl_cpo.sources import load_pairs, to_conversational
+
+    train, test = (to_conversational(load_pairs("demo", split))[0].select(range(8)) for split in ("train", "test"))
+    trainer = trained(model_folder, train, test, 1.0, 0, constraint="lagrangian", epsilon=5.0, target_modules="all-linear")
+    record = measured(trainer, test["prompt"])
+    gaps = trainer.evaluated_pairs["eval_train"].gap
+    assert record["train_violation"] == pytest.approx((1.0 - gaps).clamp(min=0).mean().item(), rel=1e-6)
+    assert len(record["lambda"]) >= 1 and record["kl"] > 0
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.zero_()
+    assert kl_paid(trainer, test["prompt"]) == pytest.approx(0, abs=1e-6)
+
+
 def test_growth_is_told_apart_from_the_first_step(model_folder):
     sys.path.insert(0, str(ROOT))
     from benchmarks.__main__ import row
