@@ -29,6 +29,7 @@ from trl_cpo.checkpoints import CheckpointError, fault_of, newest_checkpoint, se
 from trl_cpo.constraints import CONSTRAINTS
 from trl_cpo.metrics import METRICS, MetricLedger
 from trl_cpo.progress import RunLog, read_log
+from trl_cpo.run.training import checkpoint_of
 
 # The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
@@ -290,6 +291,9 @@ def test_a_damaged_checkpoint_is_no_trace_of_a_run_that_never_saved(tmp_path):
     fake_checkpoint(tmp_path, 6)
     (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
     assert not whole_checkpoints(tmp_path) and not checkpoints.is_fresh(tmp_path)
+    latest = SimpleNamespace(resume_from_checkpoint="latest", chose_output_dir=True, output_dir=str(tmp_path))
+    with pytest.raises(CheckpointError, match="checkpoint-6: it has no trainer_state.json.* train from the start"):
+        checkpoint_of(latest)
 
 
 @settings(max_examples=60, deadline=None)
