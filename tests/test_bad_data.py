@@ -255,7 +255,7 @@ def test_the_constraint_asks_nothing_of_pairs_that_compare_nothing(make, tokeniz
     """Their loss is DPO's, by DPO's formula; the others' is the constraint's; they drive neither metrics nor multiplier."""
     options = {"constraint": form, "gamma": 3.0, "prefix_sharing": False}
     if form == "lagrangian":
-        options |= {"dual_init": 0.7, "epsilon": 0.1}
+        options |= {"dual_init": 0.7, "dual_max": 1.0, "epsilon": 0.1}
     trainer = make(options, train_dataset=with_bad_rows(tokenizer))
     batch = batch_of(trainer, 5)
     batch["completion_mask"][2] = 0  # the third pair's chosen answer is gone

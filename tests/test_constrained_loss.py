@@ -22,7 +22,7 @@ BETA, GAMMA, TAU, ALPHA, WEIGHT, SMOOTHING = 0.3, 0.4, 1.5, 0.5, 0.7, 0.1
 
 
 def make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, **options):
-    knobs = dict(beta=BETA, gamma=GAMMA, tau=TAU, alpha=ALPHA, penalty_weight=WEIGHT, dual_init=WEIGHT)
+    knobs = dict(beta=BETA, gamma=GAMMA, tau=TAU, alpha=ALPHA, penalty_weight=WEIGHT, dual_init=WEIGHT, dual_max=1.0)
     args = CPOConstrainedConfig(**{**training_options(tmp_path), **knobs, **options})
     return CPOConstrainedTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_folder),

@@ -112,9 +112,9 @@ def config(tmp_path, **options):
 class TestConfig:
     def test_left_alone_the_step_and_the_cap_follow_beta(self, tmp_path):
         rule = config(tmp_path, beta=0.3).dual_rule
-        assert (rule.step_size, rule.cap) == pytest.approx((0.1 * 0.09, 3.0))
+        assert (rule.step_size, rule.cap) == pytest.approx((0.1 * 0.09, 0.3))
         rule = config(tmp_path, beta=0.3, dual_signal="violation_rate").dual_rule
-        assert (rule.step_size, rule.cap) == pytest.approx((0.1 * 0.3, 3.0))
+        assert (rule.step_size, rule.cap) == pytest.approx((0.1 * 0.3, 0.3))
 
     def test_what_is_given_is_taken(self, tmp_path):
         given_ = dict(epsilon=0.25, dual_lr=0.5, dual_max=4.0, dual_init=0.5, dual_warmup_steps=3)
@@ -130,7 +130,7 @@ class TestConfig:
             ({"dual_lr": math.inf}, "dual_lr must be a finite number ≥ 0; got inf"),
             ({"dual_max": 0.0}, "dual_max must be a finite number > 0; got 0.0"),
             ({"dual_warmup_steps": 1.5}, "dual_warmup_steps must be a whole number ≥ 0; got 1.5"),
-            ({"dual_init": 6.0}, r"dual_init must be at most dual_max=5; got 6.0"),
+            ({"dual_init": 6.0}, r"dual_init must be at most dual_max=0.5; got 6.0"),
             ({"dual_signal": "violations"}, "Did you mean 'violation'"),
             ({"dual_signal": "violation_rate", "epsilon": 1.0}, "fraction of pairs .* Set it below 1"),
         ],
@@ -224,7 +224,7 @@ def test_the_step_uses_the_multiplier_of_before_it_and_evaluation_moves_nothing(
     trainer = Ours(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
         args=config(
-            tmp_path, gamma=2.0, dual_init=0.3, dual_lr=0.2, max_steps=3, gradient_accumulation_steps=2,
+            tmp_path, gamma=2.0, dual_init=0.3, dual_lr=0.2, dual_max=5.0, max_steps=3, gradient_accumulation_steps=2,
             per_device_train_batch_size=2, prefix_sharing=False,
         ),
         processing_class=tokenizer,

@@ -24,7 +24,7 @@ STEPS, TRAIN_PAIRS, EVAL_PAIRS, BATCH = 4, 16, 7, 4
 # AdamW as a user has it, but for an epsilon at which its step is smooth in the gradient: a component that is all rounding
 # would otherwise move a weight by the whole learning rate, up or down.
 ADAMW = dict(optim="adamw_torch", adam_epsilon=1e-3)
-LAGRANGIAN = dict(constraint="lagrangian", dual_lr=0.01, **ADAMW)
+LAGRANGIAN = dict(constraint="lagrangian", dual_lr=0.01, dual_max=5.0, **ADAMW)
 TOKEN_MEANS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 REFERENCE = object()  # stands for the folder of the reference model
 
@@ -241,5 +241,5 @@ def test_two_processes_give_what_one_gives(launched, one_process, tmp_path, kind
             lambdas = [log.get("cpo/lambda") for log in ours["logs"]]
             assert lambdas == [log.get("cpo/lambda") for log in theirs["logs"]]
             if lambdas[0] is not None:
-                # It moves, and does not stand at its cap of 10 β.
+                # It moves, and does not stand at its cap.
                 assert len(set(lambdas)) == len(lambdas) and max(lambdas) < 5

@@ -77,7 +77,7 @@ class CPOConstrainedConfig(DPOConfig):
             step. By default `0.1 β²` for the signal `"violation"` and `0.1 β` for `"violation_rate"`, so that λ/β, which
             has no unit, moves by a tenth of the excess measured in rewards, βδ.
         dual_max (`float`, *optional*):
-            For `"lagrangian"`: cap of λ, > 0, per nat. By default `10 β`.
+            For `"lagrangian"`: cap of λ, > 0, per nat. By default β, more than which no bound needs under DPO's own loss.
         dual_init (`float`, *optional*, defaults to `0.0`):
             For `"lagrangian"`: λ at the start, ≥ 0, per nat.
         dual_warmup_steps (`int`, *optional*, defaults to `0`):
@@ -150,7 +150,7 @@ class CPOConstrainedConfig(DPOConfig):
         },
     )
     dual_max: float | None = field(
-        default=None, metadata={"help": "For 'lagrangian': cap of the multiplier, > 0, per nat. Default: 10 beta."}
+        default=None, metadata={"help": "For 'lagrangian': cap of the multiplier, > 0, per nat. Default: beta."}
     )
     dual_init: float = field(default=0.0, metadata={"help": "For 'lagrangian': the multiplier at the start, >= 0, per nat."})
     dual_warmup_steps: int = field(
@@ -252,7 +252,7 @@ class CPOConstrainedConfig(DPOConfig):
         return DualRule(
             epsilon=self.epsilon,
             step_size=0.1 * scale if self.dual_lr is None else self.dual_lr,
-            cap=10 * self.beta if self.dual_max is None else self.dual_max,
+            cap=self.beta if self.dual_max is None else self.dual_max,
             start=self.dual_init,
             warmup_steps=self.dual_warmup_steps,
             signal=self.dual_signal,

@@ -63,7 +63,10 @@ def test_population_gaps_minimise_the_loss(name):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_lagrangian_solves_the_constrained_problem(seed):
-    """Against SLSQP on gaps and slack variables, which knows nothing of λ; and the conditions of Kuhn and Tucker."""
+    """Against SLSQP on gaps and slack variables, which knows nothing of λ; and the conditions of Kuhn and Tucker.
+
+    λ < β, which is why β is the cap that the trainer has by default.
+    """
     rng = np.random.default_rng(seed)
     n, beta, gamma, epsilon = int(rng.integers(1, 6)), rng.uniform(0.2, 2), rng.uniform(0, 2), rng.uniform(0.01, 0.5)
     p, ref_gap = rng.uniform(0.05, 0.95, n), rng.normal(-1, 3, n)
