@@ -242,7 +242,7 @@ def test_every_pair_moves_the_multiplier_alike(tmp_path, tokenizer, model_folder
     assert trainer._dual.multiplier == pytest.approx(1e-3 * trainer._order.steps * (violation - 1.0), rel=1e-5)
 
 
-@pytest.mark.parametrize("budget", [0, -5, True, 3.5, "many"])
+@pytest.mark.parametrize("budget", [0, -5, True, 3.5, "many", torch.ones(2)])
 def test_a_budget_is_a_number_of_tokens(tmp_path, budget):
     with pytest.raises(ValueError, match="tokens_per_step must be a whole number ≥ 1, or None"):
         CPOConstrainedConfig(**training_options(tmp_path), tokens_per_step=budget)

@@ -46,6 +46,8 @@ def launched_with(name: str) -> tuple[object, dict[str, str]]:
     return options, environment
 
 
+# Another test, in a process of its own, may be using the default port.
+@pytest.mark.filterwarnings("ignore:Port .* is already in use")
 @pytest.mark.parametrize("name", YAML)
 def test_accelerate_reads_every_key(name):
     """Accelerate refuses unknown keys at the top; inside `deepspeed_config` and `fsdp_config` it takes any."""

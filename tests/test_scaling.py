@@ -36,7 +36,7 @@ RUNS = {
     "full penalty adamw": {"options": {"constraint": "penalty", "max_grad_norm": 1.0, **ADAMW}, "accumulate": 2},
     "full lagrangian explicit resumed": {"ref_model": REFERENCE, "resume": True, "options": LAGRANGIAN},
     "full clip tokens resumed": {
-        "rounds": 2, "resume": True, "options": {"constraint": "clip", "tokens_per_step": 150},
+        "rounds": 2, "resume": True, "options": {"constraint": "clip", "tokens_per_step": 150, **ADAMW},
     },
     "lora inverse_prob": {
         "lora": True,

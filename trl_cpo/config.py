@@ -314,7 +314,8 @@ class CPOConstrainedConfig(DPOConfig):
                 )
         if form.moves_target:
             faults += self._target_faults(reads)
-        orders = [f"{name}={getattr(self, name)}" for name in ("balance_tokens", "tokens_per_step") if getattr(self, name)]
+        asked = {"balance_tokens": self.balance_tokens is True, "tokens_per_step": isinstance(self.tokens_per_step, int)}
+        orders = [f"{name}={getattr(self, name)}" for name, given in asked.items() if given]
         if orders and self.train_sampling_strategy != "random":
             faults.append(
                 f"{orders[0]} orders the training pairs itself; got train_sampling_strategy="
