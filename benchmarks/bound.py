@@ -48,6 +48,18 @@ def trained(
     return trainer
 
 
+def tokens_of(tokenizer, prompts) -> dict[str, torch.Tensor]:
+    """The prompts as tokens, filled up on the left, so that every response begins right after its prompt."""
+    # Given to apply_chat_template itself, the side is ignored.
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        return tokenizer.apply_chat_template(
+            list(prompts), add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+        )
+    finally:
+        tokenizer.padding_side = side
+
+
 @torch.no_grad()
 def kl_paid(trainer: CPOConstrainedTrainer, prompts, seed: int = 0, batch: int = 20) -> float:
     """Mean over prompts of Σ_t KL(π_θ ‖ π_ref) along one response sampled from the policy, nats."""
@@ -55,10 +67,7 @@ def kl_paid(trainer: CPOConstrainedTrainer, prompts, seed: int = 0, batch: int =
     torch.manual_seed(seed)
     total, count = 0.0, 0
     for start in range(0, len(prompts), batch):
-        inputs = tokenizer.apply_chat_template(
-            list(prompts[start : start + batch]), add_generation_prompt=True, return_tensors="pt", return_dict=True,
-            padding=True, padding_side="left",
-        )  # fmt: skip
+        inputs = tokens_of(tokenizer, prompts[start : start + batch])
         tokens = model.generate(**inputs, max_new_tokens=RESPONSE_TOKENS, do_sample=True, top_k=0, top_p=1.0)
         answer = tokens[:, inputs["input_ids"].size(1) :]
         ended = (answer == tokenizer.eos_token_id).cumsum(1)

@@ -46,12 +46,15 @@ def test_what_a_bound_costs_is_measured(model_folder):
     """KL is nothing before training and something after; the violations are those of the final weights."""
     sys.path.insert(0, str(ROOT))
     import torch
-    from benchmarks.bound import kl_paid, measured, trained
+    from benchmarks.bound import kl_paid, measured, tokens_of, trained
 
     from trl_cpo.sources import load_pairs, to_conversational
 
     train, test = (to_conversational(load_pairs("demo", split))[0].select(range(8)) for split in ("train", "test"))
     trainer = trained(model_folder, train, test, 1.0, 0, constraint="lagrangian", epsilon=5.0, target_modules="all-linear")
+    side = trainer.processing_class.padding_side
+    mask = tokens_of(trainer.processing_class, test["prompt"])["attention_mask"]
+    assert not mask[:, 0].all() and mask[:, -1].all() and trainer.processing_class.padding_side == side
     record = measured(trainer, test["prompt"])
     gaps = trainer.evaluated_pairs["eval_train"].gap
     assert record["train_violation"] == pytest.approx((1.0 - gaps).clamp(min=0).mean().item(), rel=1e-6)
