@@ -25,15 +25,16 @@ RESPONSE_TOKENS = 48
 
 
 def trained(
-    model: str, train, test, epochs: float, seed: int, target_modules: str | None = None, **constraint
+    model: str, train, test, epochs: float, seed: int, target_modules: str | None = None, **options
 ) -> CPOConstrainedTrainer:
-    """A trainer after the demo's recipe with this constraint."""
-    args = CPOConstrainedConfig(
+    """A trainer after the demo's recipe with this constraint; options go before the recipe's."""
+    recipe = dict(
         output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=256,
         learning_rate=1e-3, per_device_train_batch_size=4, per_device_eval_batch_size=4, num_train_epochs=epochs,
         logging_steps=10, save_strategy="no", report_to="none", disable_tqdm=True, beta=0.1, gamma=1.0, seed=seed,
-        prefix_sharing=True, dataloader_pin_memory=False, **constraint,
+        prefix_sharing=True, dataloader_pin_memory=False,
     )  # fmt: skip
+    args = CPOConstrainedConfig(**recipe | options)
     trainer = CPOConstrainedTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=args,
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--penalty", type=float, nargs="*", default=[], help="fixed weights; 0 is plain DPO")
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--options", type=json.loads, default={}, help="further config fields, JSON")
+    parser.add_argument("--options", type=json.loads, default={}, help="config fields, JSON; go before the recipe's")
     parser.add_argument("--out", default="bound.json", help="JSON file to add to")
     options = parser.parse_args()
     if options.model is None:
