@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_utils import HPSearchBackend, rotate_checkpoints
 from trl import DPOConfig, DPOTrainer
 
-from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer, _trl, checkpoints
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer, _trl, checkpoints, resume
 from trl_cpo.checkpoints import CheckpointError, fault_of, newest_checkpoint, settle, staging, whole_checkpoints
 from trl_cpo.constraints import CONSTRAINTS
 from trl_cpo.metrics import METRICS, MetricLedger
@@ -138,6 +138,30 @@ def test_resumed_is_uninterrupted_with(tmp_path, tokenizer, small_model, options
     assert_same_end(resumed, alone)
 
 
+@pytest.mark.parametrize(("step", "accumulation"), [(4, 1), (6, 1), (4, 2)])
+def test_a_stream_is_resumed_in_its_second_pass(tmp_path, tokenizer, small_model, step, accumulation):
+    """transformers skips all batches so far in one pass, which is over before, and goes on with others.
+
+    Three batches a pass; with accumulation the third is left over and goes into the first step of the next pass.
+    """
+    data = IterableDataset.from_generator(lambda: iter(pairs_dataset(6)))
+    options = {**DUAL, "data": data, "max_steps": 8, "gradient_accumulation_steps": accumulation}
+    alone = trainer_of(tmp_path / "alone", small_model, tokenizer, **options)
+    alone.train()
+    resumed = trainer_of(tmp_path / "resumed", small_model, tokenizer, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "alone" / f"checkpoint-{step}"))
+    assert_same_end(resumed, alone)
+    assert alone.state.epoch > 1
+
+
+def test_the_seconds_before_count(tmp_path, tokenizer, small_model):
+    trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=4).train()
+    file = tmp_path / "checkpoint-2" / checkpoints.STATE_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": 1000.0}))
+    resumed = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=4)
+    assert 1000 < resumed.train(resume_from_checkpoint=str(file.parent)).metrics["train_runtime"] < 2000
+
+
 def test_stopped_twice_and_resumed_from_the_newest(tmp_path, tokenizer, small_model):
     """Stopped after steps 3 and 5, each time a step beyond a checkpoint; the first one is the end of an epoch."""
     options = {**DUAL, "save_steps": 1, "max_steps": 7, "save_total_limit": 2}
@@ -164,6 +188,29 @@ def test_what_an_epochs_end_adds_is_in_the_checkpoint_of_its_last_step(tmp_path,
     assert_same_end(resumed, alone)
     name = "eval_loss" if strategy == "eval_strategy" else "loss"
     assert [r["step"] for r in resumed.state.log_history if name in r and (name != "loss" or r["step"] in (3, 5))] == [3, 5]
+
+
+class SaveOnLog(TrainerCallback):
+    def on_log(self, args, state, control, **kwargs):
+        control.should_save = True
+
+
+@pytest.mark.parametrize("asks", ["best", "callback"])
+def test_a_checkpoint_asked_for_late_waits_for_the_epochs_end_too(tmp_path, tokenizer, small_model, asks):
+    """By an evaluation that is the best so far, or by a callback after it: the epoch's log has yet to come."""
+    options = dict(constraint="clip", max_steps=5, logging_strategy="epoch", eval_strategy="steps", eval_steps=1)
+    if asks == "best":
+        options |= dict(save_strategy="best", metric_for_best_model="eval_loss", greater_is_better=False)
+    else:
+        options |= dict(save_strategy="no", callbacks=[SaveOnLog()])
+    alone = trainer_of(tmp_path / "alone", small_model, tokenizer, **options)
+    alone.train()
+    assert 3 in whole_checkpoints(tmp_path / "alone"), "the options no longer ask for a checkpoint of the epoch's last step"
+    resumed = trainer_of(tmp_path / "resumed", small_model, tokenizer, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "alone" / "checkpoint-3"))
+    logs = [[without_timings(record) for record in trainer.state.log_history] for trainer in (resumed, alone)]
+    assert logs[0] == logs[1] and [r["step"] for r in logs[0] if "loss" in r] == [3, 5]
+    assert all("cpo/gap" in r for r in logs[0] if "loss" in r), "though an evaluation came between the step and its log"
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path, tokenizer, small_model):
@@ -296,6 +343,40 @@ def test_a_damaged_checkpoint_is_no_trace_of_a_run_that_never_saved(tmp_path):
         checkpoint_of(latest)
 
 
+def test_what_a_run_leaves_that_was_killed_before_its_first_checkpoint_is_no_obstacle(tmp_path):
+    for name in ("_unfinished", "runs"):  # the latter is tensorboard's
+        (tmp_path / name).mkdir()
+    for name in ("log.jsonl", "README.md"):
+        (tmp_path / name).touch()
+    assert checkpoints.is_fresh(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert not checkpoints.is_fresh(tmp_path)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_in_its_place(tmp_path, tokenizer, small_model, monkeypatch):
+    paths, happened = {}, []
+    opened, fsync, rename = os.open, os.fsync, os.rename
+
+    def traced_open(path, *args, **kwargs):
+        descriptor = opened(path, *args, **kwargs)
+        paths[descriptor] = str(path)
+        return descriptor
+
+    def traced_rename(source, target):
+        happened.append(("rename", str(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "open", traced_open)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (happened.append(("sync", paths.get(descriptor))), fsync(descriptor)))
+    monkeypatch.setattr(os, "rename", traced_rename)
+    trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=2).train()
+    moved = happened.index(("rename", str(tmp_path / "checkpoint-2")))
+    staged = staging(tmp_path) / "checkpoint-2"
+    names = [path.name for path in (tmp_path / "checkpoint-2").iterdir()]
+    assert {("sync", str(staged)), *(("sync", str(staged / name)) for name in names)} <= set(happened[:moved])
+    assert ("sync", str(tmp_path)) in happened[moved:], "the rename itself"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(st.integers(1, 40), unique=True, max_size=6),
@@ -340,6 +421,14 @@ def torn_own_state(folder: Path):
     (folder / "trl_cpo_state.json").write_text('{"format": 1,')
 
 
+def torn_into_depth(folder: Path):
+    (folder / "trainer_state.json").write_text("[" * 100_000)
+
+
+def of_another_format(folder: Path):
+    (folder / "trl_cpo_state.json").write_text('{"files": {}}')
+
+
 def no_weights(folder: Path):
     (folder / "trl_cpo_state.json").unlink()
     (folder / "model.safetensors").unlink()
@@ -351,7 +440,8 @@ def no_weights(folder: Path):
         (break_nothing, None), (half_weights, "model.safetensors has 5 bytes and not 10"),
         (no_optimizer, "optimizer.pt is missing"), (torn_state, "trainer_state.json cannot be read"),
         (no_state, "has no trainer_state.json"), (torn_own_state, "trl_cpo_state.json cannot be read"),
-        (no_weights, "holds no weights"), (shutil.rmtree, "no such folder"),
+        (torn_into_depth, "trainer_state.json cannot be read"),
+        (of_another_format, "has the format None, and this version of trl-cpo reads 1"), (no_weights, "holds no weights"), (shutil.rmtree, "no such folder"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
@@ -518,6 +608,103 @@ def test_another_runs_checkpoint_is_taken_with_a_warning(tmp_path, tokenizer, sm
     assert trainer.state.global_step == 4
 
 
+def test_whatever_else_was_changed_is_named(tmp_path, tokenizer, small_model):
+    """Everything that weights depend on: losses, schedule, optimizer, data; and nothing about where results go."""
+    trainer_of(tmp_path, small_model, tokenizer, constraint="clip").train()
+    changed = dict(label_smoothing=0.1, adam_beta1=0.8, warmup_steps=1, max_length=500, max_steps=5)
+    with pytest.warns(UserWarning) as caught:
+        trainer_of(
+            tmp_path, small_model, tokenizer, constraint="clip", data=pairs_dataset(6, seed=3), **changed
+        )._resumption.prepare(str(tmp_path / "checkpoint-2"))
+    text = " ".join(str(w.message) for w in caught)
+    assert all(re.search(f"{name} was .* and is {value}", text) for name, value in changed.items())
+    assert "the training pairs are not those that it was trained on (6 then, 6 now" in text
+    elsewhere = dict(run_name="other", logging_steps=1, save_steps=1, save_total_limit=3, dataloader_num_workers=1)
+    again = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", **elsewhere)
+    assert again._resumption.prepare(str(tmp_path / "checkpoint-2"))
+
+
+def test_every_option_of_which_nothing_depends_is_one(tmp_path):
+    from trl_cpo.resume import INDIFFERENT
+
+    assert CPOConstrainedConfig.__dataclass_fields__.keys() >= INDIFFERENT
+
+
+def test_the_checkpoints_of_an_earlier_run_are_told_apart(tmp_path, tokenizer, small_model):
+    """Else the earlier one's last checkpoint would end the later one before its first step."""
+    options = dict(constraint="clip", save_steps=1)
+    trainer_of(tmp_path, small_model, tokenizer, **options).train()
+    later = trainer_of(tmp_path, small_model, tokenizer, stop=2, **options, data=pairs_dataset(6, seed=3))
+    with pytest.warns(UserWarning, match=r"earlier run \(the newest is checkpoint-4\), and this one starts from the beginning"):
+        later.train()
+    assert list(whole_checkpoints(tmp_path)) == [1, 2, 3, 4] and newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    resumed = trainer_of(tmp_path, small_model, tokenizer, **options, data=pairs_dataset(6, seed=3))
+    resumed.train(resume_from_checkpoint="latest")
+    assert [r["step"] for r in resumed.state.log_history if "loss" in r] == [3]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4", "replaced by the later run's"
+
+
+def test_a_multiplier_that_the_checkpoint_does_not_hold_starts_anew(tmp_path, tokenizer, small_model):
+    trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=2).train()
+    trainer = trainer_of(tmp_path, small_model, tokenizer, **DUAL)
+    trainer._dual.multiplier = 5.0
+    with pytest.warns(UserWarning) as caught:
+        trainer._resumption.prepare(True)
+    assert "no multiplier, which starts from dual_init" in " ".join(str(w.message) for w in caught)
+    assert trainer._dual.multiplier == 0.0
+
+
+# Several machines, as one process sees the others' answers
+
+
+def others_say(monkeypatch, answer):
+    """Has every `gather_object` of the next lines give another process's answer after this one's."""
+    monkeypatch.setattr(resume, "gather_object", lambda mine: [*mine, answer(mine[0])])
+
+
+def test_the_newest_is_what_all_machines_have(tmp_path, monkeypatch):
+    for step in (2, 4, 6):
+        fake_checkpoint(tmp_path, step)
+    others_say(monkeypatch, lambda mine: [2, 4])
+    latest = SimpleNamespace(resume_from_checkpoint="latest", chose_output_dir=True, output_dir=str(tmp_path))
+    assert resume.newest_everywhere(tmp_path) == tmp_path / "checkpoint-4"
+    assert checkpoint_of(latest) == str(tmp_path / "checkpoint-4")
+    others_say(monkeypatch, lambda mine: [8])
+    assert resume.newest_everywhere(tmp_path) is None
+
+
+def test_what_another_process_cannot_resume_from_is_refused_here_too(tmp_path, tokenizer, small_model, monkeypatch):
+    trainer = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=2)
+    trainer.train()
+    given = str(tmp_path / "checkpoint-2")
+    others_say(monkeypatch, lambda mine: ("elsewhere/checkpoint-2", "it holds no weights", 2))
+    with pytest.raises(CheckpointError, match="Cannot resume from elsewhere/checkpoint-2: it holds no weights"):
+        trainer._resumption.prepare(given)
+    others_say(monkeypatch, lambda mine: ("elsewhere/checkpoint-4", None, 4))
+    with pytest.raises(CheckpointError, match=r"different steps. process 0: .*\(step 2\); process 1: .*-4 \(step 4\)"):
+        trainer._resumption.prepare(given)
+
+
+def test_a_checkpoint_that_is_not_whole_somewhere_ends_training_at_once(tmp_path, tokenizer, small_model, monkeypatch):
+    trainer = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=2)
+    monkeypatch.setattr(checkpoints, "fault_within", lambda folder: "it holds no weights")
+    with pytest.raises(CheckpointError, match="checkpoint-2 was written, .*: on process 0, it holds no weights. It is left in"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*")) and (staging(tmp_path) / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_each_machine_has_the_weights_where_they_are_asked_for(tmp_path, tokenizer, small_model, monkeypatch, each):
+    """`save_pretrained` writes no weights on any process but the first, whatever `save_on_each_node` says."""
+    trainer = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", save_on_each_node=each)
+    monkeypatch.setattr("transformers.distributed.mixin._is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr("transformers.distributed.mixin._get_torch_distributed_rank", lambda: 1)
+    trainer._save(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "tokenizer.json").exists()
+    assert (tmp_path / "saved" / "model.safetensors").exists() == each
+    assert "should_save_on_this_rank" not in vars(trainer.model)
+
+
 def test_a_multiplier_beyond_the_cap_is_refused_before_the_model_is_touched(tmp_path, tokenizer, small_model, monkeypatch):
     trainer_of(tmp_path, small_model, tokenizer, max_steps=2, **{**DUAL, "dual_init": 4.0}).train()
     trainer = trainer_of(tmp_path, small_model, tokenizer, **{**DUAL, "dual_max": 1.0})
@@ -622,5 +809,5 @@ def test_killed_three_times_with_one_process():
 
 
 def test_killed_once_with_two_processes():
-    """Under DDP, with accumulation and balanced batches, while a checkpoint is being written."""
+    """Under DDP, with λ, accumulation and balanced batches, while a checkpoint is being written."""
     assert "1 of 1 equal" in kill_and_resume("--times", 1, "--processes", 2, "--seed", 7, "--variant", 3)

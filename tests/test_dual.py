@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.constraints import CONSTRAINTS
-from trl_cpo.dual import SIGNALS, DualRule, DualState
+from trl_cpo.dual import SIGNALS, DualAscent, DualRule, DualState
 from trl_cpo.objective import pair_loss
 from trl_cpo.theory.lagrangian import population_lagrangian
 
@@ -96,6 +96,20 @@ class TestState:
         second.load_state_dict(first.state_dict())
         feed(second, steps[cut:])
         assert second.state_dict() == whole.state_dict() and second.flush() == whole.flush()
+
+    def test_what_a_training_saw_that_was_broken_off_within_a_step_is_of_no_step(self):
+        state = DualState(RULE)
+        state.observe(torch.tensor([9.0, 9.0]))
+        DualAscent(state).on_train_begin(None, None, None)
+        state.step()
+        assert state.multiplier == RULE.start and state.flush() == {}
+
+    def test_reset_it_is_a_new_one(self):
+        state = DualState(RULE)
+        state.observe(torch.tensor([9.0]))
+        state.step()
+        state.reset()
+        assert state.state_dict() == DualState(RULE).state_dict()
 
     def test_what_cannot_be_loaded_is_refused(self):
         state = DualState(RULE)

@@ -374,6 +374,24 @@ def saving_into(trainer: DPOTrainer, folder: str) -> Iterator[None]:
         del trainer._get_output_dir, trainer._push_from_checkpoint
 
 
+@contextmanager
+def saving_weights_on_each_node(trainer: DPOTrainer) -> Iterator[None]:
+    """Has a model that is whole on every process write its weights wherever `args.save_on_each_node` asks for them.
+
+    `save_pretrained` leaves them out on all processes but the very first, and writes the rest.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if sharded or not trainer.args.save_on_each_node or not hasattr(model, "should_save_on_this_rank"):
+        yield
+        return
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
+
+
 def push_checkpoint(trainer: DPOTrainer, folder: str) -> None:
     """Uploads a checkpoint as `args.hub_strategy` says."""
     trainer._push_from_checkpoint(folder)

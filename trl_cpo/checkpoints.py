@@ -14,6 +14,8 @@ from typing import Any
 UNFINISHED = "_unfinished"
 #: What trl-cpo keeps in a checkpoint beside what transformers keeps there.
 STATE_FILE = "trl_cpo_state.json"
+#: How that file is laid out.
+FORMAT = 1
 TRAINER_STATE_FILE = "trainer_state.json"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -142,6 +144,11 @@ def fault_of(folder: str | Path) -> str | None:
         return "there is no such folder"
     if folder.absolute().parent.name == UNFINISHED:
         return "it was being written or deleted when the run ended"
+    return fault_within(folder)
+
+
+def fault_within(folder: Path) -> str | None:
+    """What of a checkpoint `folder` lacks, in words, wherever the folder is; None if it is whole."""
     for name, required in ((TRAINER_STATE_FILE, True), (STATE_FILE, False)):
         file = folder / name
         if not file.exists():
@@ -150,12 +157,14 @@ def fault_of(folder: str | Path) -> str | None:
             continue
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             return f"its {name} cannot be read ({error})"
         if required and not (isinstance(content, dict) and isinstance(content.get("global_step"), int)):
             return f"its {name} names no global_step"
         if not required and not (isinstance(content, dict) and isinstance(content.get("files"), dict)):
             return f"its {name} names no files"
+        if not required and content.get("format") != FORMAT:
+            return f"its {name} has the format {content.get('format')!r}, and this version of trl-cpo reads {FORMAT}"
         if not required:
             for path, size in content["files"].items():
                 found = (folder / path).stat().st_size if (folder / path).is_file() else None
@@ -166,8 +175,16 @@ def fault_of(folder: str | Path) -> str | None:
     return None
 
 
+def step_of(folder: str | Path) -> int | None:
+    """The step that a checkpoint was written after, or None if it does not say."""
+    try:
+        return json.loads((Path(folder) / TRAINER_STATE_FILE).read_text(encoding="utf-8"))["global_step"]
+    except (ValueError, OSError, RecursionError, TypeError, KeyError):
+        return None
+
+
 def whole_checkpoints(run_dir: str | Path) -> dict[int, Path]:
-    """The whole checkpoints of a run by their steps, oldest first."""
+    """The whole checkpoints in a folder by their steps, lowest first."""
     folder = Path(run_dir)
     if not folder.is_dir():
         return {}
@@ -175,9 +192,22 @@ def whole_checkpoints(run_dir: str | Path) -> dict[int, Path]:
     return {step: path for step, path in sorted(named.items()) if fault_of(path) is None}
 
 
+def of_last_run(run_dir: str | Path) -> dict[int, Path]:
+    """Those of the whole checkpoints that were written by the run that wrote the last of them.
+
+    An earlier run may have left some with higher steps in the same folder, which would end the later one at its start.
+    """
+    whole = whole_checkpoints(run_dir)
+    if not whole:
+        return {}
+    runs = {step: (read_state(path) or {}).get("run") for step, path in whole.items()}
+    last = max(whole, key=lambda step: ((whole[step] / TRAINER_STATE_FILE).stat().st_mtime_ns, step))
+    return {step: path for step, path in whole.items() if runs[step] == runs[last]}
+
+
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The whole checkpoint of a run with the highest step, or None."""
-    return next(reversed(whole_checkpoints(run_dir).values()), None)
+    """The whole checkpoint with the highest step of the run that wrote last, or None."""
+    return next(reversed(of_last_run(run_dir).values()), None)
 
 
 def refusal(folder: str | Path, fault: str) -> CheckpointError:

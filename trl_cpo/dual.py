@@ -47,13 +47,21 @@ class DualState:
 
     def __init__(self, rule: DualRule):
         self.rule = rule
-        #: λ, in 1/nats.
-        self.multiplier = rule.start
         #: Pairs of a mean step, where steps hold different numbers of pairs.
         self.mean_pairs: float | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the start: λ is `rule.start`, and nothing was observed."""
+        #: λ, in 1/nats.
+        self.multiplier = self.rule.start
         self._steps = 0
         self._seen: list[Tensor] = []
         self._window = {"violation": 0.0, "pairs": 0, "steps": 0, "held": 0}
+
+    def begin(self) -> None:
+        """Begins a training: what one that was broken off within a step had observed is of no step."""
+        self._seen = []
 
     def observe(self, signal: Tensor) -> None:
         """Takes the signal of pairs that were trained on, (B,), of all processes; no wait for the device."""
@@ -115,6 +123,9 @@ class DualAscent(TrainerCallback):
 
     def __init__(self, dual: DualState):
         self._dual = dual
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._dual.begin()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._dual.step()

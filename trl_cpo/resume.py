@@ -1,8 +1,10 @@
 """Interrupted and resumed training is uninterrupted training: whole checkpoints, and all that a resume would lose."""
 
 import json
+import math
 import os
 import time
+import uuid
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,19 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
+from datasets import Dataset
 from safetensors.torch import load_model, save_model
 from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
 from . import _trl, checkpoints
+from .scores.digests import tokens_digest
 
-#: Options that a run's numbers depend on. Where one was changed, the resumed run is not the interrupted one.
-SETTINGS = (
-    "constraint", "gamma", "tau", "alpha", "penalty_weight", "epsilon", "dual_lr", "dual_max", "dual_warmup_steps",
-    "dual_signal", "logps_reduction", "beta", "loss_type", "max_length", "learning_rate", "lr_scheduler_type", "optim",
-    "max_grad_norm", "weight_decay", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed",
-    "balance_tokens", "tokens_per_step",
-)  # fmt: skip
+#: Options that say where and how often something is written, shown or run, and no weight depends on. Where any other was
+#: changed, the resumed run is not the interrupted one.
+INDIFFERENT = frozenset((
+    "output_dir", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
+    "trackio_static_space_id", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter",
+    "log_on_each_node", "log_level", "log_level_replica", "include_num_input_tokens_seen", "eval_strategy", "eval_steps",
+    "eval_delay", "eval_on_start", "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches",
+    "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "save_only_model",
+    "save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "push_to_hub", "hub_token", "hub_private_repo",
+    "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "load_best_model_at_end", "metric_for_best_model",
+    "greater_is_better", "restore_callback_states_from_checkpoint", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading",
+    "torch_empty_cache_steps", "use_cache", "use_cpu", "accelerator_config", "parallelism_config", "fsdp", "fsdp_config",
+    "deepspeed", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order", "remove_unused_columns",
+    "label_names", "length_column_name", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_static_graph", "ddp_backend", "ddp_timeout", "debug", "skip_memory_metrics", "do_train", "do_eval", "do_predict",
+    "resume_from_checkpoint", "local_rank", "trust_remote_code", "dataset_num_proc", "precompute_ref_batch_size",
+    "pad_token", "check_reference", "narrate",
+))  # fmt: skip
 
 _REFERENCE_FILE = "synchronised_reference.safetensors"
 
@@ -39,7 +56,9 @@ class Resumption(TrainerCallback):
         self._state: dict[str, Any] | None = None
         self._folder: Path | None = None
         self._begun = 0.0
-        self._put_off = False
+        self._put_off = self._within_epoch = False
+        self._run: str | None = None
+        self._data: tuple[Any, dict[str, Any]] | None = None
         #: Seconds of training before this call of `train`, of the run that is resumed.
         self.earlier_seconds = 0.0
 
@@ -48,30 +67,38 @@ class Resumption(TrainerCallback):
     def prepare(self, given: str | bool | None) -> str | None:
         """The checkpoint to resume from, looked at before the model is touched; None to train from the start.
 
-        `True` asks for the newest whole one of the run.
+        `True`, or the word "latest" or "true" where no folder has that name, asks for the newest whole one of the run.
 
         Raises:
-            CheckpointError: it is not whole, or there is none, on one of the processes at least.
+            CheckpointError: it is not whole, there is none, or it is another one, on one of the processes at least.
             ValueError: the dual state in it cannot be taken up.
         """
         self._state = self._folder = None
         if given is None or given is False:
             return None
+        if str(given).lower() in ("latest", "true") and (given is True or not os.path.isdir(given)):
+            given = True
         run_dir = self._trainer.args.output_dir
         # Of its own folder alone: in another one, a run may be writing.
         self._once_a_machine(lambda: checkpoints.settle(run_dir))
         if given is True:
-            # Of disks that machines do not share, one may have a checkpoint that another was killed before it had.
-            steps = set.intersection(*map(set, gather_object([list(checkpoints.whole_checkpoints(run_dir))])))
-            if not steps:
+            newest = newest_everywhere(run_dir)
+            if newest is None:
                 raise checkpoints.CheckpointError(
                     f"There is no whole checkpoint in {run_dir} to resume from. Set output_dir to the folder of the run, or "
                     "call train() without resume_from_checkpoint to start from the beginning."
                 )
-            given = os.path.join(run_dir, f"checkpoint-{max(steps)}")
-        fault = next(filter(None, gather_object([checkpoints.fault_of(given)])), None)
-        if fault is not None:
-            raise checkpoints.refusal(given, fault)
+            given = str(newest)
+        found = gather_object([(given, checkpoints.fault_of(given), checkpoints.step_of(given))])
+        for folder, fault, _ in found:
+            if fault is not None:
+                raise checkpoints.refusal(folder, fault)
+        if len({step for *_, step in found}) > 1:
+            chosen = "; ".join(f"process {rank}: {folder} (step {step})" for rank, (folder, _, step) in enumerate(found))
+            raise checkpoints.CheckpointError(
+                f"The processes would resume from different steps. {chosen}. Give all the checkpoint of one step, or "
+                "resume_from_checkpoint=True for the newest that all of them have."
+            )
         self._folder, self._state = Path(given), checkpoints.read_state(given)
         if self._dual is not None and self._state is not None and self._state["dual"] is not None:
             self._dual.load_state_dict(self._state["dual"])
@@ -91,11 +118,18 @@ class Resumption(TrainerCallback):
             notes.append("it holds weights alone (save_only_model). The optimizer and the schedule start anew.")
         now = self._settings()
         differ = [(name, was, now[name]) for name, was in state["settings"].items() if now.get(name, was) != was]
+        data = self._data_facts() if state.get("data") else state.get("data")
+        if data != state.get("data"):
+            notes.append(
+                f"the training pairs are not those that it was trained on ({state['data']['pairs']} then, {data['pairs']} "
+                "now, or other texts, or in another order). It is another run than before."
+            )
         changed = [f"{name} was {was!r} and is {given!r}" for name, was, given in differ]
         if changed:
             notes.append(f"{'; '.join(changed)}. Training goes on under the new settings; it is another run than before.")
         if self._dual is not None and state["dual"] is None:
             notes.append("it holds no multiplier, which starts from dual_init.")
+            self._dual.reset()
         elif self._dual is None and state["dual"] is not None:
             notes.append(f"the multiplier in it ({state['dual']['multiplier']:g}) is not used.")
         if self._syncs_reference and not (self._folder / _REFERENCE_FILE).exists():
@@ -104,10 +138,14 @@ class Resumption(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Restores the counters, which training has just set to zero, from the checkpoint."""
-        self._begun, self.earlier_seconds, self._put_off = time.time(), 0.0, False
+        self._begun, self.earlier_seconds = time.time(), 0.0
+        self._put_off = self._within_epoch = False
         trainer, saved = self._trainer, self._state
         trainer._ledgers["train"].clear()
+        self._run = (saved or {}).get("run") or gather_object([uuid.uuid4().hex])[0]
         if saved is None:
+            if self._folder is None and args.process_index == 0 and args.save_strategy != SaveStrategy.NO:
+                self._warn_of_an_earlier_run(args.output_dir)
             return
         _trl.load_loop_state(trainer, saved["processes"])
         self.earlier_seconds = saved["seconds"]
@@ -117,6 +155,34 @@ class Resumption(TrainerCallback):
         if self._syncs_reference and (self._folder / _REFERENCE_FILE).exists():
             load_model(trainer.accelerator.unwrap_model(trainer.ref_model), self._folder / _REFERENCE_FILE)
 
+    @staticmethod
+    def _warn_of_an_earlier_run(run_dir: str) -> None:
+        newest = checkpoints.newest_checkpoint(run_dir)
+        if newest is not None:
+            warnings.warn(
+                f"{run_dir} holds checkpoints of an earlier run (the newest is {newest.name}), and this one starts from the "
+                "beginning. It replaces those of its own steps, and save_total_limit counts the others. Use another "
+                "output_dir to keep them, or train(resume_from_checkpoint=True) to go on with them.",
+                stacklevel=2,
+            )
+
+    def place_in_stream(self, epochs: int, batches: int) -> tuple[int, int]:
+        """Where a resumed training begins, as passes gone through and batches to skip, given what transformers says.
+
+        Of a stream that has no length, transformers counts all batches so far as those of a first pass.
+        """
+        place = None if self._state is None else self._state.get("stream")
+        return (epochs, batches) if place is None or self._trainer.args.ignore_data_skip else tuple(place)
+
+    def _stream_place(self) -> tuple[int, int] | None:
+        trainer, state = self._trainer, self._trainer.state
+        if has_length(trainer.train_dataset):
+            return None
+        # A step is made within a pass, so that no batch of it is not one of the next.
+        passes = max(math.ceil(state.epoch) - 1, 0)
+        of_a_pass = state.max_steps * trainer.args.gradient_accumulation_steps
+        return passes, round((state.epoch - passes) * of_a_pass)
+
     # While training
 
     def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -124,6 +190,7 @@ class Resumption(TrainerCallback):
 
         Accelerate's `skip_first_batches` loses that number, by which some of TRL's metrics leave repeated pairs out.
         """
+        self._within_epoch = True
         active = self._trainer.accelerator.gradient_state.active_dataloader
         if self._state is None or active is None or active is train_dataloader or active.remainder != -1:
             return
@@ -133,11 +200,19 @@ class Resumption(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Puts a checkpoint of an epoch's last step off until the epoch's own log and evaluation are in it."""
+        if control.should_save and self.puts_off():
+            control.should_save = False
+
+    def puts_off(self) -> bool:
+        """Whether a checkpoint that is asked for now has to wait for the end of the epoch; it is then made there."""
+        args, state = self._trainer.args, self._trainer.state
         epoch_ends = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
-        if control.should_save and epoch_ends and IntervalStrategy.EPOCH in (args.logging_strategy, args.eval_strategy):
-            control.should_save, self._put_off = False, True
+        by_epoch = IntervalStrategy.EPOCH in (args.logging_strategy, args.eval_strategy)
+        self._put_off |= self._within_epoch and epoch_ends and by_epoch
+        return self._within_epoch and self._put_off
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        self._within_epoch = False
         if self._put_off:
             control.should_save, self._put_off = True, False
 
@@ -158,14 +233,18 @@ class Resumption(TrainerCallback):
             checkpoints.write_state(
                 staged,
                 {
-                    "format": 1,
+                    "format": checkpoints.FORMAT,
+                    "run": self._run,
                     "settings": self._settings(),
+                    "data": self._data_facts(),
+                    "stream": self._stream_place(),
                     "dual": None if self._dual is None else self._dual.state_dict(),
                     "metrics": trainer._ledgers["train"].state_dict(),
                     "seconds": self.earlier_seconds + time.time() - self._begun,
                     "processes": states,
                 },
             )
+        self._refuse_to_keep_half(name, staged)
         self._once_a_machine(lambda: checkpoints.sync(staged))
         # Machines that share the disk find nothing left to move; those with disks of their own move their own files.
         if trainer.accelerator.is_main_process:
@@ -177,6 +256,16 @@ class Resumption(TrainerCallback):
         if args.should_save:
             for surplus in checkpoints.surplus(run_dir, args.save_total_limit, trainer.state.best_model_checkpoint):
                 checkpoints.remove(surplus)
+
+    def _refuse_to_keep_half(self, name: str, staged: Path) -> None:
+        """Raises `CheckpointError`, on all processes, if what was written on one of them could not be resumed from."""
+        fault = checkpoints.fault_within(staged) if self._trainer.args.should_save else None
+        for rank, fault in enumerate(gather_object([fault])):
+            if fault is not None:
+                raise checkpoints.CheckpointError(
+                    f"{name} was written, and could not be resumed from: on process {rank}, {fault}. It is left in {staged}. "
+                    "Free the disk if it is full; save_strategy='no' trains without checkpoints."
+                )
 
     def _name_the_best(self, run_dir: str, staged: Path) -> None:
         """Has the state, in memory and in the checkpoint, name the best checkpoint where it will be."""
@@ -201,13 +290,31 @@ class Resumption(TrainerCallback):
 
     def _settings(self) -> dict[str, Any]:
         every = json.loads(json.dumps(self._trainer.args.to_dict(), default=str))
-        settings = {name: every[name] for name in SETTINGS if name in every}
+        settings = {name: value for name, value in every.items() if name not in INDIFFERENT}
         return {**settings, "processes": self._trainer.accelerator.num_processes}
+
+    def _data_facts(self) -> dict[str, Any] | None:
+        """How many pairs are trained on, and a digest of their tokens in their order; None of a stream."""
+        dataset = self._trainer.train_dataset
+        if not isinstance(dataset, Dataset) or not set(_trl.TOKENIZED_COLUMNS).issubset(dataset.column_names):
+            return None
+        if self._data is None or self._data[0] is not dataset:
+            self._data = dataset, {"pairs": len(dataset), "tokens": tokens_digest(dataset, _trl.TOKENIZED_COLUMNS)[0]}
+        return self._data[1]
 
     def _once_a_machine(self, action: Callable[[], Any]) -> None:
         if self._trainer.accelerator.is_local_main_process:
             action()
         self._trainer.accelerator.wait_for_everyone()
+
+
+def newest_everywhere(run_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run that every process sees, or None; all processes have to call this.
+
+    Of disks that machines do not share, one may have a checkpoint that another was killed before it had.
+    """
+    steps = set.intersection(*map(set, gather_object([list(checkpoints.of_last_run(run_dir))])))
+    return Path(run_dir) / f"checkpoint-{max(steps)}" if steps else None
 
 
 def _publish_if_staged(run_dir: str, name: str) -> None:

@@ -51,8 +51,8 @@ class CPOConstrainedTrainer(DPOTrainer):
     Takes the arguments of [`~trl.DPOTrainer`], with `args` a [`CPOConstrainedConfig`]. Overridden are `compute_loss`,
     `compute_ref_log_probs` (to go through the packed forward), `_precompute_ref_logps` (for the reference table),
     `_prepare_dataset` (to refuse datasets in words), `_get_train_sampler` (for `balance_tokens`), `get_train_dataloader`
-    (for `tokens_per_step`), `log` and `evaluation_loop` (both for the `cpo/*` metrics), `train`, `_save_checkpoint`,
-    `_run_epoch`, `_evaluate` and `_finalize_training` (so that a resumed run is the uninterrupted one).
+    (for `tokens_per_step`), `log` and `evaluation_loop` (both for the `cpo/*` metrics), `train`, `_save_checkpoint`, `_save`,
+    `_init_training_state`, `_run_epoch`, `_evaluate` and `_finalize_training` (so that a resumed run is the uninterrupted one).
 
     Raises:
         ImportError: the installed TRL is not one of those supported.
@@ -234,8 +234,17 @@ class CPOConstrainedTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         # Not in a callback: an epoch's end, or a best evaluation, asks for a checkpoint after those of the step have run.
+        if self._resumption.puts_off():
+            return
         self._finite_weights.before_saving(model, self.state.global_step)
         self._resumption.save(lambda: super(CPOConstrainedTrainer, self)._save_checkpoint(model, trial), trial)
+
+    def _save(self, output_dir=None, state_dict=None):
+        with _trl.saving_weights_on_each_node(self):
+            super()._save(output_dir, state_dict)
+
+    def _init_training_state(self, *args, **kwargs):
+        return self._resumption.place_in_stream(*super()._init_training_state(*args, **kwargs))
 
     def _run_epoch(self, *args, **kwargs):
         # Resumed from a run's last checkpoint, in the middle of an epoch, transformers would train a step too many.
@@ -435,7 +444,8 @@ class CPOConstrainedTrainer(DPOTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training:
+        # A training's log may come right after an evaluation, which leaves the model as it evaluates.
+        if self.model.training or "loss" in logs:
             logs.update(self._ledgers["train"].flush())
             if self._dual is not None:
                 logs.update(self._dual.flush())

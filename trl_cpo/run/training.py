@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def checkpoint_of(args: "RunConfig") -> str | None:
-    """The checkpoint to go on from: the folder given, or with `latest` the newest whole one in the output folder.
+    """The checkpoint to go on from: the folder given, or with `latest` the newest whole one that all processes see.
 
     None to start from the beginning: nothing was asked for, or `latest` of a run that was killed before its first one.
 
@@ -23,7 +23,8 @@ def checkpoint_of(args: "RunConfig") -> str | None:
         FileNotFoundError: there is no run to go on with in the output folder.
         CheckpointError: the checkpoint given is not whole.
     """
-    from ..checkpoints import fault_of, is_fresh, newest_checkpoint, refusal
+    from ..checkpoints import fault_of, is_fresh, refusal
+    from ..resume import newest_everywhere
 
     given = args.resume_from_checkpoint
     if given is None or str(given).lower() in ("false", "none", ""):
@@ -33,7 +34,7 @@ def checkpoint_of(args: "RunConfig") -> str | None:
         if fault is not None:
             raise refusal(given, fault)
         return given
-    found = newest_checkpoint(args.output_dir) if args.chose_output_dir else None
+    found = newest_everywhere(args.output_dir) if args.chose_output_dir else None
     if found is None and not (args.chose_output_dir and is_fresh(args.output_dir)):
         for damaged in sorted(Path(args.output_dir).glob("checkpoint-*")) if args.chose_output_dir else ():
             raise refusal(damaged, fault_of(damaged))
@@ -190,7 +191,10 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
             "seed": args.seed,
             "versions": versions(),
             # As text, an infinite option can be read back; JSON has no number for it.
-            "config": {k: str(v) if v in (math.inf, -math.inf) else v for k, v in args.to_dict().items()},
+            # What was looked at before is in `before`, also of a run that was resumed.
+            "config": {
+                k: str(v) if v in (math.inf, -math.inf) else v for k, v in args.to_dict().items() if k != "eval_on_start"
+            },
         }
         # Last, so that a folder with a metrics.json is a finished run.
         write_json(output_dir / "metrics.json", record)
