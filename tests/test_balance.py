@@ -3,12 +3,14 @@
 import pytest
 import torch
 from conftest import pairs_dataset, training_options
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.forward.balance import BalancedSampler, TokenBudget, deal, pair_tokens
+from trl_cpo.forward.plan import plan_pairs
 
 costs_of = st.lists(st.integers(2, 2000), min_size=1, max_size=150)
 
@@ -135,6 +137,40 @@ def test_a_budget_that_no_step_can_keep_is_refused(options, match):
 @pytest.mark.parametrize("lengths, limit, cost", [((10, 5, 3), None, 18), ((10, 5, 3), 12, 14), ((20, 5, 3), 12, 12)])
 def test_cost_of_a_pair(lengths, limit, cost):
     assert pair_tokens(*lengths, max_length=limit) == cost
+
+
+def token_rows(prompt, chosen, rejected):
+    """A pair of these lengths, no token of it twice, so that it shares what it must and nothing by chance."""
+    ids = list(range(5, 5 + prompt + chosen + rejected))
+    return {"prompt_ids": ids[:prompt], "chosen_ids": ids[prompt : prompt + chosen], "rejected_ids": ids[prompt + chosen :]}
+
+
+def tokens_run(row, max_length, keep):
+    """Tokens that the packed forward computes for one pair, as TRL's collator cuts it."""
+    batch = DataCollatorForPreference(pad_token_id=2, max_length=max_length, truncation_mode=keep)([row])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    return plan_pairs(batch["input_ids"], batch["attention_mask"], labels).tokens
+
+
+parts_of = st.tuples(st.integers(1, 12), st.integers(1, 8), st.integers(1, 8))
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths=parts_of, limit=st.none() | st.integers(1, 20), keep=st.sampled_from(["keep_start", "keep_end"]))
+def test_the_cost_of_a_pair_is_what_is_computed_of_it(lengths, limit, keep):
+    """Cut at the front by different amounts, the two rows of a pair begin apart and share nothing."""
+    assert pair_tokens(*lengths, max_length=limit, truncation_mode=keep) == tokens_run(token_rows(*lengths), limit, keep)
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize("keep", ["keep_start", "keep_end"])
+def test_the_trainer_counts_pairs_as_they_are_cut(tmp_path, tokenizer, model_folder, keep):
+    args = CPOConstrainedConfig(**training_options(tmp_path, max_length=32, truncation_mode=keep), tokens_per_step=500)
+    trainer = CPOConstrainedTrainer(
+        model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset()
+    )
+    rows = [token_rows(*lengths) for lengths in [(3, 4, 5), (28, 5, 9), (28, 9, 9), (30, 1, 6), (2, 40, 35)]]
+    assert trainer._costs(Dataset.from_list(rows)) == [tokens_run(row, 32, keep) for row in rows]
 
 
 def train(tmp_path, tokenizer, model_folder, checkpoint=None, **options):
