@@ -1,5 +1,7 @@
 """Micro-batches by tokens: what a step holds is a plain shuffle's, every pair weighs the same, a resume sees the same."""
 
+import math
+
 import pytest
 import torch
 from conftest import pairs_dataset, training_options
@@ -235,6 +237,22 @@ def test_the_losses_of_an_epoch_under_a_budget_have_the_mean_over_pairs(tmp_path
     assert sum(losses) / len(losses) == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_evaluation_under_a_budget_weighs_nothing(tmp_path, tokenizer, model_folder):
+    """Its batches hold another number of pairs than a mean micro-batch, and its loss is the mean over the set all the same."""
+    args = CPOConstrainedConfig(
+        **training_options(tmp_path, learning_rate=0.0, max_steps=1), constraint="penalty", gamma=5.0, tokens_per_step=180
+    )
+    dataset = pairs_dataset(24)
+    trainer = CPOConstrainedTrainer(
+        model=model_folder, args=args, processing_class=tokenizer, train_dataset=dataset, eval_dataset=dataset
+    )
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    assert abs(trainer._order.mean_pairs / args.per_device_eval_batch_size - 1) > 0.1
+    expected = math.log(2) + (5.0 - trainer.evaluated_pairs["eval"].gap).clamp(min=0).mean().item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("option", [dict(balance_tokens=True), dict(tokens_per_step=500)])
 def test_lengths_known_beforehand_are_needed(tmp_path, tokenizer, model_folder, option):
     args = CPOConstrainedConfig(**training_options(tmp_path), **option)
@@ -262,11 +280,14 @@ def test_a_budget_is_looked_at_before_training(tmp_path, tokenizer, model_folder
         CPOConstrainedConfig(**training_options(tmp_path, auto_find_batch_size=True), tokens_per_step=500)
 
 
-def test_every_pair_moves_the_multiplier_alike(tmp_path, tokenizer, model_folder):
+@pytest.mark.parametrize("accumulation, tokens", [(1, 120), (2, 180)])
+def test_every_pair_moves_the_multiplier_alike(tmp_path, tokenizer, model_folder, accumulation, tokens):
     """With weights that stand still, λ after an epoch is η times the steps times (mean violation − ε)."""
     args = CPOConstrainedConfig(
-        **training_options(tmp_path, learning_rate=0.0, num_train_epochs=1, max_steps=-1), constraint="lagrangian",
-        gamma=40.0, epsilon=1.0, dual_lr=1e-3, dual_max=10.0, tokens_per_step=120,
+        **training_options(
+            tmp_path, learning_rate=0.0, num_train_epochs=1, max_steps=-1, gradient_accumulation_steps=accumulation
+        ),
+        constraint="lagrangian", gamma=40.0, epsilon=1.0, dual_lr=1e-3, dual_max=10.0, tokens_per_step=tokens,
     )  # fmt: skip
     dataset = pairs_dataset(24)
     trainer = CPOConstrainedTrainer(
