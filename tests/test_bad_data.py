@@ -178,6 +178,47 @@ def test_float16_leaves_a_few_to_the_loss_scaler_and_counts_them(make, monkeypat
         trainer.compute_loss(trainer.model, batch)
 
 
+def test_float16_leaves_nothing_of_the_reference_to_the_loss_scaler(make, monkeypatch):
+    """It never changes: what it lacks now it lacks in every step."""
+    trainer = make({"constraint": "clip"}, ref_model=broken_at_one_token(1))
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp16"))
+    trainer.model.train()
+    batch = batch_of(trainer)
+    batch["input_ids"][[0, 4], 1] = UNSEEN
+    with pytest.raises(FloatingPointError, match="Step 1: .*the reference's.*The reference never changes"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+class Sharded(torch.Tensor):
+    """A stand-in for a DTensor: what this process holds of it is had by `to_local`."""
+
+    def detach(self):
+        return self
+
+    def to_local(self):
+        return self.part
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("kind", ["ZeRO-3", "FSDP2"])
+def test_of_sharded_weights_the_part_held_here_is_looked_at(kind, broken):
+    """ZeRO-3 keeps it in `ds_tensor` and leaves the parameter empty; FSDP2's is behind `to_local`."""
+    model = torch.nn.Linear(2, 2, bias=False)
+    part = torch.tensor([1.0, float("nan") if broken else 2.0])
+    if kind == "ZeRO-3":
+        model.weight.data = torch.empty(0)
+        model.weight.ds_tensor = part
+    else:
+        weight = torch.zeros(2, 2).as_subclass(Sharded)
+        weight.part = part
+        model.weight = torch.nn.Parameter(weight)
+    look = guards.FiniteWeights(lambda tensor: tensor, torch.device("cpu")).before_saving
+    if not broken:
+        return look(model, 3)
+    with pytest.raises(FloatingPointError, match="After step 3 trained weights are NaN"):
+        look(model, 3)
+
+
 # --- pairs that compare nothing ---------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,18 @@
 """Micro-batches by tokens: what a step holds is a plain shuffle's, every pair weighs the same, a resume sees the same."""
 
+import math
+
 import pytest
 import torch
 from conftest import pairs_dataset, training_options
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.forward.balance import BalancedSampler, TokenBudget, deal, pair_tokens
+from trl_cpo.forward.plan import plan_pairs
 
 costs_of = st.lists(st.integers(2, 2000), min_size=1, max_size=150)
 
@@ -137,6 +141,40 @@ def test_cost_of_a_pair(lengths, limit, cost):
     assert pair_tokens(*lengths, max_length=limit) == cost
 
 
+def token_rows(prompt, chosen, rejected):
+    """A pair of these lengths, no token of it twice, so that it shares what it must and nothing by chance."""
+    ids = list(range(5, 5 + prompt + chosen + rejected))
+    return {"prompt_ids": ids[:prompt], "chosen_ids": ids[prompt : prompt + chosen], "rejected_ids": ids[prompt + chosen :]}
+
+
+def tokens_run(row, max_length, keep):
+    """Tokens that the packed forward computes for one pair, as TRL's collator cuts it."""
+    batch = DataCollatorForPreference(pad_token_id=2, max_length=max_length, truncation_mode=keep)([row])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    return plan_pairs(batch["input_ids"], batch["attention_mask"], labels).tokens
+
+
+parts_of = st.tuples(st.integers(1, 12), st.integers(1, 8), st.integers(1, 8))
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths=parts_of, limit=st.none() | st.integers(1, 20), keep=st.sampled_from(["keep_start", "keep_end"]))
+def test_the_cost_of_a_pair_is_what_is_computed_of_it(lengths, limit, keep):
+    """Cut at the front by different amounts, the two rows of a pair begin apart and share nothing."""
+    assert pair_tokens(*lengths, max_length=limit, truncation_mode=keep) == tokens_run(token_rows(*lengths), limit, keep)
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize("keep", ["keep_start", "keep_end"])
+def test_the_trainer_counts_pairs_as_they_are_cut(tmp_path, tokenizer, model_folder, keep):
+    args = CPOConstrainedConfig(**training_options(tmp_path, max_length=32, truncation_mode=keep), tokens_per_step=500)
+    trainer = CPOConstrainedTrainer(
+        model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset()
+    )
+    rows = [token_rows(*lengths) for lengths in [(3, 4, 5), (28, 5, 9), (28, 9, 9), (30, 1, 6), (2, 40, 35)]]
+    assert trainer._costs(Dataset.from_list(rows)) == [tokens_run(row, 32, keep) for row in rows]
+
+
 def train(tmp_path, tokenizer, model_folder, checkpoint=None, **options):
     args = CPOConstrainedConfig(
         **training_options(
@@ -199,6 +237,22 @@ def test_the_losses_of_an_epoch_under_a_budget_have_the_mean_over_pairs(tmp_path
     assert sum(losses) / len(losses) == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_evaluation_under_a_budget_weighs_nothing(tmp_path, tokenizer, model_folder):
+    """Its batches hold another number of pairs than a mean micro-batch, and its loss is the mean over the set all the same."""
+    args = CPOConstrainedConfig(
+        **training_options(tmp_path, learning_rate=0.0, max_steps=1), constraint="penalty", gamma=5.0, tokens_per_step=180
+    )
+    dataset = pairs_dataset(24)
+    trainer = CPOConstrainedTrainer(
+        model=model_folder, args=args, processing_class=tokenizer, train_dataset=dataset, eval_dataset=dataset
+    )
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    assert abs(trainer._order.mean_pairs / args.per_device_eval_batch_size - 1) > 0.1
+    expected = math.log(2) + (5.0 - trainer.evaluated_pairs["eval"].gap).clamp(min=0).mean().item()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("option", [dict(balance_tokens=True), dict(tokens_per_step=500)])
 def test_lengths_known_beforehand_are_needed(tmp_path, tokenizer, model_folder, option):
     args = CPOConstrainedConfig(**training_options(tmp_path), **option)
@@ -226,11 +280,14 @@ def test_a_budget_is_looked_at_before_training(tmp_path, tokenizer, model_folder
         CPOConstrainedConfig(**training_options(tmp_path, auto_find_batch_size=True), tokens_per_step=500)
 
 
-def test_every_pair_moves_the_multiplier_alike(tmp_path, tokenizer, model_folder):
+@pytest.mark.parametrize("accumulation, tokens", [(1, 120), (2, 180)])
+def test_every_pair_moves_the_multiplier_alike(tmp_path, tokenizer, model_folder, accumulation, tokens):
     """With weights that stand still, λ after an epoch is η times the steps times (mean violation − ε)."""
     args = CPOConstrainedConfig(
-        **training_options(tmp_path, learning_rate=0.0, num_train_epochs=1, max_steps=-1), constraint="lagrangian",
-        gamma=40.0, epsilon=1.0, dual_lr=1e-3, dual_max=10.0, tokens_per_step=120,
+        **training_options(
+            tmp_path, learning_rate=0.0, num_train_epochs=1, max_steps=-1, gradient_accumulation_steps=accumulation
+        ),
+        constraint="lagrangian", gamma=40.0, epsilon=1.0, dual_lr=1e-3, dual_max=10.0, tokens_per_step=tokens,
     )  # fmt: skip
     dataset = pairs_dataset(24)
     trainer = CPOConstrainedTrainer(

@@ -58,6 +58,13 @@ class TestState:
         assert state.multiplier == pytest.approx(0.2 + 0.1 * (9 / 4 - 0.5))
         assert state.flush() == {"cpo/lambda": state.multiplier, "cpo/slack": 0.5 - 9 / 4, "cpo/holds": 0.0}
 
+    def test_the_mean_is_taken_in_float64(self):
+        """2²⁴ + 1 is no number of float32."""
+        state = DualState(DualRule(epsilon=0.0, step_size=1.0, cap=math.inf))
+        state.observe(torch.tensor([2.0**24, 1.0]))
+        state.step()
+        assert state.multiplier == (2**24 + 1) / 2 and state.flush()["cpo/slack"] == -(2**24 + 1) / 2
+
     def test_a_step_without_pairs_changes_nothing(self):
         state = DualState(RULE)
         state.step()

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "constraints": {"pairs"},
     "checks": set(),
     "guards": {"pairs"},
-    "_trl": {"pairs"},
+    "_trl": {"pairs", "precision"},
     "dual": set(),
     "config": {"_trl", "constraints", "dual", "pairs"},
     "forward": {"undisturbed"},
@@ -78,7 +78,8 @@ MAY_IMPORT = {
     "sources": {"hh", "demo"},
     "demo": {"cache"},
     "cache": set(),
-    "scores": {"_trl", "cache", "undisturbed"},
+    "scores": {"_trl", "cache", "precision", "undisturbed"},
+    "precision": set(),
 }
 
 

@@ -17,7 +17,7 @@ from conftest import CHAT_TEMPLATE, make_model, make_tokenizer, pair_rows, pairs
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from test_packed_parallel import launcher
 from safetensors.numpy import load, save
 from tokenizers import normalizers
@@ -597,6 +597,43 @@ def test_an_adapter_that_is_off_does_not_count_and_one_that_is_on_does():
     with torch.no_grad():
         adapted.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight[0, 0] += 1
     assert weights_digest(adapted, ("default",)) != plain
+
+
+@pytest.mark.parametrize("name", ["model", "layers", "weight", "lora_A", "base_layer"])
+def test_an_adapter_may_be_called_what_a_part_of_the_model_is(name):
+    plain, settings = weights_digest(make_model()), {**LORA.to_dict(), "modules_to_save": ["norm"], "use_dora": True}
+    adapted = get_peft_model(make_model(), LoraConfig(**settings), adapter_name=name)
+    assert weights_digest(adapted, (name,)) == plain
+    assert weights_digest(adapted, (name,), keep=name) != plain
+    with torch.no_grad():
+        adapted.base_model.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    assert weights_digest(adapted, (name,)) != plain
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        VeraConfig(target_modules=["q_proj"], r=4),
+        LoHaConfig(target_modules=["q_proj"], r=4),
+        LoraConfig(target_modules=["embed_tokens", "q_proj"], r=4),
+        LoraConfig(target_modules=["q_proj"], r=4, trainable_token_indices=[3, 5]),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_the_name_of_an_adapter_changes_no_digest(config):
+    """Its own weights, drawn anew each time, do not count, and the model's all do."""
+
+    def adapted(name):
+        return get_peft_model(make_model(tie_word_embeddings=False), config, adapter_name=name)
+
+    model = adapted("model")
+    whole = weights_digest(model, ("model",))
+    assert whole == weights_digest(adapted("another"), ("another",))
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight[0, 0] += 1
+    assert weights_digest(model, ("model",)) != whole
 
 
 def test_the_digest_of_quantised_weights_sees_their_scales():

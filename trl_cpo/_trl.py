@@ -33,6 +33,7 @@ from trl.models.utils import prepare_deepspeed
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from .pairs import PairLogps, completion_lengths, sequence_logps
+from .precision import float32_products
 
 #: The versions of TRL whose DPOTrainer the identity tests were run against.
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
@@ -301,7 +302,8 @@ def in_half_precision(trainer: DPOTrainer) -> bool:
     model = trainer.model
     quantized = getattr(model, "is_quantized", False) or any(p.dtype in (torch.uint8, torch.int8) for p in model.parameters())
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    return trainer.accelerator.mixed_precision != "no" or bool(trainer.args.tf32) or quantized or half
+    coarse = float32_products(trainer.accelerator.device.type) != "ieee"
+    return trainer.accelerator.mixed_precision != "no" or coarse or quantized or half
 
 
 def how_the_reference_is_had(trainer: DPOTrainer) -> dict[str, Any]:

@@ -99,8 +99,9 @@ class CPOConstrainedConfig(DPOConfig):
         tokens_per_step (`int`, *optional*):
             Most tokens of a mean optimizer step, over all processes and accumulation steps: steps then hold as many
             pairs of a plain shuffle as that makes, in place of `per_device_train_batch_size`, dealt as by
-            `balance_tokens`. A pair costs its prompt once and both its answers. Losses are multiplied by the step's pairs
-            over those of a mean step, so that every pair of an epoch weighs the same in them.
+            `balance_tokens`. A pair costs its prompt once and both its answers, or both its rows where
+            `truncation_mode="keep_end"` cuts them by different amounts. Losses are multiplied by the step's pairs over
+            those of a mean step, so that every pair of an epoch weighs the same in them.
         check_reference (`bool`, *optional*, defaults to `True`):
             Whether the first micro-batch of a run without `ref_model` is looked at before the first step: there policy and
             reference must give the same log-probabilities, up to rounding, or training stops with what may be wrong. It

@@ -352,10 +352,11 @@ class CPOConstrainedTrainer(DPOTrainer):
         return _trl.train_dataloader(self, self._order)
 
     def _costs(self, train_dataset: Dataset | None = None) -> list[int]:
-        """Tokens of every training pair."""
+        """Tokens that every training pair costs."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         lengths = zip(*(map(len, dataset[name]) for name in _trl.TOKENIZED_COLUMNS), strict=True)
-        return [pair_tokens(*parts, max_length=self.args.max_length) for parts in lengths]
+        cut = dict(max_length=self.args.max_length, truncation_mode=self.args.truncation_mode)
+        return [pair_tokens(*parts, **cut) for parts in lengths]
 
     def _dealing(self) -> dict[str, int]:
         args = self.args

@@ -9,12 +9,22 @@ import torch
 from torch.utils.data import Sampler
 
 
-def pair_tokens(prompt: int, chosen: int, rejected: int, max_length: int | None = None) -> int:
-    """Tokens that a pair costs with its prompt computed once: `prompt + chosen + rejected`, each row cut at max_length."""
-    if max_length is None:
-        return prompt + chosen + rejected
-    prompt = min(prompt, max_length)
-    return prompt + min(chosen, max_length - prompt) + min(rejected, max_length - prompt)
+def pair_tokens(
+    prompt: int, chosen: int, rejected: int, max_length: int | None = None, truncation_mode: str = "keep_start"
+) -> int:
+    """Tokens that a pair costs with what its two rows begin with computed once, each row cut at max_length as TRL cuts it.
+
+    That beginning is the prompt, whatever is cut behind it. Under "keep_end" it is what is left of the prompt where both
+    rows lose as much; where they lose different amounts they begin at different tokens, and have nothing in common.
+    """
+    whole = prompt + chosen, prompt + rejected
+    rows = whole if max_length is None else tuple(min(tokens, max_length) for tokens in whole)
+    cuts = whole[0] - rows[0], whole[1] - rows[1]
+    if truncation_mode == "keep_start":
+        shared = min(prompt, *rows)
+    else:
+        shared = max(prompt - cuts[0], 0) if cuts[0] == cuts[1] else 0
+    return sum(rows) - shared
 
 
 def deal(costs: Sequence[int], groups: int) -> list[list[int]]:

@@ -41,9 +41,9 @@ def weights_digest(model: torch.nn.Module, adapters: tuple[str, ...] = (), keep:
         keep: the one adapter whose weights do.
     """
     whole, results = [], {}
+    switched_off = _adapter_parts(model, {adapter for adapter in adapters if adapter != keep})
     for name, tensor in _tensors(model):
-        parts = name.split(".")
-        if any(adapter in parts for adapter in adapters if adapter != keep):
+        if f"{name}.".startswith(switched_off):
             continue
         if _is_sharded(tensor):
             results[_bare(name)] = _gathered_digest(tensor)
@@ -69,6 +69,22 @@ def tokens_digest(dataset, columns: tuple[str, ...]) -> tuple[str, dict[str, np.
             digest.update(np.asarray(column.flatten(), dtype="<i8").tobytes())
             lengths[name].append(sizes)
     return digest.hexdigest(), {name: np.concatenate(parts) for name, parts in lengths.items()}
+
+
+def _adapter_parts(model: torch.nn.Module, adapters: set[str]) -> tuple[str, ...]:
+    """What the names of these adapters' tensors begin with.
+
+    PEFT's modules keep dictionaries from an adapter's name to its part. Anywhere else the same word is a part of the
+    model: an adapter may well be called "model" or "layers".
+    """
+    found = []
+    for prefix, module in model.named_modules():
+        if not any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__):
+            continue
+        for name, parts in module.named_children():
+            if hasattr(parts, "keys"):
+                found += [f"{prefix}.{name}.{adapter}.".lstrip(".") for adapter in adapters & set(parts.keys())]
+    return tuple(found)
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ from datasets.fingerprint import Hasher
 
 from .. import _trl
 from ..cache import cache_root
+from ..precision import float32_products
 from ..undisturbed import undisturbed
 from .digests import text_digest, tokens_digest, weights_digest
 from .layout import Layout
@@ -129,7 +130,7 @@ def key_parts(trainer, reference: _trl.Reference, dataset: Dataset, packed: bool
         "adapter": _adapter(model, reference.adapter),
         "dtype": str(model.dtype),
         "autocast": accelerator.mixed_precision,
-        "tf32": bool(args.tf32),
+        "float32_products": float32_products(accelerator.device.type),
         "device": accelerator.device.type,
         "sharded": f"{accelerator.distributed_type.value} {stage}".strip() if sharded else None,
         "forward": "packed" if packed else "padded",
