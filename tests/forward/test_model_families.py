@@ -93,6 +93,15 @@ def test_exact_families(name):
             torch.testing.assert_close(packed.aux_loss, padded.aux_loss, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_families_are_exact_enough_in_coarse_numbers(name):
+    for seed, scale in ((1, 0.05), (0, 0.3)):
+        model = tiny_model(name, seed=seed, scale=scale)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (verdict := probe(model, max_length=48)).ok, verdict
+        assert (verdict := probe(model.to(torch.bfloat16), max_length=48)).ok, verdict
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_families(name):
     model = tiny_model(name)
@@ -109,9 +118,13 @@ def test_the_probe_refuses_them_without_the_static_check(name, monkeypatch):
     monkeypatch.setattr("trl_cpo.forward.probing.static_reason", lambda model: None)
     monkeypatch.setattr("trl_cpo.forward.adapter.layer_kinds", lambda config: {FULL: LayerKind()})
     monkeypatch.setattr("trl_cpo.forward.fitness.layer_kinds", lambda config: {FULL: LayerKind()})
+    monkeypatch.setattr("trl_cpo.forward.probing.unknown_limits", lambda config: [])
     model = tiny_model(name)
     for attention in ("dense", "auto"):
         assert not probe(model, attention=attention, max_length=48).ok
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not probe(model, max_length=48).ok
+    assert not probe(model.to(torch.bfloat16), max_length=48).ok
 
 
 @pytest.mark.parametrize("name", ["gemma2", "llama", "mixtral", "gpt2"])

@@ -88,16 +88,29 @@ def test_a_window_that_is_one_off_is_found_where_it_binds(name, window, monkeypa
 
 
 def test_a_window_hidden_in_the_model_is_found_at_the_full_length():
-    # GPT-Neo's local layers keep their window to themselves.
+    # GPT-Neo's local layers keep their window to themselves, and count it in places of the packed row.
     model = tiny_model("gpt_neo", window_size=60)
-    assert probe(model, max_length=50).ok
-    assert probe(model, max_length=50).max_length == 50
-    assert not probe(model, max_length=100).ok
-    assert not probe(model).ok
+    assert probe(model, max_length=32).ok
+    assert probe(model, max_length=32).max_length == 32
+    for longest in (35, 50, 100, None):
+        assert not probe(model, max_length=longest).ok
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize(("window", "scale"), [(8, 0.3), (16, 0.05), (32, 0.15), (64, 0.15), (120, 0.15)])
+def test_a_hidden_window_is_found_in_coarse_numbers_too(window, scale, how, monkeypatch):
+    model = tiny_model("gpt_neo", window_size=window, scale=scale)
+    if how == "weights":
+        model = model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        assert "window_size" in probe(model, max_length=128).reason
+        # A model whose configuration does not name it: here the numbers alone must give it away.
+        monkeypatch.setattr("trl_cpo.forward.probing.unknown_limits", lambda config: [])
+        assert "log-probs" in probe(model, max_length=128).reason
 
 
 def test_a_finding_holds_up_to_the_length_it_was_made_for(caplog):
-    model = tiny_model("gpt_neo", window_size=60)
+    model = tiny_model("gpt_neo", window_size=80)
     packed, verdict = packed_forward(model, max_length=40)
     assert verdict.ok
     inputs = model_inputs(random_pairs([(30, 4, 5), (36, 10, 3)]))

@@ -7,7 +7,8 @@
     adapter   called in place of the model    mask, plan, repack, segments
     fitness   what can be told unrun          mask, plan, repack, segments
     made_up   pairs of tokens to try          repack
-    probing   what the model itself shows     adapter, fitness, made_up, plan, repack
+    rounding  what rounding alone does        repack
+    probing   what the model itself shows     adapter, fitness, made_up, plan, repack, rounding
 """
 
 from .adapter import PackedPairForward

@@ -71,6 +71,14 @@ def static_reason(model: torch.nn.Module) -> str | None:
     return _adapter_reason(model)
 
 
+def plain_family(model: torch.nn.Module) -> bool:
+    """Whether a model is of a family known to have no limit on attention but those that the masks here follow."""
+    inner = unwrap(model)
+    config = inner.config.get_text_config()
+    ours = type(inner).__module__.startswith("transformers.models.")
+    return ours and config.model_type in PLAIN_FAMILIES and not unknown_limits(config)
+
+
 def probe_length(model: torch.nn.Module, max_length: int | None) -> tuple[int | None, int | None]:
     """How long a sequence the probe must try, and for what length its finding then holds.
 
@@ -82,11 +90,8 @@ def probe_length(model: torch.nn.Module, max_length: int | None) -> tuple[int | 
         The length to try beside the short one, None where the short one tells all; and the length up to which the
         finding holds, None for any.
     """
-    inner = unwrap(model)
-    config = inner.config.get_text_config()
-    ours = type(inner).__module__.startswith("transformers.models.")
-    known = ours and config.model_type in PLAIN_FAMILIES and not unknown_limits(config)
-    if not known:
+    config = unwrap(model).config.get_text_config()
+    if not plain_family(model):
         # Something could bind at a length nobody tried, so what is tried is what holds.
         longest = max_length or min(getattr(config, "max_position_embeddings", None) or 1024, 1024)
         return longest, longest

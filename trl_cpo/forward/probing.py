@@ -3,29 +3,31 @@
 The probe runs a few made-up pairs padded and packed and looks at four things, each measured against what a mistake of
 that kind would do to this very model: packed log-probs against padded ones; what moves on one answer when the other
 answer, or another pair, is changed; whether position_ids are listened to; and sequences long enough for every limit on
-how far attention reaches. Where it cannot tell, it says no.
+how far attention reaches. Where arithmetic is narrower than float32, packed may differ from padded by no more than
+padded does from itself rounded once more. Where it cannot tell, it says no.
 """
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ..undisturbed import undisturbed
 from .adapter import DENSE, SEGMENTS, PackedPairForward, drop_segments
-from .fitness import caveats, probe_length, static_reason
+from .fitness import caveats, plain_family, probe_length, static_reason, unknown_limits
 from .made_up import MadeUpPairs
 from .plan import REJECTED, NotPackable, PackingPlan
-from .repack import backbone_of, layers_around, unwrap
+from .repack import layers_around, unwrap
+from .rounding import rounded_once_more, watched
 
 logger = logging.getLogger(__name__)
 
 # Prompt, chosen and rejected tokens of the short pairs: no two alike, one answer longer than its rival and one shorter.
 _SHORT = ((13, 9, 11), (6, 17, 7), (9, 5, 12))
-_TAIL = 12
+# Tokens of an answer, behind its first, that are its beginning, and those that are its end.
+_EARLY, _END = 16, 12
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,48 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What is allowed, as a share of what a mistake does, and outright in nats."""
+    """What is allowed: as a share of what a mistake does, outright in nats, and as a multiple of what rounding does."""
 
     difference: float
     leak: float
     nats: float
+    rounding: float
 
 
-_EXACT = _Bounds(difference=2e-3, leak=1e-3, nats=1e-2)
-_ROUNDED = _Bounds(difference=0.15, leak=0.05, nats=1.0)
+_EXACT = _Bounds(difference=2e-3, leak=1e-3, nats=1e-2, rounding=float("inf"))
+_ROUNDED = _Bounds(difference=0.15, leak=0.05, nats=1.0, rounding=1.0)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A batch of made-up pairs, what the padded path says of it, and what it says where it is rounded once more."""
+
+    inputs: dict
+    padded: object
+    shaken: object | None
+
+    @property
+    def scored(self) -> torch.Tensor:
+        return self.inputs["labels"][:, 1:] != -100
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The padded path of a model as it was given, which packed runs are compared with.
+
+    Attributes:
+        short: a few short pairs.
+        changed: the same with one answer changed in each of two pairs.
+        long: pairs of full length, one after the other; none where the short ones tell all.
+        holds: length up to which a finding on these holds; None: any.
+        bounds: what may differ.
+    """
+
+    short: _Sample
+    changed: dict
+    long: tuple[_Sample, ...]
+    holds: int | None
+    bounds: _Bounds
 
 
 class _Refused(Exception):
@@ -134,11 +169,17 @@ def probe(
     model = model._modules.get("_orig_mod", model)
     verdict = Verdict(False, "no attention was tried")
     with undisturbed(model), torch.no_grad():
+        drop_segments(inner)
+        try:
+            # Before the attention is switched: a model may ask for its name and compute something else.
+            reference = _reference(model, max_length, seed)
+        except _Refused as refusal:
+            return Verdict(False, str(refusal))
         for tried in tries:
             try:
                 packed = PackedPairForward(model, attention=tried, required=True)
-                error, holds = _check(packed, max_length, seed)
-                return Verdict(True, "", tried, holds, error, caveats(model))
+                error = _check(packed, reference)
+                return Verdict(True, "", tried, reference.holds, error, caveats(model))
             except (_Refused, NotPackable) as refusal:
                 verdict = Verdict(False, str(refusal), tried)
             except Exception as error:  # a model may fail in any way on a mask it was not made for
@@ -147,25 +188,60 @@ def probe(
     return verdict
 
 
-def _check(packed: PackedPairForward, max_length: int | None, seed: int) -> tuple[float, int | None]:
-    """Raise _Refused where something is wrong; else the largest difference and the length it holds for."""
-    draw = MadeUpPairs(packed.model, seed)
-    pairs = len(_SHORT)
+def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Reference:
+    """Run the padded path; raise _Refused where it does not run, or nothing could be told from it."""
+    draw = MadeUpPairs(model, seed)
     inputs = draw.batch(_SHORT)
     try:
-        with _watched(packed.model) as rounding:
-            padded = packed.model(**inputs)
+        with watched(model) as narrowest:
+            padded = model(**inputs)
+        step = narrowest()
+        unknown = unknown_limits(unwrap(model).config.get_text_config())
+        if step and unknown:
+            raise _Refused(f"{', '.join(unknown)} may limit its attention, and only float32 would surely show it")
+        short = _sample(model, inputs, step, seed, padded)
+        changed = draw.change(inputs, rows=(0, len(_SHORT) + 1))
+        tried, holds = probe_length(model, max_length)
+        sizes = _long_sizes(tried, plain_family(model))
+        long = tuple(_sample(model, draw.batch((size,)), step, seed) for size in sizes)
+    except _Refused:
+        raise
     except Exception as error:
         raise _Refused(f"it does not run with TRL's fused head, padded or packed: {_first_line(error)}") from error
-    bounds = _ROUNDED if rounding() else _EXACT
+    return _Reference(short, changed, long, holds, _ROUNDED if step else _EXACT)
+
+
+def _long_sizes(length: int | None, plain: bool) -> list[tuple[int, int, int]]:
+    """Prompt, chosen and rejected tokens of pairs in which sequences and packed rows of full length come about.
+
+    Long answers put the rejected one far behind its prompt, where a limit counted in places of the row cuts it off.
+    In families not known to have none, a short prompt is tried too: the row is then nearly two sequences long.
+    """
+    if length is None or length <= 4:
+        return []
+    prompts = [length - length // 2] if plain else [length - length // 2, length // 8]
+    return [(prompt, length - prompt, length - prompt - 1) for prompt in prompts]
+
+
+def _sample(model: torch.nn.Module, inputs: dict, step: float, seed: int, padded=None) -> _Sample:
+    padded = model(**inputs) if padded is None else padded
+    if not step:
+        return _Sample(inputs, padded, None)
+    with rounded_once_more(model, step, seed):
+        return _Sample(inputs, padded, model(**inputs))
+
+
+def _check(packed: PackedPairForward, reference: _Reference) -> float:
+    """Raise _Refused where something is wrong; else the largest difference."""
+    pairs = len(_SHORT)
+    bounds, sample, changed = reference.bounds, reference.short, reference.changed
+    inputs, padded, scored = sample.inputs, sample.padded, sample.scored
     plan = packed._plan(inputs)
     right = packed._run(plan, inputs)
-    scored = inputs["labels"][:, 1:] != -100
     rejected = scored.clone()
     rejected[:pairs] = False
 
     # One answer is changed in each of two pairs; everything else must stay.
-    changed = draw.change(inputs, rows=(0, pairs + 1))
     moved = packed._run(packed._plan(changed), changed)
     still = scored.clone()
     still[[0, pairs + 1]] = False
@@ -188,31 +264,61 @@ def _check(packed: PackedPairForward, max_length: int | None, seed: int) -> tupl
     leak = _mean(right, moved, still)
     if leak > bounds.leak * leaking:
         raise _Refused(f"an answer moves by {leak:.2g} nats a token when another answer is changed")
-    error = _compare(padded, right, scored, bounds, min(misplaced, leaking))
+    mistake = min(misplaced, leaking)
+    error = _compare(sample, right, bounds, mistake)
     if padded.aux_loss is not None:
         gap = float((padded.aux_loss - right.aux_loss).abs() / padded.aux_loss.abs().clamp(min=1e-6))
         if not gap < bounds.difference:
             raise _Refused(f"the mixture's auxiliary loss differs by {gap:.1%} from the padded path's")
-
-    tried, holds = probe_length(packed.model, max_length)
-    if tried is not None and tried > _TAIL + 2:
-        inputs = draw.batch(((tried - _TAIL, _TAIL, _TAIL - 3),))
-        padded, right = packed.model(**inputs), packed._run(packed._plan(inputs), inputs)
-        scored = inputs["labels"][:, 1:] != -100
-        error = max(error, _compare(padded, right, scored, bounds, min(misplaced, leaking)))
-    return error, holds
+    for sample in reference.long:
+        right = packed._run(packed._plan(sample.inputs), sample.inputs)
+        error = max(error, _compare(sample, right, bounds, mistake))
+    return error
 
 
-def _compare(padded, packed, where: torch.Tensor, bounds: _Bounds, mistake: float) -> float:
-    """Largest gap; first tokens of answers are judged by themselves, as the seam is where a mistake hides."""
-    gaps = (padded.log_probs.float() - packed.log_probs.float()).abs()
-    first = where & (where.cumsum(1) == 1)
-    largest = float(gaps[where].max())
-    for group in (first, where & ~first):
-        mean = float(gaps[group].mean())
-        if not (mean <= bounds.difference * mistake and largest <= bounds.nats):
-            raise _Refused(f"log-probs differ from the padded path's by {mean:.2g} nats a token, {largest:.2g} at most")
+def _compare(sample: _Sample, outputs, bounds: _Bounds, mistake: float) -> float:
+    """Largest gap of log-probs to the padded path's; raise _Refused where a part of the answers is off by too much."""
+    gaps = _gaps(sample.padded, outputs)
+    largest = float(gaps[sample.scored].max())
+    if not largest <= bounds.nats:
+        raise _Refused(f"log-probs differ from the padded path's by up to {largest:.2g} nats")
+    noise = None if sample.shaken is None else _gaps(sample.padded, sample.shaken)
+    for name, part in {"answers": sample.scored, **_parts(sample.scored)}.items():
+        mean, share = float(gaps[part].mean()), bounds.difference * mistake
+        if not mean <= share and (noise is None or name == "answers"):
+            raise _Refused(f"log-probs of {name} differ from the padded path's by {mean:.2g} nats a token")
+        if noise is None:
+            continue
+        # Few tokens may happen to be rounded by little in one run, and by much in another.
+        rounding = max(float(noise[part].mean()), float(noise[sample.scored].mean()))
+        if not mean <= bounds.rounding * rounding * (1 + 2 / int(part.sum()) ** 0.5):
+            raise _Refused(
+                f"log-probs of {name} differ from the padded path's by {mean:.2g} nats a token, "
+                f"where rounding makes {rounding:.2g}"
+            )
     return largest
+
+
+def _parts(scored: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The scored tokens in parts that are judged by themselves, as a mistake may show in one of them alone.
+
+    It hides at the seam, in a rejected answer, behind a window that a long answer leaves again, or at the very end.
+    """
+    place = scored.cumsum(1)
+    left = scored.sum(1, keepdim=True) - place
+    side = torch.arange(len(scored), device=scored.device)[:, None] < len(scored) // 2
+    first, end = place == 1, left < _END
+    early = ~first & (place <= _EARLY)
+    parts = {"answers' first tokens": first}
+    for name, rows in (("chosen answers", side), ("rejected answers", ~side)):
+        parts[f"the beginning of {name}"] = early & rows
+        parts[f"the middle of {name}"] = ~first & ~early & ~end & rows
+        parts[f"the end of {name}"] = end & rows
+    return {name: part & scored for name, part in parts.items() if bool((part & scored).any())}
+
+
+def _gaps(one, other) -> torch.Tensor:
+    return (one.log_probs.float() - other.log_probs.float()).abs()
 
 
 def _first_line(error: Exception) -> str:
@@ -220,24 +326,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _mean(one, other, where: torch.Tensor) -> float:
-    return float((one.log_probs.float() - other.log_probs.float())[where].abs().mean())
-
-
-@contextmanager
-def _watched(model: torch.nn.Module) -> Iterator[Callable[[], bool]]:
-    """Tell, once the model has run in the block, whether it rounds more than float32 does.
-
-    Mixed precision is often switched on by a wrapper around the forward, so it is looked for from within.
-    """
-    parameters = list(unwrap(model).parameters())
-    device = parameters[0].device.type
-    narrow = any(p.dtype not in (torch.float32, torch.float64) for p in parameters)
-    seen = [narrow or (device == "cuda" and torch.backends.cuda.matmul.allow_tf32)]
-    hook = backbone_of(model).register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled(device)))
-    try:
-        yield lambda: any(seen)
-    finally:
-        hook.remove()
+    return float(_gaps(one, other)[where].mean())
 
 
 def _plain_causal(plan: PackingPlan) -> PackingPlan:
