@@ -60,14 +60,14 @@ def dataset_of(setting: Setting, count: int):
     return pairs.select(repeated)
 
 
-def model_of(setting: Setting, seed: int = 0):
-    """The setting's model, from its folder or of random weights."""
+def model_of(setting: Setting, seed: int = 0, layers: int | None = None):
+    """The setting's model, from its folder or of random weights, then of so many layers (None: its shape's)."""
     if setting.shape is None:
         return AutoModelForCausalLM.from_pretrained(setting.model, dtype=getattr(torch, setting.dtype))
-    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[setting.shape]
+    hidden, mlp, all_layers, heads, kv_heads, vocabulary = SHAPES[setting.shape]
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers or all_layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=8192, dtype=setting.dtype,
     )  # fmt: skip
     previous = torch.get_default_dtype()
@@ -98,8 +98,9 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
                                     check_reference=not setting.precomputed)  # made-up references are no start
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(setting.model)
-    # With the reference precomputed none is kept, which LoRA has as well; a second copy of 8B weights would not help.
-    reference = None if setting.lora or setting.shape is None else model_of(setting)
+    # Given none, DPOTrainer would load one of another shape. Where it is precomputed and never runs, one layer will do.
+    shaped = not setting.lora and setting.shape is not None
+    reference = model_of(setting, layers=1 if setting.precomputed else None) if shaped else None
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if setting.lora else None
     # More than the batches need: DPOTrainer drops pairs whose prompt alone is too long, and some batches are passed over.
     spare = setting.batches + 1 if setting.padded_tokens is None else 40
@@ -111,7 +112,20 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
             train_dataset=dataset_of(setting, count),
         )  # fmt: skip
     trainer.model.train()
+    if setting.checkpointing:
+        switch_on_checkpointing(trainer)
     return trainer
+
+
+def switch_on_checkpointing(trainer) -> None:
+    """As `train` does, which the benchmark never calls: the trainer's arguments alone switch nothing on.
+
+    That the inputs of a model with LoRA require gradients, DPOTrainer sees to when it is made.
+    """
+    model = trainer.model
+    # Since transformers 5.23 the older name is deprecated.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(trainer.args.gradient_checkpointing_kwargs)
 
 
 def batches_of(trainer, setting: Setting) -> list[dict[str, torch.Tensor]]:

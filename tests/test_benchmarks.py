@@ -30,6 +30,7 @@ def test_times(tmp_path, model_folder):
         assert records[name]["ratio"] > 0 and f"| {name} |" in table
     assert records["equal-4to1"]["limit"] == pytest.approx(10 / 6)
     assert records["gpu-lora-short"]["useful_tflops"] > 0
+    assert records["gpu-full-long"]["lowest"] <= records["gpu-full-long"]["highest"]
     assert records["packed-full-8"]["lowest"] <= records["packed-full-8"]["highest"]
 
 
@@ -78,6 +79,35 @@ def test_growth_is_told_apart_from_the_first_step(model_folder):
     fastest, slowest = sorted(v["train_s"] for v in times.values())
     assert record["largest_over_smallest"] == slowest / fastest
     assert "16: " in row("growth", record, target) and "s for the first step" in row("growth", record, target)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("arm", ["dpo", "packed"])
+def test_a_case_with_checkpointing_runs_its_layers_once_more(model_folder, arm, lora):
+    """A step takes the policy through a layer once, and with LoRA the reference too; the backward once more."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.arms import Setting, batches_of, step_of, trainer_of
+
+    def forwards(checkpointing):
+        setting = Setting(model_folder, lora=lora, batch=2, max_length=128, batches=1, checkpointing=checkpointing)
+        trainer, count = trainer_of(setting, arm), [0]
+        step, (batch,) = step_of(trainer, setting), batches_of(trainer, setting)
+        layer = next(module for name, module in trainer.model.named_modules() if name.endswith("layers.1.mlp"))
+        # Before it, for what is run once more is left as soon as the backward has what it needs.
+        layer.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+        step(batch)
+        return count[0]
+
+    assert (forwards(False), forwards(True)) == ((2, 3) if lora else (1, 2))
+
+
+def test_the_cases_that_need_it_have_checkpointing(model_folder):
+    """Those of a GPU: the figures of the others were measured without."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.cases import cases
+
+    settings = {name: setting for name, (_, setting, _) in cases(model_folder, "demo", 2, "8b").items()}
+    assert {name for name, setting in settings.items() if setting.checkpointing} == {n for n in settings if n.startswith("gpu-")}
 
 
 def test_useful_operations_of_a_dense_layer_by_hand():
