@@ -175,7 +175,8 @@ def test_a_resumed_run_is_not_at_its_reference(make, seen):
     make({"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "save_only_model": False}).train()
     assert len(seen) == 1
     trainer = make({"max_steps": 3, "save_strategy": "no"})
-    trainer.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
+    with pytest.warns(UserWarning, match="max_steps was 2 and is 3"):
+        trainer.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
     assert trainer.state.global_step == 3 and len(seen) == 1
 
 
