@@ -153,6 +153,36 @@ def test_a_refused_model_keeps_its_attention(monkeypatch):
     assert model.config._attn_implementation == "sdpa"
 
 
+def that_reads_its_attention_s_name(model, wanted):
+    """A Llama whose first layer halves what it attends to where its attention is or is not called as wanted."""
+    attention = model.model.layers[0].self_attn
+
+    class Reading(type(attention)):
+        def forward(self, *args, **kwargs):
+            out, weights = super().forward(*args, **kwargs)
+            packed = kwargs["attention_mask"] is not None and kwargs["attention_mask"].dtype == torch.int64
+            return out * (0.5 if wanted(self.config._attn_implementation, packed) else 1), weights
+
+    attention.__class__ = Reading
+    return model
+
+
+@pytest.mark.parametrize("only_padded", [False, True])
+def test_code_that_asks_for_the_attention_s_name_does_not_get_segments(only_padded):
+    def wanted(name, packed):
+        return name in ("sdpa", "eager") or (only_padded and packed)
+
+    model = that_reads_its_attention_s_name(tiny_model("llama"), wanted)
+    inputs = model_inputs(random_pairs(HARD_SIZES))
+    with torch.no_grad():
+        before = model(**inputs)
+        verdict = probe(model)
+        assert verdict.ok and verdict.attention == "dense"
+        assert "differ" in probe(model, attention="segments").reason
+        assert_same_outputs(before, packed_forward(model)[0](**inputs))
+        assert torch.equal(before.log_probs, model(**inputs).log_probs)
+
+
 def test_a_model_whose_answers_feel_nothing_cannot_be_judged():
     model = tiny_model("llama")
     with torch.no_grad():
