@@ -167,6 +167,32 @@ def that_reads_its_attention_s_name(model, wanted):
     return model
 
 
+def state_of_rotary_modules(model):
+    modules = [m for m in model.modules() if "Rotary" in type(m).__name__]
+    assert modules
+    plain = (bool, int, float, str, torch.Tensor)
+    return [
+        {k: str(v) for k, v in vars(m).items() if isinstance(v, plain)} | {k: str(v) for k, v in m._buffers.items()}
+        for m in modules
+    ]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize(("name", "changes"), [("mistral", {"sliding_window": 48}), ("deepseek_v3", {})])
+def test_frequencies_that_grow_with_what_was_seen_are_what_they_were(name, changes, kind):
+    factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4) if kind == "longrope" else dict(factor=4.0)
+    rope = dict(rope_type=kind, rope_theta=1e4, original_max_position_embeddings=24, **factors)
+    model = tiny_model(name, rope_parameters=rope, max_position_embeddings=24, **changes)
+    # Longer than the 24 positions of the configuration and shorter than the probe's, so that the past has a say.
+    inputs = model_inputs(random_pairs([(20, 9, 20), (18, 3, 4)]))
+    state = state_of_rotary_modules(model)
+    assert probe(model, max_length=100).ok
+    assert state_of_rotary_modules(model) == state
+    with torch.no_grad():
+        before = tiny_model(name, rope_parameters=rope, max_position_embeddings=24, **changes)(**inputs)
+        assert torch.equal(model(**inputs).log_probs, before.log_probs)
+
+
 @pytest.mark.parametrize("only_padded", [False, True])
 def test_code_that_asks_for_the_attention_s_name_does_not_get_segments(only_padded):
     def wanted(name, packed):

@@ -9,17 +9,18 @@ padded does from itself rounded once more. Where it cannot tell, it says no.
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ..undisturbed import undisturbed
+from ..undisturbed import noted, undisturbed
 from .adapter import DENSE, SEGMENTS, PackedPairForward, drop_segments
 from .fitness import caveats, plain_family, probe_length, static_reason, unknown_limits
 from .made_up import MadeUpPairs
 from .plan import REJECTED, NotPackable, PackingPlan
-from .repack import layers_around, unwrap
+from .repack import backbone_of, layers_around, unwrap
 from .rounding import rounded_once_more, watched
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ def probe(
     # The numbers are the same uncompiled, and the probe's few shapes are not worth compiling for.
     model = model._modules.get("_orig_mod", model)
     verdict = Verdict(False, "no attention was tried")
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), _starting_alike(model), torch.no_grad():
         drop_segments(inner)
         try:
             # Before the attention is switched: a model may ask for its name and compute something else.
@@ -186,6 +187,17 @@ def probe(
                 verdict = Verdict(False, f"it fails on packed rows: {_first_line(error)}", tried)
             drop_segments(inner)
     return verdict
+
+
+@contextmanager
+def _starting_alike(model: torch.nn.Module) -> Iterator[None]:
+    """Every run in the block finds what the first one found: some rotary frequencies depend on what ran before."""
+    put_back = noted(model)
+    hook = backbone_of(model).register_forward_pre_hook(lambda *_: put_back())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Reference:
