@@ -113,14 +113,25 @@ def test_a_finding_holds_up_to_the_length_it_was_made_for(caplog):
     model = tiny_model("gpt_neo", window_size=80)
     packed, verdict = packed_forward(model, max_length=40)
     assert verdict.ok
-    inputs = model_inputs(random_pairs([(30, 4, 5), (36, 10, 3)]))
     with caplog.at_level(logging.WARNING):
-        for _ in range(2):
+        for answer, is_packed in ((10, False), (11, False), (5, False), (4, True)):
+            inputs = model_inputs(random_pairs([(30, 4, 5), (36, answer, 3)]))  # longest: 36 + answer
             assert_same_outputs(model(**inputs), packed(**inputs))
-    assert packed.last_plan is None
+            assert (packed.last_plan is not None) == is_packed
     assert [r.getMessage() for r in caplog.records] == [
-        "Batch run padded, without prefix sharing: a sequence of 46 tokens is longer than the 40 probed."
+        "Batch run padded, without prefix sharing: a sequence is longer than the 40 tokens probed."
     ]
+
+
+def test_a_model_whose_attention_was_changed_since_runs_padded(caplog):
+    model = tiny_model("llama")
+    packed, verdict = packed_forward(model)
+    assert verdict.attention == "segments"
+    model.set_attn_implementation("eager")
+    inputs = model_inputs(random_pairs(HARD_SIZES))
+    with caplog.at_level(logging.WARNING):
+        assert_same_outputs(model(**inputs), packed(**inputs))
+    assert packed.last_plan is None and "changed to 'eager'" in caplog.text
 
 
 def test_a_windowed_family_without_a_known_length_holds_for_any():
