@@ -4,15 +4,18 @@ import dataclasses
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pair_batches import HARD_SIZES, model_inputs, random_pairs
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_packed_exactness import assert_same_outputs
 from tiny_models import tiny_model
 from trl_cpo.forward import NotPackable, PackedPairForward, packed_forward, probe
 from trl_cpo.forward import adapter as adapter_module
+from trl_cpo.forward import probing
+from trl_cpo.forward.fitness import static_reason
 from trl_cpo.forward.mask import LayerKind, dense_masks, layer_kinds, visible
 from trl_cpo.forward.plan import CHOSEN, REJECTED, SHARED, plan_pairs
 
@@ -61,6 +64,44 @@ def test_a_mistake_in_the_plan_is_found(mistake, scale, dtype, monkeypatch):
     # One row, so that the pairs stand side by side.
     monkeypatch.setattr(adapter_module, "plan_pairs", lambda *a, **k: mistake(plan_pairs(*a, **k | {"one_row": True})))
     assert not probe(model, attention="dense").ok
+
+
+def test_a_leak_is_found_where_log_probs_tell_nothing(monkeypatch):
+    blind = dataclasses.replace(probing._EXACT, difference=float("inf"), nats=float("inf"))
+    monkeypatch.setattr(probing, "_EXACT", blind)
+    assert probe(tiny_model("llama"), attention="dense").ok
+    monkeypatch.setattr(
+        adapter_module, "plan_pairs", lambda *a, **k: pairs_see_each_other(plan_pairs(*a, **k | {"one_row": True}))
+    )
+    assert "when another answer is changed" in probe(tiny_model("llama"), attention="dense").reason
+
+
+PARTS = {
+    "answers' first tokens": [(0, 9), (1, 4), (2, 9), (3, 4)],
+    "the beginning of chosen answers": [(0, c) for c in range(10, 25)] + [(1, c) for c in range(5, 20)],
+    "the middle of rejected answers": [(2, c) for c in range(25, 37)] + [(3, c) for c in range(20, 32)],
+    "the end of rejected answers": [(2, c) for c in range(37, 49)] + [(3, c) for c in range(32, 44)],
+}
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_of_the_answers_is_judged_by_itself(name, rounded):
+    inputs = model_inputs(random_pairs([(10, 40, 40), (5, 40, 40)]))
+    zeros = torch.zeros(4, 49)
+    sample = probing._Sample(inputs, SimpleNamespace(log_probs=zeros), None)
+    bounds = probing._EXACT
+    allowed = bounds.difference
+    if rounded:
+        # A mistake would cost plenty; rounding moves every token by a tenth of a nat.
+        bounds, allowed = dataclasses.replace(probing._ROUNDED, difference=1.0), 0.1
+        sample = dataclasses.replace(sample, shaken=SimpleNamespace(log_probs=zeros + 0.1))
+    off = zeros.clone()
+    off[tuple(zip(*PARTS[name], strict=True))] = 3 * allowed
+    everywhere = SimpleNamespace(log_probs=zeros + 0.9 * allowed)
+    assert probing._compare(sample, everywhere, bounds, mistake=1.0) == pytest.approx(0.9 * allowed)
+    with pytest.raises(probing._Refused, match=name):
+        probing._compare(sample, SimpleNamespace(log_probs=off), bounds, mistake=1.0)
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.02])
@@ -132,6 +173,10 @@ def test_a_model_whose_attention_was_changed_since_runs_padded(caplog):
     with caplog.at_level(logging.WARNING):
         assert_same_outputs(model(**inputs), packed(**inputs))
     assert packed.last_plan is None and "changed to 'eager'" in caplog.text
+
+
+def test_a_window_nobody_reached_bounds_the_finding():
+    assert probe(tiny_model("mistral", sliding_window=60), max_length=50).max_length == 50
 
 
 def test_a_windowed_family_without_a_known_length_holds_for_any():
@@ -244,11 +289,26 @@ def test_falling_back_says_so_once(caplog):
     ("config", "reason"),
     [
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING"),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PREFIX_TUNING"),
         (LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]), "aLoRA"),
     ],
 )
 def test_adapters_that_do_not_act_token_by_token_are_refused(config, reason):
     assert reason in probe(get_peft_model(tiny_model("llama"), config)).reason
+
+
+@pytest.mark.parametrize(
+    ("module", "refused"),
+    [(torch.nn.Conv1d(4, 4, 3), True), (torch.nn.Conv1d(4, 4, 1), False), (torch.nn.GRU(4, 4), True)],
+)
+def test_modules_that_mix_neighbours_are_refused(module, refused):
+    model = tiny_model("llama")
+    model.model.layers[0].mixer = module
+    assert ("mixes neighbouring tokens" in (static_reason(model) or "")) == refused
+
+
+def test_attention_in_both_directions_is_refused():
+    assert "not causal" in probe(tiny_model("gemma3_text", use_bidirectional_attention=True)).reason
 
 
 def test_fresh_lora_is_fine():
