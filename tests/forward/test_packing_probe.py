@@ -175,6 +175,11 @@ def test_a_model_whose_attention_was_changed_since_runs_padded(caplog):
     assert packed.last_plan is None and "changed to 'eager'" in caplog.text
 
 
+def test_a_length_the_model_cannot_run_is_refused_in_words():
+    model = tiny_model("gpt_bigcode", max_position_embeddings=40)
+    assert "fails on sequences of 60 tokens" in probe(model, max_length=60).reason
+
+
 def test_a_window_nobody_reached_bounds_the_finding():
     assert probe(tiny_model("mistral", sliding_window=60), max_length=50).max_length == 50
 

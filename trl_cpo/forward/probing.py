@@ -207,19 +207,20 @@ def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Re
     try:
         with watched(model) as narrowest:
             padded = model(**inputs)
-        step = narrowest()
-        unknown = unknown_limits(unwrap(model).config.get_text_config())
-        if step and unknown:
-            raise _Refused(f"{', '.join(unknown)} may limit its attention, and only float32 would surely show it")
-        short = _sample(model, inputs, step, seed, padded)
-        changed = draw.change(inputs, rows=(0, len(_SHORT) + 1))
-        tried, holds = probe_length(model, max_length)
-        sizes = _long_sizes(tried, plain_family(model))
-        long = tuple(_sample(model, draw.batch((size,)), step, seed) for size in sizes)
-    except _Refused:
-        raise
     except Exception as error:
         raise _Refused(f"it does not run with TRL's fused head, padded or packed: {_first_line(error)}") from error
+    step = narrowest()
+    unknown = unknown_limits(unwrap(model).config.get_text_config())
+    if step and unknown:
+        raise _Refused(f"{', '.join(unknown)} may limit its attention, and only float32 would surely show it")
+    short = _sample(model, inputs, step, seed, padded)
+    changed = draw.change(inputs, rows=(0, len(_SHORT) + 1))
+    tried, holds = probe_length(model, max_length)
+    try:
+        sizes = _long_sizes(tried, plain_family(model))
+        long = tuple(_sample(model, draw.batch((size,)), step, seed) for size in sizes)
+    except Exception as error:
+        raise _Refused(f"it fails on sequences of {tried} tokens: {_first_line(error)}") from error
     return _Reference(short, changed, long, holds, _ROUNDED if step else _EXACT)
 
 
@@ -231,7 +232,7 @@ def _long_sizes(length: int | None, plain: bool) -> list[tuple[int, int, int]]:
     """
     if length is None or length <= 4:
         return []
-    prompts = [length - length // 2] if plain else [length - length // 2, length // 8]
+    prompts = [length - length // 2] if plain else [length - length // 2, max(1, length // 8)]
     return [(prompt, length - prompt, length - prompt - 1) for prompt in prompts]
 
 
