@@ -167,6 +167,21 @@ def test_a_saved_model_knows_nothing_of_it(make, tmp_path):
         trainer.model.generate(ids, max_new_tokens=3, do_sample=False)
 
 
+def test_attention_that_is_changed_later_is_judged_anew(make, caplog):
+    trainer = make(options={"constraint": "clip"})
+    verdicts = {}
+    for name in ("sdpa", "eager", "flex_attention"):
+        trainer.model.set_attn_implementation(name)
+        verdicts[name] = trainer._sharing.verdict(trainer.model)
+    assert [v.attention for v in verdicts.values()] == ["segments", "dense", None]
+    assert "flex_attention" in verdicts["flex_attention"].reason and not in_use(trainer)
+    assert caplog.text.count("prefix sharing off") == 1
+    trainer.model.set_attn_implementation("eager")
+    trainer.train()
+    trainer.model.set_attn_implementation("sdpa")
+    assert trainer._sharing.of(trainer.model).attention == "segments"
+
+
 def test_eager_attention_is_packed_too(make):
     model, reference = (make_model(seed, attn_implementation="eager") for seed in (0, 1))
     trainer = make(options={"constraint": "clip", "prefix_sharing": True}, model=model, ref_model=reference)

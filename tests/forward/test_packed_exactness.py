@@ -138,6 +138,16 @@ def test_bf16_is_as_near_to_float64_as_the_padded_path(attention):
     assert float(packed[where].square().mean()) <= 4 * float(padded[where].square().mean())
 
 
+def test_eager_attention_gets_its_mask_in_the_dtype_of_the_weights():
+    model = tiny_model("llama", attention="eager").to(torch.bfloat16)
+    seen = []
+    layer = model.model.layers[0].self_attn
+    layer.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["attention_mask"].dtype), with_kwargs=True)
+    with torch.no_grad():
+        PackedPairForward(model, required=True)(**model_inputs(random_pairs(HARD_SIZES)))
+    assert seen == [torch.bfloat16]
+
+
 def _float64_log_probs(model, inputs):
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
     labels = inputs["labels"][:, 1:]

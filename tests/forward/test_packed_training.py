@@ -147,10 +147,10 @@ def test_a_compiled_model_is_left_on_masks():
 
 def test_around_the_reference_with_the_same_settings():
     policy, reference = tiny_model("llama"), tiny_model("llama", seed=1)
-    packed, _ = packed_forward(policy, max_length=64, required=True)
+    packed = PackedPairForward(policy, attention="segments", row_length=50, max_length=64, required=True)
     other = packed.around(reference)
     inputs = model_inputs(random_pairs(HARD_SIZES))
-    assert (other.attention, other.max_length, other.required) == (packed.attention, packed.max_length, True)
+    assert (other.attention, other.row_length, other.max_length, other.required) == ("segments", 50, 64, True)
     with torch.no_grad():
         assert_same_outputs(reference(**inputs), other(**inputs))
 

@@ -4,15 +4,18 @@ import dataclasses
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pair_batches import HARD_SIZES, model_inputs, random_pairs
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_packed_exactness import assert_same_outputs
 from tiny_models import tiny_model
 from trl_cpo.forward import NotPackable, PackedPairForward, packed_forward, probe
 from trl_cpo.forward import adapter as adapter_module
+from trl_cpo.forward import probing
+from trl_cpo.forward.fitness import static_reason
 from trl_cpo.forward.mask import LayerKind, dense_masks, layer_kinds, visible
 from trl_cpo.forward.plan import CHOSEN, REJECTED, SHARED, plan_pairs
 
@@ -61,6 +64,44 @@ def test_a_mistake_in_the_plan_is_found(mistake, scale, dtype, monkeypatch):
     # One row, so that the pairs stand side by side.
     monkeypatch.setattr(adapter_module, "plan_pairs", lambda *a, **k: mistake(plan_pairs(*a, **k | {"one_row": True})))
     assert not probe(model, attention="dense").ok
+
+
+def test_a_leak_is_found_where_log_probs_tell_nothing(monkeypatch):
+    blind = dataclasses.replace(probing._EXACT, difference=float("inf"), nats=float("inf"))
+    monkeypatch.setattr(probing, "_EXACT", blind)
+    assert probe(tiny_model("llama"), attention="dense").ok
+    monkeypatch.setattr(
+        adapter_module, "plan_pairs", lambda *a, **k: pairs_see_each_other(plan_pairs(*a, **k | {"one_row": True}))
+    )
+    assert "when another answer is changed" in probe(tiny_model("llama"), attention="dense").reason
+
+
+PARTS = {
+    "answers' first tokens": [(0, 9), (1, 4), (2, 9), (3, 4)],
+    "the beginning of chosen answers": [(0, c) for c in range(10, 25)] + [(1, c) for c in range(5, 20)],
+    "the middle of rejected answers": [(2, c) for c in range(25, 37)] + [(3, c) for c in range(20, 32)],
+    "the end of rejected answers": [(2, c) for c in range(37, 49)] + [(3, c) for c in range(32, 44)],
+}
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_of_the_answers_is_judged_by_itself(name, rounded):
+    inputs = model_inputs(random_pairs([(10, 40, 40), (5, 40, 40)]))
+    zeros = torch.zeros(4, 49)
+    sample = probing._Sample(inputs, SimpleNamespace(log_probs=zeros), None)
+    bounds = probing._EXACT
+    allowed = bounds.difference
+    if rounded:
+        # A mistake would cost plenty; rounding moves every token by a tenth of a nat.
+        bounds, allowed = dataclasses.replace(probing._ROUNDED, difference=1.0), 0.1
+        sample = dataclasses.replace(sample, shaken=SimpleNamespace(log_probs=zeros + 0.1))
+    off = zeros.clone()
+    off[tuple(zip(*PARTS[name], strict=True))] = 3 * allowed
+    everywhere = SimpleNamespace(log_probs=zeros + 0.9 * allowed)
+    assert probing._compare(sample, everywhere, bounds, mistake=1.0) == pytest.approx(0.9 * allowed)
+    with pytest.raises(probing._Refused, match=name):
+        probing._compare(sample, SimpleNamespace(log_probs=off), bounds, mistake=1.0)
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.02])
@@ -113,14 +154,34 @@ def test_a_finding_holds_up_to_the_length_it_was_made_for(caplog):
     model = tiny_model("gpt_neo", window_size=80)
     packed, verdict = packed_forward(model, max_length=40)
     assert verdict.ok
-    inputs = model_inputs(random_pairs([(30, 4, 5), (36, 10, 3)]))
     with caplog.at_level(logging.WARNING):
-        for _ in range(2):
+        for answer, is_packed in ((10, False), (11, False), (5, False), (4, True)):
+            inputs = model_inputs(random_pairs([(30, 4, 5), (36, answer, 3)]))  # longest: 36 + answer
             assert_same_outputs(model(**inputs), packed(**inputs))
-    assert packed.last_plan is None
+            assert (packed.last_plan is not None) == is_packed
     assert [r.getMessage() for r in caplog.records] == [
-        "Batch run padded, without prefix sharing: a sequence of 46 tokens is longer than the 40 probed."
+        "Batch run padded, without prefix sharing: a sequence is longer than the 40 tokens probed."
     ]
+
+
+def test_a_model_whose_attention_was_changed_since_runs_padded(caplog):
+    model = tiny_model("llama")
+    packed, verdict = packed_forward(model)
+    assert verdict.attention == "segments"
+    model.set_attn_implementation("eager")
+    inputs = model_inputs(random_pairs(HARD_SIZES))
+    with caplog.at_level(logging.WARNING):
+        assert_same_outputs(model(**inputs), packed(**inputs))
+    assert packed.last_plan is None and "changed to 'eager'" in caplog.text
+
+
+def test_a_length_the_model_cannot_run_is_refused_in_words():
+    model = tiny_model("gpt_bigcode", max_position_embeddings=40)
+    assert "fails on sequences of 60 tokens" in probe(model, max_length=60).reason
+
+
+def test_a_window_nobody_reached_bounds_the_finding():
+    assert probe(tiny_model("mistral", sliding_window=60), max_length=50).max_length == 50
 
 
 def test_a_windowed_family_without_a_known_length_holds_for_any():
@@ -153,6 +214,62 @@ def test_a_refused_model_keeps_its_attention(monkeypatch):
     assert model.config._attn_implementation == "sdpa"
 
 
+def that_reads_its_attention_s_name(model, wanted):
+    """A Llama whose first layer halves what it attends to where its attention is or is not called as wanted."""
+    attention = model.model.layers[0].self_attn
+
+    class Reading(type(attention)):
+        def forward(self, *args, **kwargs):
+            out, weights = super().forward(*args, **kwargs)
+            packed = kwargs["attention_mask"] is not None and kwargs["attention_mask"].dtype == torch.int64
+            return out * (0.5 if wanted(self.config._attn_implementation, packed) else 1), weights
+
+    attention.__class__ = Reading
+    return model
+
+
+def state_of_rotary_modules(model):
+    modules = [m for m in model.modules() if "Rotary" in type(m).__name__]
+    assert modules
+    plain = (bool, int, float, str, torch.Tensor)
+    return [
+        {k: str(v) for k, v in vars(m).items() if isinstance(v, plain)} | {k: str(v) for k, v in m._buffers.items()}
+        for m in modules
+    ]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize(("name", "changes"), [("mistral", {"sliding_window": 48}), ("deepseek_v3", {})])
+def test_frequencies_that_grow_with_what_was_seen_are_what_they_were(name, changes, kind):
+    factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4) if kind == "longrope" else dict(factor=4.0)
+    rope = dict(rope_type=kind, rope_theta=1e4, original_max_position_embeddings=24, **factors)
+    model = tiny_model(name, rope_parameters=rope, max_position_embeddings=24, **changes)
+    # Longer than the 24 positions of the configuration and shorter than the probe's, so that the past has a say.
+    inputs = model_inputs(random_pairs([(20, 9, 20), (18, 3, 4)]))
+    state = state_of_rotary_modules(model)
+    assert probe(model, max_length=100).ok
+    assert state_of_rotary_modules(model) == state
+    with torch.no_grad():
+        before = tiny_model(name, rope_parameters=rope, max_position_embeddings=24, **changes)(**inputs)
+        assert torch.equal(model(**inputs).log_probs, before.log_probs)
+
+
+@pytest.mark.parametrize("only_padded", [False, True])
+def test_code_that_asks_for_the_attention_s_name_does_not_get_segments(only_padded):
+    def wanted(name, packed):
+        return name in ("sdpa", "eager") or (only_padded and packed)
+
+    model = that_reads_its_attention_s_name(tiny_model("llama"), wanted)
+    inputs = model_inputs(random_pairs(HARD_SIZES))
+    with torch.no_grad():
+        before = model(**inputs)
+        verdict = probe(model)
+        assert verdict.ok and verdict.attention == "dense"
+        assert "differ" in probe(model, attention="segments").reason
+        assert_same_outputs(before, packed_forward(model)[0](**inputs))
+        assert torch.equal(before.log_probs, model(**inputs).log_probs)
+
+
 def test_a_model_whose_answers_feel_nothing_cannot_be_judged():
     model = tiny_model("llama")
     with torch.no_grad():
@@ -177,11 +294,26 @@ def test_falling_back_says_so_once(caplog):
     ("config", "reason"),
     [
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING"),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PREFIX_TUNING"),
         (LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]), "aLoRA"),
     ],
 )
 def test_adapters_that_do_not_act_token_by_token_are_refused(config, reason):
     assert reason in probe(get_peft_model(tiny_model("llama"), config)).reason
+
+
+@pytest.mark.parametrize(
+    ("module", "refused"),
+    [(torch.nn.Conv1d(4, 4, 3), True), (torch.nn.Conv1d(4, 4, 1), False), (torch.nn.GRU(4, 4), True)],
+)
+def test_modules_that_mix_neighbours_are_refused(module, refused):
+    model = tiny_model("llama")
+    model.model.layers[0].mixer = module
+    assert ("mixes neighbouring tokens" in (static_reason(model) or "")) == refused
+
+
+def test_attention_in_both_directions_is_refused():
+    assert "not causal" in probe(tiny_model("gemma3_text", use_bidirectional_attention=True)).reason
 
 
 def test_fresh_lora_is_fine():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_batches import HARD_SIZES, PAIRS, model_inputs, random_pairs
 from tiny_models import tiny_config
-from trl_cpo.forward.mask import CHUNKED, FULL, SLIDING, LayerKind, dense_masks, layer_kinds, visible
+from trl_cpo.forward.mask import CHUNKED, FULL, SLIDING, LayerKind, dense_masks, layer_kinds, rope_follows_length, visible
 from trl_cpo.forward.plan import NotPackable, plan_pairs
 from trl_cpo.forward.segments import is_segment_table, segment_attention, segment_masks, segment_table
 
@@ -127,3 +127,13 @@ def test_kinds_of_layers_by_configuration(name, changes, kinds):
 def test_layers_that_are_no_masked_attention_are_refused():
     with pytest.raises(NotPackable, match="conv"):
         layer_kinds(tiny_config("lfm2"))
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "longrope"])
+def test_frequencies_that_follow_the_length_are_found_for_any_kind_of_layer(kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    both = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": rope}
+    for config in (tiny_config("llama", rope_parameters=rope), tiny_config("gemma3_text", rope_parameters=both)):
+        assert rope_follows_length(config) == (kind in ("dynamic", "longrope"))

@@ -9,7 +9,7 @@ import torch
 from .mask import dense_masks, layer_kinds, rope_follows_length
 from .plan import NotPackable, PackingPlan, plan_pairs
 from .repack import backbone_of, packed_backbone, unwrap
-from .segments import NAME, register, segment_masks
+from .segments import MASKED_ATTENTION, NAME, register, segment_masks
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,9 @@ class PackedPairForward:
         return self._run(plan, inputs)
 
     def _plan(self, inputs: dict) -> PackingPlan:
+        implementation = self._inner.config._attn_implementation
+        if implementation not in ((NAME,) if self.attention == SEGMENTS else MASKED_ATTENTION):
+            raise NotPackable(f"the model's attention was changed to {implementation!r}")
         unknown = sorted(name for name in inputs.keys() - _KNOWN if inputs[name] is not None)
         if unknown:
             raise NotPackable(f"the batch carries {', '.join(unknown)}, which cannot be packed")
@@ -111,7 +114,8 @@ class PackedPairForward:
             one_row=self.attention == SEGMENTS,
         )
         if self.max_length is not None and plan.longest > self.max_length:
-            raise NotPackable(f"a sequence of {plan.longest} tokens is longer than the {self.max_length} probed")
+            # Without the length, so that it is one line in the log and not one for every length.
+            raise NotPackable(f"a sequence is longer than the {self.max_length} tokens probed")
         if inputs["input_ids"].size(1) != plan.longest and rope_follows_length(self._config):
             raise NotPackable("the model's rotary frequencies follow the padded length, which no row fills")
         return plan

@@ -8,9 +8,7 @@ import torch
 from .mask import layer_kinds
 from .plan import NotPackable
 from .repack import backbone_of, layers_around, unwrap
-from .segments import NAME
-
-MASKED_ATTENTION = ("sdpa", "eager", NAME)
+from .segments import MASKED_ATTENTION
 
 # Families of transformers whose layers mix tokens through masked attention alone, with every limit in the
 # configuration; held by tests/forward/test_model_families.py. Others are probed over the full length, in case

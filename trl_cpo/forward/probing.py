@@ -9,17 +9,18 @@ padded does from itself rounded once more. Where it cannot tell, it says no.
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ..undisturbed import undisturbed
+from ..undisturbed import noted, undisturbed
 from .adapter import DENSE, SEGMENTS, PackedPairForward, drop_segments
 from .fitness import caveats, plain_family, probe_length, static_reason, unknown_limits
 from .made_up import MadeUpPairs
 from .plan import REJECTED, NotPackable, PackingPlan
-from .repack import layers_around, unwrap
+from .repack import backbone_of, layers_around, unwrap
 from .rounding import rounded_once_more, watched
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ def probe(
     # The numbers are the same uncompiled, and the probe's few shapes are not worth compiling for.
     model = model._modules.get("_orig_mod", model)
     verdict = Verdict(False, "no attention was tried")
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), _starting_alike(model), torch.no_grad():
         drop_segments(inner)
         try:
             # Before the attention is switched: a model may ask for its name and compute something else.
@@ -188,6 +189,17 @@ def probe(
     return verdict
 
 
+@contextmanager
+def _starting_alike(model: torch.nn.Module) -> Iterator[None]:
+    """Every run in the block finds what the first one found: some rotary frequencies depend on what ran before."""
+    put_back = noted(model)
+    hook = backbone_of(model).register_forward_pre_hook(lambda *_: put_back())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Reference:
     """Run the padded path; raise _Refused where it does not run, or nothing could be told from it."""
     draw = MadeUpPairs(model, seed)
@@ -195,19 +207,20 @@ def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Re
     try:
         with watched(model) as narrowest:
             padded = model(**inputs)
-        step = narrowest()
-        unknown = unknown_limits(unwrap(model).config.get_text_config())
-        if step and unknown:
-            raise _Refused(f"{', '.join(unknown)} may limit its attention, and only float32 would surely show it")
-        short = _sample(model, inputs, step, seed, padded)
-        changed = draw.change(inputs, rows=(0, len(_SHORT) + 1))
-        tried, holds = probe_length(model, max_length)
-        sizes = _long_sizes(tried, plain_family(model))
-        long = tuple(_sample(model, draw.batch((size,)), step, seed) for size in sizes)
-    except _Refused:
-        raise
     except Exception as error:
         raise _Refused(f"it does not run with TRL's fused head, padded or packed: {_first_line(error)}") from error
+    step = narrowest()
+    unknown = unknown_limits(unwrap(model).config.get_text_config())
+    if step and unknown:
+        raise _Refused(f"{', '.join(unknown)} may limit its attention, and only float32 would surely show it")
+    short = _sample(model, inputs, step, seed, padded)
+    changed = draw.change(inputs, rows=(0, len(_SHORT) + 1))
+    tried, holds = probe_length(model, max_length)
+    try:
+        sizes = _long_sizes(tried, plain_family(model))
+        long = tuple(_sample(model, draw.batch((size,)), step, seed) for size in sizes)
+    except Exception as error:
+        raise _Refused(f"it fails on sequences of {tried} tokens: {_first_line(error)}") from error
     return _Reference(short, changed, long, holds, _ROUNDED if step else _EXACT)
 
 
@@ -219,7 +232,7 @@ def _long_sizes(length: int | None, plain: bool) -> list[tuple[int, int, int]]:
     """
     if length is None or length <= 4:
         return []
-    prompts = [length - length // 2] if plain else [length - length // 2, length // 8]
+    prompts = [length - length // 2] if plain else [length - length // 2, max(1, length // 8)]
     return [(prompt, length - prompt, length - prompt - 1) for prompt in prompts]
 
 
@@ -273,6 +286,10 @@ def _check(packed: PackedPairForward, reference: _Reference) -> float:
     for sample in reference.long:
         right = packed._run(packed._plan(sample.inputs), sample.inputs)
         error = max(error, _compare(sample, right, bounds, mistake))
+    if packed.attention == SEGMENTS:
+        # The model's other calls, as for evaluation, keep the switch, and must not notice it either.
+        for sample in (reference.short, *reference.long):
+            _compare(sample, packed.model(**sample.inputs), bounds, mistake)
     return error
 
 

@@ -17,6 +17,7 @@ from .mask import LayerKind
 from .plan import PackingPlan
 
 NAME = "trl_cpo_segments"
+MASKED_ATTENTION = ("sdpa", "eager", NAME)  # implementations that take a tree mask
 _FIELDS = 6  # start, shared, chosen, rejected, window, chunk; 0 stands for no window and no chunk
 
 

@@ -10,6 +10,7 @@ from .adapter import DENSE, PackedPairForward
 from .plan import NotPackable
 from .probing import Verdict, probe
 from .repack import unwrap
+from .segments import NAME
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class PrefixSharing:
         # By the model inside all wrappers: the same one comes bare in evaluation and wrapped in training. Held weakly,
         # because a reference is dropped once its log-probabilities are precomputed, and must be free to go.
         self._known: weakref.WeakKeyDictionary[torch.nn.Module, Verdict] = weakref.WeakKeyDictionary()
+        # The attention each was judged with: `model.set_attn_implementation` may exchange it at any time.
+        self._judged_with: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
 
     def of(self, model: torch.nn.Module) -> Callable:
         """What to call in place of `model`.
@@ -51,13 +54,14 @@ class PrefixSharing:
         )
 
     def verdict(self, model: torch.nn.Module) -> Verdict:
-        """What the probe found for `model`, now or before.
+        """What the probe found for `model` with its present attention, now or before.
 
         Raises:
             NotPackable: the model cannot be packed, and it was asked for.
         """
         inner = unwrap(model)
-        if inner not in self._known:
+        attention = _attention_of(inner)
+        if self._judged_with.get(inner) != attention:
             verdict = probe(model, attention=self.attention, max_length=self.max_length)
             if not verdict.ok and self.wanted:
                 raise NotPackable(
@@ -68,5 +72,11 @@ class PrefixSharing:
                 logger.log(logging.INFO if verdict.ok else logging.WARNING, "%s: %s", type(inner).__name__, verdict)
                 for note in verdict.notes:
                     logger.warning("%s: %s", type(inner).__name__, note)
-            self._known[inner] = verdict
+            self._known[inner], self._judged_with[inner] = verdict, attention
         return self._known[inner]
+
+
+def _attention_of(model: torch.nn.Module) -> str:
+    """The attention a model was given; segments stand in the place of sdpa."""
+    given = getattr(getattr(model, "config", None), "_attn_implementation", "")
+    return "sdpa" if given == NAME else given
