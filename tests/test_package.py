@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "_trl": {"pairs", "precision"},
     "dual": set(),
     "config": {"_trl", "constraints", "dual", "pairs"},
-    "forward": {"undisturbed"},
+    "forward": {"precision", "undisturbed"},
     "undisturbed": set(),
     "plan": set(),
     "theory": {"constraints", "objective", "pairs"},

@@ -18,6 +18,7 @@ from trl_cpo.forward import probing
 from trl_cpo.forward.fitness import static_reason
 from trl_cpo.forward.mask import LayerKind, dense_masks, layer_kinds, visible
 from trl_cpo.forward.plan import CHOSEN, REJECTED, SHARED, plan_pairs
+from trl_cpo.forward.rounding import watched
 
 
 def running_positions(plan):
@@ -404,3 +405,13 @@ def test_importing_it_loads_neither_transformers_nor_trl():
     code = "import sys, trl_cpo.forward; print(*{'transformers', 'trl', 'peft'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(("products", "dtype"), [("ieee", None), ("tf32", torch.float16), ("bf16", torch.bfloat16)])
+def test_coarse_products_of_float32_are_rounding_too(products, dtype, monkeypatch):
+    # Whoever asks CUDA for its older setting where the newer one was used gets an error.
+    monkeypatch.setattr("trl_cpo.forward.rounding.float32_products", lambda device: products)
+    model = tiny_model("llama")
+    with watched(model) as step:
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+        assert step() == (0 if dtype is None else torch.finfo(dtype).eps)

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
+from ..precision import float32_products
 from .repack import backbone_of, unwrap
 
 # Where nothing else is known: weights of whole numbers are multiplied in bfloat16, as a rule.
 _NARROW = torch.finfo(torch.bfloat16).eps
-_TF32 = torch.finfo(torch.float16).eps  # as many bits behind the point
+_FLOAT32_PRODUCTS = {"tf32": [torch.finfo(torch.float16).eps], "bf16": [_NARROW]}  # TF32 has float16's bits behind the point
 
 
 @contextmanager
@@ -21,8 +22,7 @@ def watched(model: torch.nn.Module) -> Iterator[Callable[[], float]]:
     parameters = list(unwrap(model).parameters())
     device = parameters[0].device.type
     steps = [_step(dtype) for dtype in {p.dtype for p in parameters}]
-    if device == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        steps.append(_TF32)
+    steps += _FLOAT32_PRODUCTS.get(float32_products(device), [])
 
     def look(*_) -> None:
         if torch.is_autocast_enabled(device):
