@@ -176,7 +176,7 @@ class Resumption(TrainerCallback):
 
     def _stream_place(self) -> tuple[int, int] | None:
         trainer, state = self._trainer, self._trainer.state
-        if has_length(trainer.train_dataset):
+        if has_length(trainer.train_dataset) or not state.epoch:
             return None
         # A step is made within a pass, so that no batch of it is not one of the next.
         passes = max(math.ceil(state.epoch) - 1, 0)
@@ -206,10 +206,12 @@ class Resumption(TrainerCallback):
     def puts_off(self) -> bool:
         """Whether a checkpoint that is asked for now has to wait for the end of the epoch; it is then made there."""
         args, state = self._trainer.args, self._trainer.state
+        if not self._within_epoch:
+            return False
         epoch_ends = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
         by_epoch = IntervalStrategy.EPOCH in (args.logging_strategy, args.eval_strategy)
-        self._put_off |= self._within_epoch and epoch_ends and by_epoch
-        return self._within_epoch and self._put_off
+        self._put_off |= epoch_ends and by_epoch
+        return self._put_off
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._within_epoch = False
