@@ -625,7 +625,7 @@ def test_whatever_else_was_changed_is_named(tmp_path, tokenizer, small_model):
 
 
 def test_every_option_of_which_nothing_depends_is_one(tmp_path):
-    from trl_cpo.resume import INDIFFERENT
+    from trl_cpo.dependence import INDIFFERENT
 
     assert CPOConstrainedConfig.__dataclass_fields__.keys() >= INDIFFERENT
 

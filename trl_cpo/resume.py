@@ -1,6 +1,5 @@
 """Interrupted and resumed training is uninterrupted training: whole checkpoints, and all that a resume would lose."""
 
-import json
 import math
 import os
 import time
@@ -12,34 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from datasets import Dataset
 from safetensors.torch import load_model, save_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
 from . import _trl, checkpoints
-from .scores.digests import tokens_digest
-
-#: Options that say where and how often something is written, shown or run, and no weight depends on. Where any other was
-#: changed, the resumed run is not the interrupted one.
-INDIFFERENT = frozenset((
-    "output_dir", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
-    "trackio_static_space_id", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter",
-    "log_on_each_node", "log_level", "log_level_replica", "include_num_input_tokens_seen", "eval_strategy", "eval_steps",
-    "eval_delay", "eval_on_start", "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches",
-    "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "save_only_model",
-    "save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "push_to_hub", "hub_token", "hub_private_repo",
-    "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "load_best_model_at_end", "metric_for_best_model",
-    "greater_is_better", "restore_callback_states_from_checkpoint", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading",
-    "torch_empty_cache_steps", "use_cache", "use_cpu", "accelerator_config", "parallelism_config", "fsdp", "fsdp_config",
-    "deepspeed", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order", "remove_unused_columns",
-    "label_names", "length_column_name", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
-    "ddp_static_graph", "ddp_backend", "ddp_timeout", "debug", "skip_memory_metrics", "do_train", "do_eval", "do_predict",
-    "resume_from_checkpoint", "local_rank", "trust_remote_code", "dataset_num_proc", "precompute_ref_batch_size",
-    "pad_token", "check_reference", "narrate",
-))  # fmt: skip
+from .dependence import data_facts, settings_of
 
 _REFERENCE_FILE = "synchronised_reference.safetensors"
 
@@ -58,7 +35,7 @@ class Resumption(TrainerCallback):
         self._begun = 0.0
         self._put_off = self._within_epoch = False
         self._run: str | None = None
-        self._data: tuple[Any, dict[str, Any]] | None = None
+        self._data: tuple[Any, dict[str, Any] | None] | None = None
         #: Seconds of training before this call of `train`, of the run that is resumed.
         self.earlier_seconds = 0.0
 
@@ -291,17 +268,12 @@ class Resumption(TrainerCallback):
         return self._trainer.args.sync_ref_model and not sharded
 
     def _settings(self) -> dict[str, Any]:
-        every = json.loads(json.dumps(self._trainer.args.to_dict(), default=str))
-        settings = {name: value for name, value in every.items() if name not in INDIFFERENT}
-        return {**settings, "processes": self._trainer.accelerator.num_processes}
+        return settings_of(self._trainer.args, self._trainer.accelerator.num_processes)
 
     def _data_facts(self) -> dict[str, Any] | None:
-        """How many pairs are trained on, and a digest of their tokens in their order; None of a stream."""
         dataset = self._trainer.train_dataset
-        if not isinstance(dataset, Dataset) or not set(_trl.TOKENIZED_COLUMNS).issubset(dataset.column_names):
-            return None
         if self._data is None or self._data[0] is not dataset:
-            self._data = dataset, {"pairs": len(dataset), "tokens": tokens_digest(dataset, _trl.TOKENIZED_COLUMNS)[0]}
+            self._data = dataset, data_facts(dataset)
         return self._data[1]
 
     def _once_a_machine(self, action: Callable[[], Any]) -> None:
