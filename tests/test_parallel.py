@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from accelerate.utils import DistributedType
-from conftest import make_model, pair_rows, pairs_dataset, training_options
+from conftest import make_model, make_tokenizer, pair_rows, pairs_dataset, training_options
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 
-from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer, parallel
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer, leaving, parallel
 
 SCRIPT = Path(__file__).parent / "train_together.py"
 
@@ -255,3 +255,38 @@ def test_two_machines_train_as_one_and_a_lost_network_ends_both(tmp_path, model_
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+@pytest.mark.parametrize("how, ends_well", [("as-it-is", False), ("gently", True)])
+def test_a_thread_of_gloo_that_is_late_does_not_kill_a_process_at_its_end(how, ends_well):
+    """Without the pause PyTorch 2.13 aborts, after all was done; once it does not, trl_cpo/leaving.py can go."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    script = Path(__file__).parent / "leave_together.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, str(script), how], capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode == 0) is ends_well, done.stderr[-3000:]
+    assert ("terminate called without an active exception" in done.stderr) is not ends_well
+    assert "left" in done.stdout
+
+
+def test_a_trainer_ends_its_process_gently_where_there_is_gloo(monkeypatch, tmp_path, model_folder):
+    registered = []
+    monkeypatch.setattr(leaving.atexit, "register", registered.append)
+    backends = iter(["cpu:gloo,cuda:nccl", "cuda:nccl"])
+    assert (leaving.end_gently(), registered) == (None, [])  # no process group
+    with monkeypatch.context() as patched:
+        patched.setattr(leaving.dist, "is_initialized", lambda: True)
+        patched.setattr(leaving.dist, "get_backend_config", lambda: next(backends))
+        leaving.end_gently()
+        leaving.end_gently()
+    assert registered == [leaving._pause]
+
+    called = []
+    monkeypatch.setattr("trl_cpo.trainer.end_gently", lambda: called.append(True))
+    CPOConstrainedTrainer(
+        model=model_folder,
+        args=CPOConstrainedConfig(**training_options(tmp_path)),
+        processing_class=make_tokenizer(),
+        train_dataset=pairs_dataset(4),
+    )
+    assert called

@@ -26,6 +26,7 @@ from .constraints import CONSTRAINTS, Knobs
 from .dual import DualAscent, DualState
 from .forward.balance import BalancedSampler, TokenBudget, pair_tokens
 from .forward.sharing import PrefixSharing
+from .leaving import end_gently
 from .metrics import COLUMNS, MetricLedger, PairView, per_pair
 from .narration import Narrator
 from .pairs import PairLogps
@@ -203,6 +204,7 @@ class CPOConstrainedTrainer(DPOTrainer):
     @staticmethod
     def _check_processes(args, model, ref_model, quantization_config, peft_config, datasets) -> None:
         parallel.check_launch(args)
+        end_gently()
         configs = {
             "model": lambda: _trl.config_of(model, args),
             "ref_model": getattr(ref_model, "config", None),
