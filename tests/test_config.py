@@ -43,7 +43,6 @@ def test_it_is_a_dpoconfig_whose_added_fields_are_off(tmp_path):
         ({"constraint": "clip", "loss_type": ["sft"]}, "reads no reference"),
         ({"logps_reduction": "mean", "loss_type": ["hinge"]}, "TRL defines it on summed log-probabilities"),
         ({"constraint": "clip", "f_divergence_type": "js_divergence"}, "f_divergence_type='reverse_kl' alone"),
-        ({"enable_jit_checkpoint": True}, "saves within a step"),
     ],
 )
 def test_faults_are_named(tmp_path, fields, expected):

@@ -326,12 +326,6 @@ class CPOConstrainedConfig(DPOConfig):
             faults.append(
                 "auto_find_batch_size=True looks for a number of pairs, and tokens_per_step sets none. Leave one of them out."
             )
-        if self.enable_jit_checkpoint:
-            faults.append(
-                "enable_jit_checkpoint=True saves within a step, at another moment on each process, and what the step had "
-                "counted is lost or counted twice. Leave it out and set save_steps: a run that is stopped at any moment goes "
-                "on from its last checkpoint as if it had not been."
-            )
         return faults
 
     def _dual_faults(self) -> list[str]:

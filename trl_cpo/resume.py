@@ -195,8 +195,11 @@ class Resumption(TrainerCallback):
         if self._put_off:
             control.should_save, self._put_off = True, False
 
-    def save(self, save: Callable[[], None], trial: Any) -> None:
-        """Has `save` write a checkpoint, adds what it lacks, and moves it into place once it is whole and on the disk."""
+    def save(self, save: Callable[[], None], trial: Any) -> str:
+        """Has `save` write a checkpoint, adds what it lacks, and moves it into place once it is whole and on the disk.
+
+        Gives its folder.
+        """
         trainer, args = self._trainer, self._trainer.args
         run_dir, name = _trl.run_dir(trainer, trial), f"checkpoint-{trainer.state.global_step}"
         final, staged = os.path.join(run_dir, name), checkpoints.staging(run_dir) / name
@@ -235,6 +238,7 @@ class Resumption(TrainerCallback):
         if args.should_save:
             for surplus in checkpoints.surplus(run_dir, args.save_total_limit, trainer.state.best_model_checkpoint):
                 checkpoints.remove(surplus)
+        return final
 
     def _refuse_to_keep_half(self, name: str, staged: Path) -> None:
         """Raises `CheckpointError`, on all processes, if what was written on one of them could not be resumed from."""

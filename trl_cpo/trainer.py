@@ -26,6 +26,7 @@ from .constraints import CONSTRAINTS, Knobs
 from .dual import DualAscent, DualState
 from .forward.balance import BalancedSampler, TokenBudget, pair_tokens
 from .forward.sharing import PrefixSharing
+from .interruption import Interruption, left_to_us
 from .leaving import end_gently
 from .metrics import COLUMNS, MetricLedger, PairView, per_pair
 from .narration import Narrator
@@ -170,25 +171,28 @@ class CPOConstrainedTrainer(DPOTrainer):
         )
         self._unsound = 0  # micro-batches in a row
 
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with left_to_us(args):
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         self.reference_tables.weights_may_change()
         if self._dual is not None:
             self.add_callback(DualAscent(self._dual))
         if args.narrate:
             self.add_callback(Narrator(args.logps_reduction))
+        self._interruption = Interruption(self.accelerator, args.enable_jit_checkpoint)
+        self.add_callback(self._interruption)
         self._resumption = Resumption(self)
         self.add_callback(self._resumption)
         self._finite_weights = guards.FiniteWeights(self.accelerator.gather, self.accelerator.device)
@@ -229,17 +233,27 @@ class CPOConstrainedTrainer(DPOTrainer):
 
         Raises:
             CheckpointError: the checkpoint is not whole, or there is none; before the model is touched.
+            TrainingInterrupted: SIGTERM came, under `enable_jit_checkpoint`, and a checkpoint was written.
         """
         checkpoint = self._resumption.prepare(resume_from_checkpoint)
         _trl.release_reference_engine(self)
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        with self._interruption.listening():
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model, trial):
         # Not in a callback: an epoch's end, or a best evaluation, asks for a checkpoint after those of the step have run.
         if self._resumption.puts_off():
             return
         self._finite_weights.before_saving(model, self.state.global_step)
-        self._resumption.save(lambda: super(CPOConstrainedTrainer, self)._save_checkpoint(model, trial), trial)
+        checkpoint = self._resumption.save(lambda: super(CPOConstrainedTrainer, self)._save_checkpoint(model, trial), trial)
+        self._interruption.saved(checkpoint)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        # Not asked for in a callback: under save_strategy="best" an evaluation has the last word there.
+        if self._interruption.due and not self._resumption.puts_off():
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save(self, output_dir=None, state_dict=None):
         with _trl.saving_weights_on_each_node(self):

@@ -26,6 +26,7 @@ options that are set most (--help-all lists all of TRL's DPOConfig, ModelConfig 
   --precompute_ref_log_probs     score the reference once, before training
   --max_train_pairs N            --max_test_pairs N, --held_out FRACTION_OR_N
   --save_strategy steps          --save_steps N; go on with --resume_from_checkpoint latest
+  --enable_jit_checkpoint        on SIGTERM, a checkpoint after the step in work, and exit status 143
 
   trl-cpo train --config demo                                        minutes on a CPU, no hub
   trl-cpo train --config demo --constraint none                      plain DPO beside it

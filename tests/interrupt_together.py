@@ -1,0 +1,46 @@
+"""Run by test_interruption.py in two processes: a training that is told to end; each process writes how it ended.
+
+    interrupt_together.py '{"model": ..., "folder": ..., "who": "one" | "launcher"}'
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from conftest import make_tokenizer, pairs_dataset, training_options
+from transformers import TrainerCallback
+
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo.interruption import TrainingInterrupted
+
+JOB = json.loads(sys.argv[1])
+RANK = int(os.environ["RANK"])
+FOLDER = Path(JOB["folder"])
+
+
+class Moments(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if JOB["who"] == "one" and RANK == 1 and state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if JOB["who"] == "launcher":
+            (FOLDER / "training").touch()
+            time.sleep(0.02 * (1 + RANK))  # in another moment of the step each
+
+
+options = training_options(FOLDER / "run", max_steps=500, save_strategy="no", enable_jit_checkpoint=True)
+trainer = CPOConstrainedTrainer(
+    model=JOB["model"],
+    args=CPOConstrainedConfig(**options, constraint="clip"),
+    processing_class=make_tokenizer(),
+    train_dataset=pairs_dataset(40),
+    callbacks=[Moments()],
+)
+assert trainer.accelerator.num_processes == 2
+try:
+    trainer.train()
+except TrainingInterrupted as ended:
+    (FOLDER / f"ended{RANK}.json").write_text(json.dumps({"step": ended.step, "code": ended.code}))
+    raise
