@@ -30,17 +30,27 @@ class Moments(TrainerCallback):
             time.sleep(0.02 * (1 + RANK))  # in another moment of the step each
 
 
-options = training_options(FOLDER / "run", max_steps=500, save_strategy="no", enable_jit_checkpoint=True)
+options = training_options(
+    FOLDER / "run", max_steps=500, save_strategy="no", enable_jit_checkpoint=True, per_device_train_batch_size=2
+)
+if JOB["who"] == "one":
+    options["logging_strategy"] = "epoch"  # of two steps
+else:
+    options["dataloader_num_workers"] = 1
 trainer = CPOConstrainedTrainer(
     model=JOB["model"],
     args=CPOConstrainedConfig(**options, constraint="clip"),
     processing_class=make_tokenizer(),
-    train_dataset=pairs_dataset(40),
+    train_dataset=pairs_dataset(8 if JOB["who"] == "one" else 400),
     callbacks=[Moments()],
 )
 assert trainer.accelerator.num_processes == 2
+# What is put back once the training has ended: the launcher signals a process whose fellow has left before it.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 try:
     trainer.train()
 except TrainingInterrupted as ended:
-    (FOLDER / f"ended{RANK}.json").write_text(json.dumps({"step": ended.step, "code": ended.code}))
+    state = json.loads((Path(ended.checkpoint) / "trainer_state.json").read_text())
+    seen = {"step": ended.step, "code": ended.code, "logged": [r["step"] for r in state["log_history"]]}
+    (FOLDER / f"ended{RANK}.json").write_text(json.dumps(seen))
     raise

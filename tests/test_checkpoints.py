@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, and a resumed run is the uninterrupted one, number for number."""
 
+import copy
 import json
 import os
 import re
@@ -77,7 +78,7 @@ def trainer_of(folder, model, tokenizer, *, lora=False, stop=None, plain=False, 
         processing_class=tokenizer,
         train_dataset=pairs_dataset(6) if data is None else data,
         eval_dataset=pairs_dataset(3, seed=5) if "eval_strategy" in options else None,
-        peft_config=LORA if lora else None,
+        peft_config=copy.deepcopy(LORA) if lora else None,
         callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
     )
 

@@ -5,7 +5,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -42,13 +42,19 @@ class Interruption(TrainerCallback):
         self._told = False
         #: Whether a checkpoint is due that ends the training: known after a step, the same on every process.
         self.due = False
-        self._checkpoint: str | None = None
+        #: Its folder, once it is in its place.
+        self.checkpoint: str | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catches SIGTERM while a training runs; what it did before is put back."""
+    def listening(self, *, more_follows: bool) -> Iterator[None]:
+        """Catches SIGTERM while a training runs; what it did before is put back.
+
+        Args:
+            more_follows: whether other trainings come after this one (a search). A signal that came too late for a checkpoint
+                of this one then ends the process; else the script is let go on, to save what was trained.
+        """
         self._told = self.due = False
-        self._checkpoint = None
+        self.checkpoint = None
         if not self._wanted:
             yield
             return
@@ -61,16 +67,20 @@ class Interruption(TrainerCallback):
             yield
             return
         before = signal.signal(signal.SIGTERM, self._tell)
+        _listening.add(os.getpid())
         try:
             yield
         finally:
+            _listening.discard(os.getpid())
             # None stands for a handler that was not set from Python.
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+            if self._told and self.checkpoint is None and more_follows:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _tell(self, *_: Any) -> None:
-        # May come in the middle of a print, so not by print. A second signal changes nothing: launchers send several.
+        # A second signal changes nothing: launchers send several.
         if not self._told and self._accelerator.is_local_main_process:
-            os.write(2, b"\nSIGTERM: training ends after the step in work, with a checkpoint.\n")
+            _say("\nSIGTERM: training ends after the step in work, with a checkpoint.")
         self._told = True
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -81,15 +91,38 @@ class Interruption(TrainerCallback):
     def saved(self, checkpoint: str) -> None:
         """Called by every process once a checkpoint is in its place."""
         if self.due:
-            self._checkpoint = checkpoint
+            self.checkpoint = checkpoint
 
-    def on_save(self, args, state, control, **kwargs):
-        """Raises `TrainingInterrupted`, on all processes, if the checkpoint just written was due."""
-        if self._checkpoint is not None:
-            if self._accelerator.is_main_process:
-                text = f"Ended by SIGTERM after step {state.global_step}. Go on from {self._checkpoint}\n"
-                os.write(2, text.encode())
-            raise TrainingInterrupted(state.global_step, self._checkpoint)
+    def end(self, step: int) -> None:
+        """Raises `TrainingInterrupted`, on all processes, once what was due is written and every callback has seen it."""
+        # The first process may still be uploading, and a launcher ends it soon after the others are gone.
+        self._accelerator.wait_for_everyone()
+        if self._accelerator.is_main_process:
+            _say(f"Ended by SIGTERM after step {step}. Go on from {self.checkpoint}")
+        raise TrainingInterrupted(step, self.checkpoint)
+
+
+#: Ids of processes that listen: this one, and never a child of it, which inherits the set and the handler.
+_listening: set[int] = set()
+
+
+def _stay_out_of_it() -> None:
+    """In a forked child (a data loader's worker): signals to the process's group end it no more, and `terminate` does."""
+    if os.getppid() in _listening:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # torch 2.13's launcher signals the whole group, and training ends with an error when a worker dies.
+        with suppress(OSError):
+            os.setpgid(0, 0)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_stay_out_of_it)
+
+
+def _say(text: str) -> None:
+    # A signal may come in the middle of a print, which cannot be begun again there; and nobody may be reading any more.
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 @contextmanager

@@ -121,7 +121,8 @@ class Resumption(TrainerCallback):
         trainer._ledgers["train"].clear()
         self._run = (saved or {}).get("run") or gather_object([uuid.uuid4().hex])[0]
         if saved is None:
-            if self._folder is None and args.process_index == 0 and args.save_strategy != SaveStrategy.NO:
+            saves = args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint
+            if self._folder is None and args.process_index == 0 and saves:
                 self._warn_of_an_earlier_run(args.output_dir)
             return
         _trl.load_loop_state(trainer, saved["processes"])

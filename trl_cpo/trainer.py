@@ -237,7 +237,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         """
         checkpoint = self._resumption.prepare(resume_from_checkpoint)
         _trl.release_reference_engine(self)
-        with self._interruption.listening():
+        with self._interruption.listening(more_follows=trial is not None):
             return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model, trial):
@@ -250,10 +250,16 @@ class CPOConstrainedTrainer(DPOTrainer):
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if not self._interruption.due:
+            return
         # Not asked for in a callback: under save_strategy="best" an evaluation has the last word there.
-        if self._interruption.due and not self._resumption.puts_off():
+        if self._interruption.checkpoint is None and not self._resumption.puts_off():
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        # Stopped early, the training is over; resumed, it would forget that and go on.
+        stopped_early = self.control.should_training_stop and self.state.global_step < self.state.max_steps
+        if self._interruption.checkpoint is not None and not stopped_early:
+            self._interruption.end(self.state.global_step)
 
     def _save(self, output_dir=None, state_dict=None):
         with _trl.saving_weights_on_each_node(self):

@@ -57,7 +57,8 @@ def overview() -> str:
         f"  {PROGRAM} COMMAND --help   options of a command",
         f"  {PROGRAM} --version        this version",
         "",
-        "exit codes: 0 done; 1 what was asked does not hold; 2 wrong usage or input; 3 unexpected error; 130 interrupted",
+        "exit codes: 0 done; 1 what was asked does not hold; 2 wrong usage or input; 3 unexpected error;",
+        "            130 interrupted; 143 ended by SIGTERM",
     ]
     return "\n".join(lines)
 
