@@ -3,17 +3,19 @@
     interrupt_together.py '{"model": ..., "folder": ..., "who": "one" | "launcher"}'
 """
 
+import atexit
 import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from unittest.mock import call, patch
 
 from conftest import make_tokenizer, pairs_dataset, training_options
 from transformers import TrainerCallback
 
-from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer, leaving
 from trl_cpo.interruption import TrainingInterrupted
 
 JOB = json.loads(sys.argv[1])
@@ -37,14 +39,16 @@ if JOB["who"] == "one":
     options["logging_strategy"] = "epoch"  # of two steps
 else:
     options["dataloader_num_workers"] = 1
-trainer = CPOConstrainedTrainer(
-    model=JOB["model"],
-    args=CPOConstrainedConfig(**options, constraint="clip"),
-    processing_class=make_tokenizer(),
-    train_dataset=pairs_dataset(8 if JOB["who"] == "one" else 400),
-    callbacks=[Moments()],
-)
+with patch.object(atexit, "register", wraps=atexit.register) as register:
+    trainer = CPOConstrainedTrainer(
+        model=JOB["model"],
+        args=CPOConstrainedConfig(**options, constraint="clip"),
+        processing_class=make_tokenizer(),
+        train_dataset=pairs_dataset(8 if JOB["who"] == "one" else 400),
+        callbacks=[Moments()],
+    )
 assert trainer.accelerator.num_processes == 2
+assert call(leaving._pause) in register.call_args_list  # a real group of gloo is seen when the trainer is made
 # What is put back once the training has ended: the launcher signals a process whose fellow has left before it.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 try:

@@ -5,7 +5,7 @@ import time
 
 import torch.distributed as dist
 
-#: Seconds that a process lends its threads at its end. What they still do takes less than a millisecond once they run.
+#: Seconds that a process lends its threads at its end.
 PAUSE = 0.3
 
 

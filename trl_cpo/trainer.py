@@ -127,6 +127,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         self._check_processes(
             args, model, ref_model, quantization_config, peft_config, dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
         )
+        end_gently()
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 checks.check_preference_dataset(dataset, name)
@@ -208,7 +209,6 @@ class CPOConstrainedTrainer(DPOTrainer):
     @staticmethod
     def _check_processes(args, model, ref_model, quantization_config, peft_config, datasets) -> None:
         parallel.check_launch(args)
-        end_gently()
         configs = {
             "model": lambda: _trl.config_of(model, args),
             "ref_model": getattr(ref_model, "config", None),

@@ -14,7 +14,7 @@ from test_packed_exactness import assert_same_outputs
 from tiny_models import tiny_model
 from trl_cpo.forward import NotPackable, PackedPairForward, packed_forward, probe
 from trl_cpo.forward import adapter as adapter_module
-from trl_cpo.forward import probing
+from trl_cpo.forward import judging, probing
 from trl_cpo.forward.fitness import static_reason
 from trl_cpo.forward.mask import LayerKind, dense_masks, layer_kinds, visible
 from trl_cpo.forward.plan import CHOSEN, REJECTED, SHARED, plan_pairs
@@ -68,8 +68,8 @@ def test_a_mistake_in_the_plan_is_found(mistake, scale, dtype, monkeypatch):
 
 
 def test_a_leak_is_found_where_log_probs_tell_nothing(monkeypatch):
-    blind = dataclasses.replace(probing._EXACT, difference=float("inf"), nats=float("inf"))
-    monkeypatch.setattr(probing, "_EXACT", blind)
+    blind = dataclasses.replace(judging.EXACT, difference=float("inf"), nats=float("inf"))
+    monkeypatch.setattr(probing, "EXACT", blind)
     assert probe(tiny_model("llama"), attention="dense").ok
     monkeypatch.setattr(
         adapter_module, "plan_pairs", lambda *a, **k: pairs_see_each_other(plan_pairs(*a, **k | {"one_row": True}))
@@ -90,19 +90,19 @@ PARTS = {
 def test_every_part_of_the_answers_is_judged_by_itself(name, rounded):
     inputs = model_inputs(random_pairs([(10, 40, 40), (5, 40, 40)]))
     zeros = torch.zeros(4, 49)
-    sample = probing._Sample(inputs, SimpleNamespace(log_probs=zeros), None)
-    bounds = probing._EXACT
+    sample = judging.Sample(inputs, SimpleNamespace(log_probs=zeros), None)
+    bounds = judging.EXACT
     allowed = bounds.difference
     if rounded:
         # A mistake would cost plenty; rounding moves every token by a tenth of a nat.
-        bounds, allowed = dataclasses.replace(probing._ROUNDED, difference=1.0), 0.1
+        bounds, allowed = dataclasses.replace(judging.ROUNDED, difference=1.0), 0.1
         sample = dataclasses.replace(sample, shaken=SimpleNamespace(log_probs=zeros + 0.1))
     off = zeros.clone()
     off[tuple(zip(*PARTS[name], strict=True))] = 3 * allowed
     everywhere = SimpleNamespace(log_probs=zeros + 0.9 * allowed)
-    assert probing._compare(sample, everywhere, bounds, mistake=1.0) == pytest.approx(0.9 * allowed)
-    with pytest.raises(probing._Refused, match=name):
-        probing._compare(sample, SimpleNamespace(log_probs=off), bounds, mistake=1.0)
+    assert judging.compare(sample, everywhere, bounds, mistake=1.0) == pytest.approx(0.9 * allowed)
+    with pytest.raises(judging.Refused, match=name):
+        judging.compare(sample, SimpleNamespace(log_probs=off), bounds, mistake=1.0)
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.02])

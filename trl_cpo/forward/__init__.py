@@ -8,7 +8,8 @@
     fitness   what can be told unrun          mask, plan, repack, segments
     made_up   pairs of tokens to try          repack
     rounding  what rounding alone does        repack
-    probing   what the model itself shows     adapter, fitness, made_up, plan, repack, rounding
+    judging   packed set beside padded
+    probing   what the model itself shows     adapter, fitness, judging, made_up, plan, repack, rounding
 """
 
 from .adapter import PackedPairForward

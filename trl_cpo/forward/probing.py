@@ -18,6 +18,7 @@ import torch
 from ..undisturbed import noted, undisturbed
 from .adapter import DENSE, SEGMENTS, PackedPairForward, drop_segments
 from .fitness import caveats, plain_family, probe_length, static_reason, unknown_limits
+from .judging import EXACT, ROUNDED, Bounds, Refused, Sample, compare, mean_gap
 from .made_up import MadeUpPairs
 from .plan import REJECTED, NotPackable, PackingPlan
 from .repack import backbone_of, layers_around, unwrap
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 # Prompt, chosen and rejected tokens of the short pairs: no two alike, one answer longer than its rival and one shorter.
 _SHORT = ((13, 9, 11), (6, 17, 7), (9, 5, 12))
-# Tokens of an answer, behind its first, that are its beginning, and those that are its end.
-_EARLY, _END = 16, 12
 
 
 @dataclass(frozen=True)
@@ -58,33 +57,6 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class _Bounds:
-    """What is allowed: as a share of what a mistake does, outright in nats, and as a multiple of what rounding does."""
-
-    difference: float
-    leak: float
-    nats: float
-    rounding: float
-
-
-_EXACT = _Bounds(difference=2e-3, leak=1e-3, nats=1e-2, rounding=float("inf"))
-_ROUNDED = _Bounds(difference=0.15, leak=0.05, nats=1.0, rounding=1.0)
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """A batch of made-up pairs, what the padded path says of it, and what it says where it is rounded once more."""
-
-    inputs: dict
-    padded: object
-    shaken: object | None
-
-    @property
-    def scored(self) -> torch.Tensor:
-        return self.inputs["labels"][:, 1:] != -100
-
-
-@dataclass(frozen=True)
 class _Reference:
     """The padded path of a model as it was given, which packed runs are compared with.
 
@@ -96,15 +68,11 @@ class _Reference:
         bounds: what may differ.
     """
 
-    short: _Sample
+    short: Sample
     changed: dict
-    long: tuple[_Sample, ...]
+    long: tuple[Sample, ...]
     holds: int | None
-    bounds: _Bounds
-
-
-class _Refused(Exception):
-    """A check of the probe failed; the text says which."""
+    bounds: Bounds
 
 
 def packed_forward(
@@ -174,14 +142,14 @@ def probe(
         try:
             # Before the attention is switched: a model may ask for its name and compute something else.
             reference = _reference(model, max_length, seed)
-        except _Refused as refusal:
+        except Refused as refusal:
             return Verdict(False, str(refusal))
         for tried in tries:
             try:
                 packed = PackedPairForward(model, attention=tried, required=True)
                 error = _check(packed, reference)
                 return Verdict(True, "", tried, reference.holds, error, caveats(model))
-            except (_Refused, NotPackable) as refusal:
+            except (Refused, NotPackable) as refusal:
                 verdict = Verdict(False, str(refusal), tried)
             except Exception as error:  # a model may fail in any way on a mask it was not made for
                 verdict = Verdict(False, f"it fails on packed rows: {_first_line(error)}", tried)
@@ -201,18 +169,18 @@ def _starting_alike(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Reference:
-    """Run the padded path; raise _Refused where it does not run, or nothing could be told from it."""
+    """Run the padded path; raise Refused where it does not run, or nothing could be told from it."""
     draw = MadeUpPairs(model, seed)
     inputs = draw.batch(_SHORT)
     try:
         with watched(model) as narrowest:
             padded = model(**inputs)
     except Exception as error:
-        raise _Refused(f"it does not run with TRL's fused head, padded or packed: {_first_line(error)}") from error
+        raise Refused(f"it does not run with TRL's fused head, padded or packed: {_first_line(error)}") from error
     step = narrowest()
     unknown = unknown_limits(unwrap(model).config.get_text_config())
     if step and unknown:
-        raise _Refused(f"{', '.join(unknown)} may limit its attention, and only float32 would surely show it")
+        raise Refused(f"{', '.join(unknown)} may limit its attention, and only float32 would surely show it")
     short = _sample(model, inputs, step, seed, padded)
     changed = draw.change(inputs, rows=(0, len(_SHORT) + 1))
     tried, holds = probe_length(model, max_length)
@@ -220,8 +188,8 @@ def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Re
         sizes = _long_sizes(tried, plain_family(model))
         long = tuple(_sample(model, draw.batch((size,)), step, seed) for size in sizes)
     except Exception as error:
-        raise _Refused(f"it fails on sequences of {tried} tokens: {_first_line(error)}") from error
-    return _Reference(short, changed, long, holds, _ROUNDED if step else _EXACT)
+        raise Refused(f"it fails on sequences of {tried} tokens: {_first_line(error)}") from error
+    return _Reference(short, changed, long, holds, ROUNDED if step else EXACT)
 
 
 def _long_sizes(length: int | None, plain: bool) -> list[tuple[int, int, int]]:
@@ -236,16 +204,16 @@ def _long_sizes(length: int | None, plain: bool) -> list[tuple[int, int, int]]:
     return [(prompt, length - prompt, length - prompt - 1) for prompt in prompts]
 
 
-def _sample(model: torch.nn.Module, inputs: dict, step: float, seed: int, padded=None) -> _Sample:
+def _sample(model: torch.nn.Module, inputs: dict, step: float, seed: int, padded=None) -> Sample:
     padded = model(**inputs) if padded is None else padded
     if not step:
-        return _Sample(inputs, padded, None)
+        return Sample(inputs, padded, None)
     with rounded_once_more(model, step, seed):
-        return _Sample(inputs, padded, model(**inputs))
+        return Sample(inputs, padded, model(**inputs))
 
 
 def _check(packed: PackedPairForward, reference: _Reference) -> float:
-    """Raise _Refused where something is wrong; else the largest difference."""
+    """Raise Refused where something is wrong; else the largest difference."""
     pairs = len(_SHORT)
     bounds, sample, changed = reference.bounds, reference.short, reference.changed
     inputs, padded, scored = sample.inputs, sample.padded, sample.scored
@@ -264,86 +232,37 @@ def _check(packed: PackedPairForward, reference: _Reference) -> float:
     wrong, wrong_moved = (packed._run(causal, batch) for batch in (inputs, changed))
     follower = torch.zeros_like(scored)
     follower[pairs] = scored[pairs]
-    leaking = _mean(wrong, wrong_moved, follower)
-    misplaced = _mean(right, packed._run(wrong_positions, inputs, plan), rejected)
+    leaking = mean_gap(wrong, wrong_moved, follower)
+    misplaced = mean_gap(right, packed._run(wrong_positions, inputs, plan), rejected)
 
     for outputs in (padded, right):
         if not bool(torch.isfinite(outputs.log_probs).all()):
-            raise _Refused("log-probs are not finite")
+            raise Refused("log-probs are not finite")
     if misplaced == 0:
-        raise _Refused("it does not listen to position_ids")
+        raise Refused("it does not listen to position_ids")
     if leaking == 0:
-        raise _Refused("no answer feels what stands before it, so nothing can be told")
-    leak = _mean(right, moved, still)
+        raise Refused("no answer feels what stands before it, so nothing can be told")
+    leak = mean_gap(right, moved, still)
     if leak > bounds.leak * leaking:
-        raise _Refused(f"an answer moves by {leak:.2g} nats a token when another answer is changed")
+        raise Refused(f"an answer moves by {leak:.2g} nats a token when another answer is changed")
     mistake = min(misplaced, leaking)
-    error = _compare(sample, right, bounds, mistake)
+    error = compare(sample, right, bounds, mistake)
     if padded.aux_loss is not None:
         gap = float((padded.aux_loss - right.aux_loss).abs() / padded.aux_loss.abs().clamp(min=1e-6))
         if not gap < bounds.difference:
-            raise _Refused(f"the mixture's auxiliary loss differs by {gap:.1%} from the padded path's")
+            raise Refused(f"the mixture's auxiliary loss differs by {gap:.1%} from the padded path's")
     for sample in reference.long:
         right = packed._run(packed._plan(sample.inputs), sample.inputs)
-        error = max(error, _compare(sample, right, bounds, mistake))
+        error = max(error, compare(sample, right, bounds, mistake))
     if packed.attention == SEGMENTS:
         # The model's other calls, as for evaluation, keep the switch, and must not notice it either.
         for sample in (reference.short, *reference.long):
-            _compare(sample, packed.model(**sample.inputs), bounds, mistake)
+            compare(sample, packed.model(**sample.inputs), bounds, mistake)
     return error
-
-
-def _compare(sample: _Sample, outputs, bounds: _Bounds, mistake: float) -> float:
-    """Largest gap of log-probs to the padded path's; raise _Refused where a part of the answers is off by too much."""
-    gaps = _gaps(sample.padded, outputs)
-    largest = float(gaps[sample.scored].max())
-    if not largest <= bounds.nats:
-        raise _Refused(f"log-probs differ from the padded path's by up to {largest:.2g} nats")
-    noise = None if sample.shaken is None else _gaps(sample.padded, sample.shaken)
-    for name, part in {"answers": sample.scored, **_parts(sample.scored)}.items():
-        mean, share = float(gaps[part].mean()), bounds.difference * mistake
-        if not mean <= share and (noise is None or name == "answers"):
-            raise _Refused(f"log-probs of {name} differ from the padded path's by {mean:.2g} nats a token")
-        if noise is None:
-            continue
-        # Few tokens may happen to be rounded by little in one run, and by much in another.
-        rounding = max(float(noise[part].mean()), float(noise[sample.scored].mean()))
-        if not mean <= bounds.rounding * rounding * (1 + 2 / int(part.sum()) ** 0.5):
-            raise _Refused(
-                f"log-probs of {name} differ from the padded path's by {mean:.2g} nats a token, "
-                f"where rounding makes {rounding:.2g}"
-            )
-    return largest
-
-
-def _parts(scored: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The scored tokens in parts that are judged by themselves, as a mistake may show in one of them alone.
-
-    It hides at the seam, in a rejected answer, behind a window that a long answer leaves again, or at the very end.
-    """
-    place = scored.cumsum(1)
-    left = scored.sum(1, keepdim=True) - place
-    side = torch.arange(len(scored), device=scored.device)[:, None] < len(scored) // 2
-    first, end = place == 1, left < _END
-    early = ~first & (place <= _EARLY)
-    parts = {"answers' first tokens": first}
-    for name, rows in (("chosen answers", side), ("rejected answers", ~side)):
-        parts[f"the beginning of {name}"] = early & rows
-        parts[f"the middle of {name}"] = ~first & ~early & ~end & rows
-        parts[f"the end of {name}"] = end & rows
-    return {name: part & scored for name, part in parts.items() if bool((part & scored).any())}
-
-
-def _gaps(one, other) -> torch.Tensor:
-    return (one.log_probs.float() - other.log_probs.float()).abs()
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
-
-
-def _mean(one, other, where: torch.Tensor) -> float:
-    return float(_gaps(one, other)[where].mean())
 
 
 def _plain_causal(plan: PackingPlan) -> PackingPlan:
