@@ -38,8 +38,9 @@ def row(name: str, record: dict, target: str) -> str:
 def main() -> None:
     from .cases import cases
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=None, help="model folder; default: the embedded SmolLM2-135M-Instruct")
     parser.add_argument("--pairs", default="demo", help="pairs in HH-RLHF's or TRL's form: file, folder or hub name")
     parser.add_argument("--cases", nargs="*", default=None, help="names of cases; default: all but gpu-*")

@@ -47,9 +47,7 @@ def made_up_tokens(setting: Setting, count: int) -> list[dict[str, list[int]]]:
     def tokens(length):
         return torch.randint(5, 390, (length,), generator=generator).tolist()
 
-    return [
-        {"prompt_ids": tokens(prompt), "chosen_ids": tokens(answer), "rejected_ids": tokens(answer)} for _ in range(count)
-    ]
+    return [{"prompt_ids": tokens(prompt), "chosen_ids": tokens(answer), "rejected_ids": tokens(answer)} for _ in range(count)]
 
 
 def dataset_of(setting: Setting, count: int):
@@ -67,9 +65,15 @@ def model_of(setting: Setting, seed: int = 0, layers: int | None = None):
     hidden, mlp, all_layers, heads, kv_heads, vocabulary = SHAPES[setting.shape]
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers or all_layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=8192, dtype=setting.dtype,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers or all_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        dtype=setting.dtype,
+    )
     previous = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, setting.dtype))
     try:
@@ -85,17 +89,26 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
 
     on_gpu = torch.cuda.is_available()
     options = dict(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=setting.batch, max_length=setting.max_length,
-        gradient_checkpointing=setting.checkpointing, report_to="none", save_strategy="no", disable_tqdm=True,
-        bf16=on_gpu and setting.dtype == "bfloat16", use_cpu=not on_gpu, beta=0.1,
-        dataloader_pin_memory=on_gpu, precompute_ref_log_probs=False,
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=setting.batch,
+        max_length=setting.max_length,
+        gradient_checkpointing=setting.checkpointing,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        bf16=on_gpu and setting.dtype == "bfloat16",
+        use_cpu=not on_gpu,
+        beta=0.1,
+        dataloader_pin_memory=on_gpu,
+        precompute_ref_log_probs=False,
+    )
     if arm == "dpo":
         trainer_class, args = DPOTrainer, DPOConfig(**options)
     else:
         trainer_class = CPOConstrainedTrainer
-        args = CPOConstrainedConfig(**options, constraint="clip", prefix_sharing=arm == "packed",
-                                    check_reference=not setting.precomputed)  # made-up references are no start
+        args = CPOConstrainedConfig(
+            **options, constraint="clip", prefix_sharing=arm == "packed", check_reference=not setting.precomputed
+        )  # made-up references are no start
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(setting.model)
     # Given none, DPOTrainer would load one of another shape. Where it is precomputed and never runs, one layer will do.
@@ -108,9 +121,13 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trainer_class(
-            model=model_of(setting), ref_model=reference, args=args, processing_class=tokenizer, peft_config=lora,
+            model=model_of(setting),
+            ref_model=reference,
+            args=args,
+            processing_class=tokenizer,
+            peft_config=lora,
             train_dataset=dataset_of(setting, count),
-        )  # fmt: skip
+        )
     trainer.model.train()
     if setting.checkpointing:
         switch_on_checkpointing(trainer)

@@ -29,11 +29,25 @@ def trained(
 ) -> CPOConstrainedTrainer:
     """A trainer after the demo's recipe with this constraint; options go before the recipe's."""
     recipe = dict(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=256,
-        learning_rate=1e-3, per_device_train_batch_size=4, per_device_eval_batch_size=4, num_train_epochs=epochs,
-        logging_steps=10, save_strategy="no", report_to="none", disable_tqdm=True, beta=0.1, gamma=1.0, seed=seed,
-        prefix_sharing=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=256,
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        num_train_epochs=epochs,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        beta=0.1,
+        gamma=1.0,
+        seed=seed,
+        prefix_sharing=True,
+        dataloader_pin_memory=False,
+    )
     args = CPOConstrainedConfig(**recipe | options)
     trainer = CPOConstrainedTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
@@ -41,9 +55,7 @@ def trained(
         train_dataset=train,
         eval_dataset={"train": train, "test": test},
         processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM"
-        ),
+        peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM"),
     )
     trainer.train()
     return trainer
@@ -104,8 +116,9 @@ def measured(trainer: CPOConstrainedTrainer, prompts) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bound", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bound", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=None, help="model folder; default: the embedded SmolLM2-135M-Instruct")
     parser.add_argument("--epsilon", type=float, nargs="*", default=[], help="bounds on the mean violation, nats")
     parser.add_argument("--rate", type=float, nargs="*", default=[], help="bounds on the fraction of pairs violating")
@@ -133,8 +146,9 @@ def main() -> None:
         out.write_text(json.dumps([*(json.loads(out.read_text()) if out.exists() else []), record], indent=1) + "\n")
         print(
             f"{run}: violation {record['train_violation']:.2f} train, {record['test_violation']:.2f} held out; rate "
-            f"{record['train_violation_rate']:.3f}; KL {record['kl']:.2f}; λ {record['lambda'][-1:] or ''}", flush=True,
-        )  # fmt: skip
+            f"{record['train_violation_rate']:.3f}; KL {record['kl']:.2f}; λ {record['lambda'][-1:] or ''}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -196,8 +196,14 @@ def cases(model: str, pairs: str, batches: int, gpu_shape: str, max_length: int 
     for lora in (True, False):
         for name, made_up, length in (("long", (3, 1), 2048), ("short", (1, 1), 256)):
             setting = reduced(
-                base, shape=gpu_shape, lora=lora, dtype="bfloat16", made_up=made_up, precomputed=True,
-                max_length=length if gpu_shape != "tiny" else 64, checkpointing=True,
-            )  # fmt: skip
+                base,
+                shape=gpu_shape,
+                lora=lora,
+                dtype="bfloat16",
+                made_up=made_up,
+                precomputed=True,
+                max_length=length if gpu_shape != "tiny" else 64,
+                checkpointing=True,
+            )
             table[f"gpu-{'lora' if lora else 'full'}-{name}"] = (gpu, setting, "45 % of 788 TFLOP/s")
     return table

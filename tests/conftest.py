@@ -6,14 +6,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import random  # noqa: E402
-import shutil  # noqa: E402
+import random
+import shutil
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from datasets import Dataset, disable_progress_bars  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 disable_progress_bars()
@@ -22,10 +22,52 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_WORDS = (
-    "the a red blue quick slow fox hen river stone runs walks jumps over under near big small old new cup of tea "
-    "with salt and bread why how when do you like it yes no maybe never always seven three hills rain sun"
-).split()
+_WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "quick",
+    "slow",
+    "fox",
+    "hen",
+    "river",
+    "stone",
+    "runs",
+    "walks",
+    "jumps",
+    "over",
+    "under",
+    "near",
+    "big",
+    "small",
+    "old",
+    "new",
+    "cup",
+    "of",
+    "tea",
+    "with",
+    "salt",
+    "and",
+    "bread",
+    "why",
+    "how",
+    "when",
+    "do",
+    "you",
+    "like",
+    "it",
+    "yes",
+    "no",
+    "maybe",
+    "never",
+    "always",
+    "seven",
+    "three",
+    "hills",
+    "rain",
+    "sun",
+]
 
 
 def sentence(rng: random.Random, low: int, high: int) -> str:

@@ -1,6 +1,6 @@
 """Run by test_interruption.py in two processes: a training that is told to end; each process writes how it ended.
 
-    interrupt_together.py '{"model": ..., "folder": ..., "who": "one" | "launcher"}'
+interrupt_together.py '{"model": ..., "folder": ..., "who": "one" | "launcher"}'
 """
 
 import atexit

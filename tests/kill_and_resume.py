@@ -45,14 +45,12 @@ VARIANTS = [
     dict(constraint="lagrangian", epsilon=0.2, dual_lr=0.3, dual_max=5.0),
     dict(constraint="clip", lora=True, precompute_ref_log_probs=True),
     dict(constraint="penalty"),
-    dict(
-        constraint="lagrangian", epsilon=0.2, dual_lr=0.3, dual_max=5.0, precompute_ref_log_probs=True, balance_tokens=True
-    ),
+    dict(constraint="lagrangian", epsilon=0.2, dual_lr=0.3, dual_max=5.0, precompute_ref_log_probs=True, balance_tokens=True),
     dict(constraint="lagrangian", epsilon=0.2, dual_lr=0.3, dual_max=5.0, lora=True, eval_strategy="steps", eval_steps=4),
     dict(constraint="softplus", lora=True),
     dict(constraint="none", lora=True, precompute_ref_log_probs=True, eval_strategy="epoch"),
     dict(constraint="inverse_logp", sync_ref_model=True, ref_model_sync_steps=3),
-]  # fmt: skip
+]
 TIMINGS = ("_runtime", "_per_second")
 
 
@@ -128,10 +126,18 @@ def train(folder: Path, model: str, variant: dict, rank: int, trace: Trace) -> N
     # Not the usual zeros: policy and reference differ from the first step.
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     arguments = training_options(
-        folder / "run", max_steps=STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=3,
-        save_strategy="steps", save_steps=SAVE_STEPS, save_total_limit=KEPT, lr_scheduler_type="cosine", gamma=0.5,
+        folder / "run",
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        logging_steps=3,
+        save_strategy="steps",
+        save_steps=SAVE_STEPS,
+        save_total_limit=KEPT,
+        lr_scheduler_type="cosine",
+        gamma=0.5,
         dataloader_num_workers=0,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     trainer = CPOConstrainedTrainer(
         model=policy,
@@ -175,9 +181,13 @@ def start(folder: Path, model: str, variant: dict, processes: int) -> tuple[int,
             os.dup2(output, 2)
             if processes > 1:
                 os.environ.update(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
-                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                )  # fmt: skip
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(processes),
+                    LOCAL_WORLD_SIZE=str(processes),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                )
             warnings.simplefilter("ignore")
             train(folder, model, variant, rank, Trace(folder / "trace", rank))
             status = 0

@@ -14,12 +14,19 @@ def metrics_of(rows: np.ndarray, gamma: float, policy=("policy_chosen", "policy_
     chosen, rejected = column[policy[0]], column[policy[1]]
     gap, ref_gap = chosen - rejected, column["ref_chosen"] - column["ref_rejected"]
     values = {
-        "gap": gap, "ref_gap": ref_gap, "target": np.maximum(ref_gap, gamma), "prefers_chosen": gap > 0,
-        "beats_reference": gap > ref_gap, "in_undesirable_region": (gap < 0) & (gap > ref_gap),
-        "violation": np.maximum(0, gamma - gap), "violation_rate": gap < gamma, "reference_misaligned": ref_gap < 0,
-        "escaped": (ref_gap < 0) & (gap > 0), "chosen_logps_shift": chosen - column["ref_chosen"],
+        "gap": gap,
+        "ref_gap": ref_gap,
+        "target": np.maximum(ref_gap, gamma),
+        "prefers_chosen": gap > 0,
+        "beats_reference": gap > ref_gap,
+        "in_undesirable_region": (gap < 0) & (gap > ref_gap),
+        "violation": np.maximum(0, gamma - gap),
+        "violation_rate": gap < gamma,
+        "reference_misaligned": ref_gap < 0,
+        "escaped": (ref_gap < 0) & (gap > 0),
+        "chosen_logps_shift": chosen - column["ref_chosen"],
         "rejected_logps_shift": rejected - column["ref_rejected"],
-    }  # fmt: skip
+    }
     return {f"cpo/{name}": float(np.mean(value)) for name, value in values.items()}
 
 
@@ -33,9 +40,19 @@ def made_up_pairs(count: int, seed: int, scale: float = 40.0, other_start: bool 
 
 
 def make_run(
-    folder: str | Path, seed: int = 0, pairs: int = 60, steps: int = 60, every: int = 5, constraint: str = "clip", gamma: float = 1.0,
-    reduction: str = "sum", scale: float = 40.0, evaluate_every: int | None = None, other_start: bool = False, **config,
-) -> Path:  # fmt: skip
+    folder: str | Path,
+    seed: int = 0,
+    pairs: int = 60,
+    steps: int = 60,
+    every: int = 5,
+    constraint: str = "clip",
+    gamma: float = 1.0,
+    reduction: str = "sum",
+    scale: float = 40.0,
+    evaluate_every: int | None = None,
+    other_start: bool = False,
+    **config,
+) -> Path:
     """Writes log.jsonl, metrics.json and pairs.json of a finished run, and gives the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True)
@@ -73,18 +90,40 @@ def make_run(
     ]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = {
-        "output_dir": str(folder), "constraint": constraint, "gamma": gamma, "tau": 2.0, "beta": 0.1, "logps_reduction": reduction,
-        "learning_rate": 1e-3, "max_length": 512, "loss_type": ["sigmoid"], "seed": seed, "dual_signal": "violation", **config,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "constraint": constraint,
+        "gamma": gamma,
+        "tau": 2.0,
+        "beta": 0.1,
+        "logps_reduction": reduction,
+        "learning_rate": 1e-3,
+        "max_length": 512,
+        "loss_type": ["sigmoid"],
+        "seed": seed,
+        "dual_signal": "violation",
+        **config,
+    }
     record = {
-        "held_out_pairs": pairs, "before": {**evaluation(0), "step": 0}, "after": evaluation(steps), "seconds": 556.2,
-        "data": {"test": {"total": pairs, "kept": pairs}}, "pairs": {"dataset_name": "demo", "trained_on": 240},
-        "model": "demo", "seed": seed, "versions": {"python": "3.11.7", "trl-cpo": "0.1.0", "trl": "1.16.0"}, "config": settings,
-    }  # fmt: skip
+        "held_out_pairs": pairs,
+        "before": {**evaluation(0), "step": 0},
+        "after": evaluation(steps),
+        "seconds": 556.2,
+        "data": {"test": {"total": pairs, "kept": pairs}},
+        "pairs": {"dataset_name": "demo", "trained_on": 240},
+        "model": "demo",
+        "seed": seed,
+        "versions": {"python": "3.11.7", "trl-cpo": "0.1.0", "trl": "1.16.0"},
+        "config": settings,
+    }
     (folder / "metrics.json").write_text(json.dumps(record, indent=1))
     table = {
-        "reduction": reduction, "gamma": gamma, "beta": 0.1, "constraint": constraint, "split": "test", "columns": COLUMNS,
+        "reduction": reduction,
+        "gamma": gamma,
+        "beta": 0.1,
+        "constraint": constraint,
+        "split": "test",
+        "columns": COLUMNS,
         "rows": rows.tolist(),
-    }  # fmt: skip
+    }
     (folder / "pairs.json").write_text(json.dumps(table))
     return folder

@@ -64,9 +64,7 @@ with torch.no_grad():
 seen = {
     "start": train("start", another_reference_on_process_1, {"precompute_ref_log_probs": True}),
     "nan": train("nan", a_token_without_numbers_on_process_0, {}, model=broken, ref_model=make_model(1)),
-    "gradient": train(
-        "gradient", a_gradient_without_numbers_on_process_1, {"save_strategy": "steps", "save_steps": 1}
-    ),
+    "gradient": train("gradient", a_gradient_without_numbers_on_process_1, {"save_strategy": "steps", "save_steps": 1}),
 }
 seen["processes"] = seen["start"]["processes"]
 with open(os.path.join(JOB["folder"], f"stopped{RANK}.json"), "w") as file:

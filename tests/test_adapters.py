@@ -43,9 +43,12 @@ def test_an_adapter_from_training_to_merging(tmp_path, tokenizer, wide_model, qu
     def train(folder, model, **more):
         options = training_options(tmp_path / folder, learning_rate=2e-2, max_steps=2)
         trainer = CPOConstrainedTrainer(
-            model=model, args=CPOConstrainedConfig(**options, constraint="clip", gamma=1.0),
-            processing_class=tokenizer, train_dataset=pairs_dataset(), **more,
-        )  # fmt: skip
+            model=model,
+            args=CPOConstrainedConfig(**options, constraint="clip", gamma=1.0),
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
+            **more,
+        )
         before = base_weights(trainer.model)
         trainer.train()
         after = base_weights(trainer.model)

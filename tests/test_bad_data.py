@@ -33,9 +33,11 @@ def make(tmp_path, tokenizer):
     def build(options=None, **arguments):
         args = CPOConstrainedConfig(**training_options(tmp_path / "out", **{"beta": BETA, **(options or {})}))
         defaults = dict(
-            model=make_model(tie_word_embeddings=False), ref_model=make_model(1, tie_word_embeddings=False),
-            processing_class=tokenizer, train_dataset=pairs_dataset(12),
-        )  # fmt: skip
+            model=make_model(tie_word_embeddings=False),
+            ref_model=make_model(1, tie_word_embeddings=False),
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(12),
+        )
         return CPOConstrainedTrainer(args=args, **{**defaults, **arguments})
 
     return build
@@ -80,9 +82,13 @@ def test_dpo_trainer_itself_goes_on_and_logs_numbers(tmp_path, tokenizer):
     """What the stop is for: the day this fails, DPOTrainer has learned it."""
     args = DPOConfig(**training_options(tmp_path, max_steps=4, logging_steps=2))
     trainer = DPOTrainer(
-        model=make_model(), ref_model=make_model(1), args=args, processing_class=tokenizer,
-        train_dataset=pairs_dataset(12), callbacks=[AtStep(3, poison)],
-    )  # fmt: skip
+        model=make_model(),
+        ref_model=make_model(1),
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(12),
+        callbacks=[AtStep(3, poison)],
+    )
     trainer.train()
     losses = [float(log["loss"]) for log in trainer.state.log_history if "loss" in log]
     assert len(losses) == 2 and all(loss == loss for loss in losses)
@@ -228,9 +234,7 @@ def collated(rows, max_length, keep):
 
 
 ids = st.lists(st.integers(2, 4), max_size=5)
-rows = st.lists(
-    st.fixed_dictionaries({"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}), min_size=1, max_size=6
-)
+rows = st.lists(st.fixed_dictionaries({"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}), min_size=1, max_size=6)
 
 
 @settings(max_examples=120, deadline=None)
@@ -282,7 +286,9 @@ def test_preparation_counts_them_once_and_says_which_and_why(make, tokenizer):
 def test_answers_without_a_scored_token(make, tokenizer):
     """With keep_end and an answer of one token, what stays is that token alone, with nothing before it to predict it."""
     options = {"max_length": 1, "truncation_mode": "keep_end"}
-    with pytest.warns(UserWarning, match=r"12 have an answer without a scored token, after truncation \(rows 0, 1, 2, 3, 4, …\)"):
+    with pytest.warns(
+        UserWarning, match=r"12 have an answer without a scored token, after truncation \(rows 0, 1, 2, 3, 4, …\)"
+    ):
         make(options)
 
 
@@ -350,9 +356,12 @@ def test_without_a_constraint_bad_rows_train_as_in_dpo(tmp_path, tokenizer):
     for trainer_class, config in ((DPOTrainer, DPOConfig), (CPOConstrainedTrainer, CPOConstrainedConfig)):
         torch.manual_seed(0)
         trainer = trainer_class(
-            model=make_model(), ref_model=make_model(1), args=config(**training_options(tmp_path / config.__name__)),
-            processing_class=tokenizer, train_dataset=with_bad_rows(tokenizer),
-        )  # fmt: skip
+            model=make_model(),
+            ref_model=make_model(1),
+            args=config(**training_options(tmp_path / config.__name__)),
+            processing_class=tokenizer,
+            train_dataset=with_bad_rows(tokenizer),
+        )
         trainer.train()
         weights.append(copy.deepcopy(trainer.model.state_dict()))
         counted = sum(log.get("cpo/incomparable_pairs", 0) for log in trainer.state.log_history)

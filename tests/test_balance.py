@@ -55,7 +55,7 @@ def test_dealing_is_even(costs, groups):
     assert {len(group) for group in dealt} == {len(costs) // groups}
     sums = [sum(costs[i] for i in group) for group in dealt]
     assert sums == sorted(sums, reverse=True)
-    shuffled = [sum(costs[i :: groups]) for i in range(groups)]
+    shuffled = [sum(costs[i::groups]) for i in range(groups)]
     assert max(sums) <= max(max(shuffled), max(costs) + sum(costs) / groups)
 
 
@@ -168,9 +168,7 @@ def test_the_cost_of_a_pair_is_what_is_computed_of_it(lengths, limit, keep):
 @pytest.mark.parametrize("keep", ["keep_start", "keep_end"])
 def test_the_trainer_counts_pairs_as_they_are_cut(tmp_path, tokenizer, model_folder, keep):
     args = CPOConstrainedConfig(**training_options(tmp_path, max_length=32, truncation_mode=keep), tokens_per_step=500)
-    trainer = CPOConstrainedTrainer(
-        model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset()
-    )
+    trainer = CPOConstrainedTrainer(model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset())
     rows = [token_rows(*lengths) for lengths in [(3, 4, 5), (28, 5, 9), (28, 9, 9), (30, 1, 6), (2, 40, 35)]]
     assert trainer._costs(Dataset.from_list(rows)) == [tokens_run(row, 32, keep) for row in rows]
 
@@ -178,14 +176,17 @@ def test_the_trainer_counts_pairs_as_they_are_cut(tmp_path, tokenizer, model_fol
 def train(tmp_path, tokenizer, model_folder, checkpoint=None, **options):
     args = CPOConstrainedConfig(
         **training_options(
-            tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=6, save_strategy="steps",
-            save_steps=4, learning_rate=1e-3,
+            tmp_path,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=3,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=4,
+            learning_rate=1e-3,
         ),
         **options,
-    )  # fmt: skip
-    trainer = CPOConstrainedTrainer(
-        model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset(24)
     )
+    trainer = CPOConstrainedTrainer(model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset(24))
     seen, original = [], trainer.compute_loss
 
     def recorded(model, inputs, **kwargs):
@@ -213,7 +214,7 @@ def test_training_under_a_budget_goes_on_with_the_rest_and_ends_the_same(tmp_pat
     whole, seen = train(tmp_path, tokenizer, model_folder, **options)
     rest, seen_after = train(tmp_path, tokenizer, model_folder, tmp_path / "checkpoint-4", **options)
     steps = whole._order.steps
-    assert len(seen) == 18 and seen_after == seen[12:] and 4 < steps, "an epoch longer than four steps"
+    assert len(seen) == 18 and seen_after == seen[12:] and steps > 4, "an epoch longer than four steps"
     assert len({len(rows) for rows in seen}) > 1, "steps of different sizes"
     for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -223,10 +224,15 @@ def test_the_losses_of_an_epoch_under_a_budget_have_the_mean_over_pairs(tmp_path
     """With a learning rate of 0, the logged losses average to the mean over the pairs that the epoch held."""
     args = CPOConstrainedConfig(
         **training_options(tmp_path, gradient_accumulation_steps=2, learning_rate=0.0, num_train_epochs=1, max_steps=-1),
-        constraint="penalty", gamma=5.0, penalty_weight=0.1, tokens_per_step=180,
-    )  # fmt: skip
+        constraint="penalty",
+        gamma=5.0,
+        penalty_weight=0.1,
+        tokens_per_step=180,
+    )
     dataset = pairs_dataset(24)
-    trainer = CPOConstrainedTrainer(model=model_folder, args=args, processing_class=tokenizer, train_dataset=dataset, eval_dataset=dataset)
+    trainer = CPOConstrainedTrainer(
+        model=model_folder, args=args, processing_class=tokenizer, train_dataset=dataset, eval_dataset=dataset
+    )
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == trainer._order.steps == len(trainer.get_train_dataloader()) / 2
@@ -257,7 +263,9 @@ def test_evaluation_under_a_budget_weighs_nothing(tmp_path, tokenizer, model_fol
 def test_lengths_known_beforehand_are_needed(tmp_path, tokenizer, model_folder, option):
     args = CPOConstrainedConfig(**training_options(tmp_path), **option)
     stream = IterableDataset.from_generator(lambda: iter(pairs_dataset().to_list()))
-    with pytest.raises(ValueError, match=f"{next(iter(option))} needs the lengths of all pairs beforehand, got IterableDataset"):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(option))} needs the lengths of all pairs beforehand, got IterableDataset"
+    ):
         CPOConstrainedTrainer(model=model_folder, args=args, processing_class=tokenizer, train_dataset=stream)
 
 
@@ -287,8 +295,13 @@ def test_every_pair_moves_the_multiplier_alike(tmp_path, tokenizer, model_folder
         **training_options(
             tmp_path, learning_rate=0.0, num_train_epochs=1, max_steps=-1, gradient_accumulation_steps=accumulation
         ),
-        constraint="lagrangian", gamma=40.0, epsilon=1.0, dual_lr=1e-3, dual_max=10.0, tokens_per_step=tokens,
-    )  # fmt: skip
+        constraint="lagrangian",
+        gamma=40.0,
+        epsilon=1.0,
+        dual_lr=1e-3,
+        dual_max=10.0,
+        tokens_per_step=tokens,
+    )
     dataset = pairs_dataset(24)
     trainer = CPOConstrainedTrainer(
         model=model_folder, args=args, processing_class=tokenizer, train_dataset=dataset, eval_dataset=dataset

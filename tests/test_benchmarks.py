@@ -47,8 +47,8 @@ def test_what_a_bound_costs_is_measured(model_folder):
     """KL is nothing before training and something after; the violations are those of the final weights."""
     sys.path.insert(0, str(ROOT))
     import torch
-    from benchmarks.bound import kl_paid, measured, tokens_of, trained
 
+    from benchmarks.bound import kl_paid, measured, tokens_of, trained
     from trl_cpo.sources import load_pairs, to_conversational
 
     train, test = (to_conversational(load_pairs("demo", split))[0].select(range(8)) for split in ("train", "test"))
@@ -131,7 +131,10 @@ def test_useful_operations_of_a_dense_layer_by_hand():
 
 def test_an_unknown_case_is_named(tmp_path, model_folder):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--model", model_folder, "--cases", "packd"], cwd=ROOT,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-m", "benchmarks", "--model", model_folder, "--cases", "packd"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 2 and "no case packd; there are constraint-cost" in done.stderr

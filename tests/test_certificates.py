@@ -21,9 +21,18 @@ from trl_cpo.pairs import PairLogps
 from trl_cpo.run.record import COLUMNS, pairs_document
 
 CONFIG = {
-    "constraint": "clip", "beta": 0.5, "gamma": 1.0, "logps_reduction": "sum", "loss_type": ["sigmoid"], "tau": 2.0,
-    "alpha": 1.0, "label_smoothing": 0.0, "use_weighting": False, "f_divergence_type": "reverse_kl", "ld_alpha": None,
-}  # fmt: skip
+    "constraint": "clip",
+    "beta": 0.5,
+    "gamma": 1.0,
+    "logps_reduction": "sum",
+    "loss_type": ["sigmoid"],
+    "tau": 2.0,
+    "alpha": 1.0,
+    "label_smoothing": 0.0,
+    "use_weighting": False,
+    "f_divergence_type": "reverse_kl",
+    "ld_alpha": None,
+}
 
 
 def contents(rows, *, split="test", after=None, **config):
@@ -79,10 +88,14 @@ def random_run(rng):
     """Rows and configuration of a random case: ordinary, extreme, and on the boundary by construction."""
     gamma = rng.choice([0.0, 1.0, rng.uniform(0, 5), 1e-300, 0.1, 1e6])
     config = {
-        "constraint": rng.choice([name for name in CONSTRAINTS]), "beta": rng.choice([0.1, 2.5, rng.uniform(1e-4, 30)]),
-        "gamma": gamma, "tau": rng.uniform(0.1, 50), "alpha": rng.choice([1.0, 0.25, 3.0]), "logps_reduction": "mean",
+        "constraint": rng.choice([name for name in CONSTRAINTS]),
+        "beta": rng.choice([0.1, 2.5, rng.uniform(1e-4, 30)]),
+        "gamma": gamma,
+        "tau": rng.uniform(0.1, 50),
+        "alpha": rng.choice([1.0, 0.25, 3.0]),
+        "logps_reduction": "mean",
         "loss_type": ["sigmoid_norm"],
-    }  # fmt: skip
+    }
     scale = rng.choice([1e-9, 0.1, 1.0, 10.0, 1e4])
     rows = []
     for _ in range(rng.randint(1, 9)):
@@ -147,11 +160,15 @@ def test_the_population_is_covered():
     for count in (1, 2, 5, 13, 30):
         shares = [
             document(
-                kind="held_out", gamma=0.0, at_least=0.0, subject={"reduction": "sum"},
-                numbers={"pairs": count, "meeting": meeting}, files={},
+                kind="held_out",
+                gamma=0.0,
+                at_least=0.0,
+                subject={"reduction": "sum"},
+                numbers={"pairs": count, "meeting": meeting},
+                files={},
             )["certified_share"]
             for meeting in range(count + 1)
-        ]  # fmt: skip
+        ]
         assert shares[0] == 0 and shares == sorted(shares)
         assert shares[-1] == pytest.approx(0.05 ** (1 / count), rel=1e-12)
         for p in [step / 200 for step in range(1, 200)] + [share - 1e-9 for share in shares[1:]]:
@@ -271,7 +288,10 @@ REFUSED = {
     "stale": (dict(after={"eval_cpo/gap": 40.0}), r"mean gap is 0.625 nats in pairs.json and 40 in metrics.json"),
 }
 REFUSED_LOSS = {
-    **{name: (dict(loss_type=[name]), "Only the loss") for name in ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "ipo", "hinge")},
+    **{
+        name: (dict(loss_type=[name]), "Only the loss")
+        for name in ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "ipo", "hinge")
+    },
     "mix": (dict(loss_type=["sigmoid", "sft"]), "Only the loss"),
     "reductions": (dict(loss_type=["sigmoid_norm"]), "sigmoid of sums, or sigmoid_norm of means"),
     "smoothing": (dict(label_smoothing=0.1), r"not −log σ\(β\(δ_θ − t\)\) alone: \{'label_smoothing': 0.1\}"),
@@ -340,10 +360,13 @@ def test_metrics_that_prove_nothing_are_refused(tmp_path, after, options, messag
 def test_what_is_no_certificate_is_refused(run):
     made = certify_run(run)
     for forged, message in (
-        ([], "no certificate"), ({}, "no certificate"), ({**made, "format": 2}, "format 2; this version reads format 1"),
-        ({**made, "asked": {}}, "lacks gamma, at_least, confidence"), ({**made, "evidence": 3}, "lacks numbers, files"),
+        ([], "no certificate"),
+        ({}, "no certificate"),
+        ({**made, "format": 2}, "format 2; this version reads format 1"),
+        ({**made, "asked": {}}, "lacks gamma, at_least, confidence"),
+        ({**made, "evidence": 3}, "lacks numbers, files"),
         ({**made, "kind": "none"}, "kind must be one of"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(CertificateError, match=message):
             check(forged)
 
@@ -355,10 +378,13 @@ def test_what_is_no_certificate_is_refused(run):
 def test_the_loss_is_the_trainers_own(tmp_path, tokenizer, settings):
     """The mean loss certified is the eval_loss of one process whose batches are all full; and the count is its metric."""
     trainer = CPOConstrainedTrainer(
-        model=make_model(), ref_model=make_model(7), processing_class=tokenizer,
+        model=make_model(),
+        ref_model=make_model(7),
+        processing_class=tokenizer,
         args=CPOConstrainedConfig(**training_options(tmp_path / "out"), **settings),
-        train_dataset=pairs_dataset(8), eval_dataset=pairs_dataset(8, seed=1),
-    )  # fmt: skip
+        train_dataset=pairs_dataset(8),
+        eval_dataset=pairs_dataset(8, seed=1),
+    )
     after = trainer.evaluate()
     config = trainer.args.to_dict()
     told = {name: config[name] for name in ("gamma", "beta", "constraint")}
@@ -384,17 +410,24 @@ def test_pairs_that_compare_no_two_answers_do_not_meet_gamma(tmp_path, tokenizer
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of these very rows
         trainer = CPOConstrainedTrainer(
-            model=make_model(), ref_model=make_model(7), processing_class=tokenizer,
+            model=make_model(),
+            ref_model=make_model(7),
+            processing_class=tokenizer,
             args=CPOConstrainedConfig(**training_options(tmp_path / "out"), constraint="clip"),
-            train_dataset=pairs_dataset(8), eval_dataset=Dataset.from_list(rows),
-        )  # fmt: skip
+            train_dataset=pairs_dataset(8),
+            eval_dataset=Dataset.from_list(rows),
+        )
     after = trainer.evaluate()
     config = trainer.args.to_dict()
     told = {name: config[name] for name in ("gamma", "beta", "constraint")}
     made = pairs_document(
-        trainer.evaluated_pairs["eval"], comparable=trainer.evaluated_comparable["eval"], reduction="sum", split="test",
-        start_is_reference=False, **told,
-    )  # fmt: skip
+        trainer.evaluated_pairs["eval"],
+        comparable=trainer.evaluated_comparable["eval"],
+        reduction="sum",
+        split="test",
+        start_is_reference=False,
+        **told,
+    )
     assert after["eval_cpo/incomparable_pairs"] == 1 and len(made["rows"]) == 5 and made["left_out"] == 1
     folder = tmp_path / "run"
     folder.mkdir()
@@ -441,7 +474,10 @@ def test_the_command(run, tmp_path, capsys):
         (["RUN", "--evidence", "RUN"], "--evidence goes with --check"),
         (["RUN", "--dataset", "d", "--batch-size", "2"], "--dataset goes with --model; --batch-size goes with --model"),
         (["--model", "m"], "--model needs --dataset; --model needs --gamma; --model needs --scores"),
-        (["--model", "m", "--dataset", "d", "--gamma", "1", "--scores", "s", "--max-pairs", "0"], "--max-pairs must be >= 1; got 0"),
+        (
+            ["--model", "m", "--dataset", "d", "--gamma", "1", "--scores", "s", "--max-pairs", "0"],
+            "--max-pairs must be >= 1; got 0",
+        ),
         (["--check", "nowhere.json"], "cannot be read"),
         (["RUN", "--gamma", "nan"], "gamma must be a finite number"),
         (["RUN", "--out", "nowhere/c.json"], "lies in no folder"),

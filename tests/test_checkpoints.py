@@ -66,9 +66,13 @@ def no_model_cards(monkeypatch):
 def trainer_of(folder, model, tokenizer, *, lora=False, stop=None, plain=False, callbacks=(), data=None, **options):
     """An epoch of three steps and one step more, saved every second step and logged every third."""
     defaults = dict(
-        max_steps=4, per_device_train_batch_size=2, save_strategy="steps", save_steps=2, logging_steps=3,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        save_strategy="steps",
+        save_steps=2,
+        logging_steps=3,
         lr_scheduler_type="cosine",
-    )  # fmt: skip
+    )
     if not plain:
         defaults["gamma"] = 0.5
     torch.manual_seed(0)
@@ -438,14 +442,19 @@ def no_weights(folder: Path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (break_nothing, None), (half_weights, "model.safetensors has 5 bytes and not 10"),
-        (no_optimizer, "optimizer.pt is missing"), (torn_state, "trainer_state.json cannot be read"),
-        (no_state, "has no trainer_state.json"), (torn_own_state, "trl_cpo_state.json cannot be read"),
+        (break_nothing, None),
+        (half_weights, "model.safetensors has 5 bytes and not 10"),
+        (no_optimizer, "optimizer.pt is missing"),
+        (torn_state, "trainer_state.json cannot be read"),
+        (no_state, "has no trainer_state.json"),
+        (torn_own_state, "trl_cpo_state.json cannot be read"),
         (torn_into_depth, "trainer_state.json cannot be read"),
-        (of_another_format, "has the format None, and this version of trl-cpo reads 1"), (no_weights, "holds no weights"), (shutil.rmtree, "no such folder"),
+        (of_another_format, "has the format None, and this version of trl-cpo reads 1"),
+        (no_weights, "holds no weights"),
+        (shutil.rmtree, "no such folder"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
-)  # fmt: skip
+)
 def test_what_is_not_whole_is_seen_and_not_picked(tmp_path, damage, words):
     for step in (2, 10):
         folder = fake_checkpoint(tmp_path, step)
@@ -507,10 +516,19 @@ def test_the_best_checkpoint_is_named_where_it_is(tmp_path, tokenizer, small_mod
     for plain in (True, False):
         folder = tmp_path / ("plain" if plain else "ours")
         trainer = trainer_of(
-            folder, small_model, tokenizer, plain=plain, eval_strategy="steps", eval_steps=2, save_total_limit=1,
-            load_best_model_at_end=True, metric_for_best_model="eval_rewards/margins", greater_is_better=False,
-            max_steps=6, **({} if plain else {"constraint": "none"}),
-        )  # fmt: skip
+            folder,
+            small_model,
+            tokenizer,
+            plain=plain,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_rewards/margins",
+            greater_is_better=False,
+            max_steps=6,
+            **({} if plain else {"constraint": "none"}),
+        )
         trainer.train()
         assert trainer.state.best_model_checkpoint == str(folder / f"checkpoint-{trainer.state.best_global_step}")
         named = {}
@@ -538,8 +556,10 @@ def test_the_old_checkpoint_goes_when_the_new_one_is_in_place(tmp_path, tokenize
     monkeypatch.setattr(checkpoints, "remove", seen(remove))
     trainer_of(tmp_path, small_model, tokenizer, constraint="clip", save_total_limit=1).train()
     assert there == [
-        ("publish",), ("publish", "checkpoint-2"), ("remove", "checkpoint-2", "checkpoint-4"),
-    ]  # fmt: skip
+        ("publish",),
+        ("publish", "checkpoint-2"),
+        ("remove", "checkpoint-2", "checkpoint-4"),
+    ]
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-4"]
 
 
@@ -720,9 +740,11 @@ def test_counters_of_two_processes_go_to_as_many_or_to_others(processes, index, 
     shared = {"loss_logged": 7.0, "last_logged_step": 3, "first_step": 0, "tokens": 9, "training": True}
     saved = [{"loss": x, "metrics": {"entropy": [x, 2.0]}, **shared} for x in (1.0, 4.0)]
     trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(num_processes=processes, process_index=index), model=torch.nn.Linear(1, 1).eval(),
-        _tr_loss=torch.tensor(0.0), _metrics={"train": {"old": [1.0]}},
-    )  # fmt: skip
+        accelerator=SimpleNamespace(num_processes=processes, process_index=index),
+        model=torch.nn.Linear(1, 1).eval(),
+        _tr_loss=torch.tensor(0.0),
+        _metrics={"train": {"old": [1.0]}},
+    )
     _trl.load_loop_state(trainer, saved)
     assert trainer._tr_loss.item() == loss and trainer.model.training
     assert trainer._metrics["train"] == {"entropy": [4.0 if (processes, index) == (2, 1) else 1.0, 2.0]}

@@ -103,7 +103,9 @@ def test_exit_codes(monkeypatch, capsys):
         def run(options):
             if options.how in ("0", "1"):
                 return int(options.how)
-            raise {"user": UserError("wrong.\nNext: trl-cpo end"), "stop": KeyboardInterrupt, "bug": ZeroDivisionError("x")}[options.how]
+            raise {"user": UserError("wrong.\nNext: trl-cpo end"), "stop": KeyboardInterrupt, "bug": ZeroDivisionError("x")}[
+                options.how
+            ]
 
     monkeypatch.setitem(COMMANDS, "end", "end")
     monkeypatch.setitem(sys.modules, "trl_cpo.cli.end", Ending)
@@ -172,7 +174,11 @@ class TestRecipes:
         monkeypatch.chdir(tmp_path)
         text = recipe("demo").file.read_text()
         (tmp_path / "folder").mkdir()
-        for arguments, file in ((["demo"], "demo.yaml"), (["demo", "mine.yaml"], "mine.yaml"), (["demo", "folder"], "folder/demo.yaml")):
+        for arguments, file in (
+            (["demo"], "demo.yaml"),
+            (["demo", "mine.yaml"], "mine.yaml"),
+            (["demo", "folder"], "folder/demo.yaml"),
+        ):
             assert main(["recipes", "copy", *arguments]) == 0
             assert capsys.readouterr().out == f"{file}\n" and (tmp_path / file).read_text() == text
 

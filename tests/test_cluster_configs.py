@@ -21,8 +21,8 @@ YAML = sorted(path.name for path in FOLDER.glob("*.yaml"))
 
 def test_the_folder_is_whole():
     stages = ["zero1", "zero2", "zero3", "zero3_offload"]
-    assert JSON == [f"{name}.json" for name in stages]
-    assert YAML == sorted(f"{name}.yaml" for name in ["ddp", "fsdp2", *stages])
+    assert [f"{name}.json" for name in stages] == JSON
+    assert sorted(f"{name}.yaml" for name in ["ddp", "fsdp2", *stages]) == YAML
     text = (FOLDER / "README.md").read_text()
     for name in JSON + YAML:
         assert f"`{name}`" in text, name
@@ -79,10 +79,23 @@ def forgotten():
 
 def arguments(**more) -> SimpleNamespace:
     return SimpleNamespace(
-        world_size=2, per_device_train_batch_size=3, gradient_accumulation_steps=5, max_grad_norm=0.7, learning_rate=1e-6,
-        adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, weight_decay=0.0, save_on_each_node=False,
-        fp16=False, fp16_full_eval=False, bf16=True, bf16_full_eval=False, get_warmup_steps=lambda steps: 0, **more,
-    )  # fmt: skip
+        world_size=2,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=5,
+        max_grad_norm=0.7,
+        learning_rate=1e-6,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        weight_decay=0.0,
+        save_on_each_node=False,
+        fp16=False,
+        fp16_full_eval=False,
+        bf16=True,
+        bf16_full_eval=False,
+        get_warmup_steps=lambda steps: 0,
+        **more,
+    )
 
 
 @pytest.mark.parametrize("name", JSON)

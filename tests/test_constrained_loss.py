@@ -49,11 +49,7 @@ def log_probs_by_hand(model, inputs, ld_alpha=None):
     for r, positions in enumerate(answers):
         shorter = min(len(positions), len(answers[(r + count // 2) % count]))
         weights = [1.0 if ld_alpha is None or i < shorter else ld_alpha for i in range(len(positions))]
-        sums.append(
-            sum(
-                w * rows[r, t - 1, inputs["input_ids"][r, t]].item() for w, t in zip(weights, positions, strict=True)
-            )
-        )
+        sums.append(sum(w * rows[r, t - 1, inputs["input_ids"][r, t]].item() for w, t in zip(weights, positions, strict=True)))
     return sums, [len(positions) for positions in answers]
 
 
@@ -92,9 +88,7 @@ def pair_loss_by_hand(loss_type, z):
     if loss_type == "robust":
         return (-(1 - SMOOTHING) * log_sigmoid(x) + SMOOTHING * log_sigmoid(-x)) / (1 - 2 * SMOOTHING)
     if loss_type == "exo_pair":
-        return sigmoid(x) * (log_sigmoid(x) - math.log(1 - SMOOTHING)) + sigmoid(-x) * (
-            log_sigmoid(-x) - math.log(SMOOTHING)
-        )
+        return sigmoid(x) * (log_sigmoid(x) - math.log(1 - SMOOTHING)) + sigmoid(-x) * (log_sigmoid(-x) - math.log(SMOOTHING))
     if loss_type == "discopop":
         blend = sigmoid(x / 0.05)
         return -log_sigmoid(x) * (1 - blend) + math.exp(-x) * blend
@@ -144,10 +138,16 @@ CASES = [
 @pytest.mark.parametrize("name, reduction, loss_type", CASES)
 def test_loss(tmp_path, tokenizer, model_folder, ref_model_folder, name, reduction, loss_type, sharing):
     trainer = make_trainer(
-        tmp_path, tokenizer, model_folder, ref_model_folder, constraint=name, logps_reduction=reduction,
+        tmp_path,
+        tokenizer,
+        model_folder,
+        ref_model_folder,
+        constraint=name,
+        logps_reduction=reduction,
         prefix_sharing=sharing,
-        loss_type=[loss_type], label_smoothing=SMOOTHING if loss_type in ("robust", "exo_pair", "aot") else 0.0,
-    )  # fmt: skip
+        loss_type=[loss_type],
+        label_smoothing=SMOOTHING if loss_type in ("robust", "exo_pair", "aot") else 0.0,
+    )
     inputs = a_batch(trainer)
     expected = loss_by_hand(trainer, inputs, loss_type)
     assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, rel=2e-5, abs=2e-5)
@@ -164,9 +164,7 @@ def test_length_desensitised_log_probabilities_are_what_the_constraint_sees(
 
 
 @pytest.mark.parametrize("name", ["clip", "penalty"])
-def test_weights_and_mixes_act_on_the_preference_loss_alone(
-    tmp_path, tokenizer, model_folder, ref_model_folder, name
-):
+def test_weights_and_mixes_act_on_the_preference_loss_alone(tmp_path, tokenizer, model_folder, ref_model_folder, name):
     """loss_weights: Σ w_k L_k + penalty. WPO: the pair's weight multiplies its loss at the target, not the penalty."""
 
     def loss(**options):
@@ -238,9 +236,14 @@ def test_rewards_keep_dpos_meaning(tmp_path, tokenizer, model_folder, ref_model_
     logged = {}
     for constraint in ("none", name):
         trainer = make_trainer(
-            tmp_path, tokenizer, model_folder, ref_model_folder, constraint=constraint, logps_reduction=reduction,
+            tmp_path,
+            tokenizer,
+            model_folder,
+            ref_model_folder,
+            constraint=constraint,
+            logps_reduction=reduction,
             prefix_sharing=False,
-        )  # fmt: skip
+        )
         trainer.model.train()
         trainer.compute_loss(trainer.model, a_batch(trainer))
         logged[constraint] = {k: v[-1] for k, v in trainer._metrics["train"].items()}
@@ -295,9 +298,7 @@ def test_precomputed_values_are_not_taken_for_those_of_other_settings(tmp_path, 
     pairs_dataset().to_json(tmp_path / "pairs.jsonl")
 
     def precomputed(trainer_class, config_class, number, **options):
-        args = config_class(
-            **training_options(tmp_path / number, precompute_ref_log_probs=True, max_length=None, **options)
-        )
+        args = config_class(**training_options(tmp_path / number, precompute_ref_log_probs=True, max_length=None, **options))
         dataset = load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), split="train")
         trainer = trainer_class(model=model_folder, args=args, processing_class=tokenizer, train_dataset=dataset)
         return torch.tensor(trainer.train_dataset["ref_chosen_logps"][:])
@@ -349,9 +350,14 @@ def through_the_trainer(trainer, name, knobs, logps, dtype):
 @pytest.fixture
 def one_token_trainer(tmp_path, tokenizer, model_folder, ref_model_folder):
     return make_trainer(
-        tmp_path, tokenizer, model_folder, ref_model_folder, constraint="none", logps_reduction="mean",
+        tmp_path,
+        tokenizer,
+        model_folder,
+        ref_model_folder,
+        constraint="none",
+        logps_reduction="mean",
         prefix_sharing=False,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN[0]["expect"]))
@@ -379,9 +385,12 @@ def test_extremes_through_the_trainer(one_token_trainer, name, dtype):
 
 def test_the_seam_notices_a_loss_that_calls_the_model_twice(tmp_path, tokenizer, model_folder, monkeypatch):
     trainer = CPOConstrainedTrainer(
-        model=make_model(), ref_model=make_model(1), args=CPOConstrainedConfig(**training_options(tmp_path)),
-        processing_class=tokenizer, train_dataset=pairs_dataset(),
-    )  # fmt: skip
+        model=make_model(),
+        ref_model=make_model(1),
+        args=CPOConstrainedConfig(**training_options(tmp_path)),
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
+    )
     original = DPOTrainer._compute_loss
 
     def twice(self, model, inputs, return_outputs):

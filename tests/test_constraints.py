@@ -59,9 +59,7 @@ def test_gradients_are_those_of_the_formula(name):
     def loss(chosen, rejected):
         return total_loss(CONSTRAINTS[name], PairLogps(chosen, rejected, *ref), KNOBS)
 
-    policy = [
-        torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([-1.0, -2.5, -2.0], [-1.9, -1.0, -2.05])
-    ]
+    policy = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([-1.0, -2.5, -2.0], [-1.9, -1.0, -2.05])]
     assert torch.autograd.gradcheck(loss, policy)
 
 
@@ -126,8 +124,12 @@ positive = st.floats(0.015625, 100.0, width=32)
 
 
 @settings(max_examples=500, deadline=None)
-@given(ref=st.lists(st.tuples(logps, logps), min_size=1, max_size=8), gamma=st.floats(0, 1e3, width=32), tau=positive,
-       alpha=st.floats(0.015625, 1.0, width=32))  # fmt: skip
+@given(
+    ref=st.lists(st.tuples(logps, logps), min_size=1, max_size=8),
+    gamma=st.floats(0, 1e3, width=32),
+    tau=positive,
+    alpha=st.floats(0.015625, 1.0, width=32),
+)
 def test_targets_never_fall_below_gamma(ref, gamma, tau, alpha):
     """Exactly, in float32 and float64, for the forms of which method and table promise it."""
     for dtype in (torch.float32, torch.float64):

@@ -170,9 +170,7 @@ class TestConfig:
     def test_what_another_form_does_not_read_is_said(self, tmp_path, model_folder, tokenizer):
         args = CPOConstrainedConfig(**training_options(tmp_path, constraint="clip", epsilon=0.3))
         with pytest.warns(UserWarning, match="does not use epsilon=0.3"):
-            CPOConstrainedTrainer(
-                model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset()
-            )
+            CPOConstrainedTrainer(model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset())
 
 
 @pytest.mark.parametrize("off", [{"epsilon": math.inf}, {"dual_lr": 0.0}, {"epsilon": math.inf, "dual_init": 0.0}], ids=str)
@@ -183,9 +181,10 @@ def test_without_a_bound_or_a_step_it_is_dpo(tmp_path, plain, off):  # noqa: F81
 
 def test_without_a_bound_it_is_dpo_with_lora(tmp_path, plain):  # noqa: F811
     check(
-        tmp_path, lambda: plain(peft_config=LORA),
+        tmp_path,
+        lambda: plain(peft_config=LORA),
         ours_only={"constraint": "lagrangian", "gamma": 1.0, "prefix_sharing": False, "epsilon": math.inf},
-    )  # fmt: skip
+    )
 
 
 def train(tmp_path, model_folder, tokenizer, callbacks=(), **options):
@@ -207,9 +206,13 @@ def test_the_multiplier_follows_the_logged_violation(tmp_path, model_folder, tok
     """λ_{k+1} = clip(λ_k + η (v_k − ε), 0, cap), v_k the mean over all pairs of step k as the metrics log it."""
     options = dict(gamma=1.5, epsilon=0.4, dual_lr=0.3, dual_max=0.5, dual_warmup_steps=1, dual_signal=signal, max_steps=6)
     trainer = train(
-        tmp_path, model_folder, tokenizer, **options,
-        per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
-    )  # fmt: skip
+        tmp_path,
+        model_folder,
+        tokenizer,
+        **options,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+    )
     logs = [record for record in trainer.state.log_history if "loss" in record]
     assert len(logs) == 6
     multiplier, moved = 0.0, 0
@@ -245,13 +248,20 @@ def test_the_step_uses_the_multiplier_of_before_it_and_evaluation_moves_nothing(
     trainer = Ours(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
         args=config(
-            tmp_path, gamma=2.0, dual_init=0.3, dual_lr=0.2, dual_max=5.0, max_steps=3, gradient_accumulation_steps=2,
-            per_device_train_batch_size=2, prefix_sharing=False,
+            tmp_path,
+            gamma=2.0,
+            dual_init=0.3,
+            dual_lr=0.2,
+            dual_max=5.0,
+            max_steps=3,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+            prefix_sharing=False,
         ),
         processing_class=tokenizer,
         train_dataset=pairs_dataset(),
         eval_dataset=pairs_dataset(6, seed=5),
-    )  # fmt: skip
+    )
     trainers[:] = [trainer]
     trainer.add_callback(Watch())
     trainer.train()

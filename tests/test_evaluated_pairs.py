@@ -66,13 +66,23 @@ def test_rows_there_and_back():
 def test_the_document(tmp_path, start_is_reference):
     pairs = PairLogps(*torch.tensor([[-1.0, -2.0], [-3.0, math.nan], [-5.0, -6.0], [-7.0, -8.0]]))
     document = pairs_document(
-        pairs, reduction="mean", gamma=0.5, beta=2.5, constraint="softplus", split="test",
+        pairs,
+        reduction="mean",
+        gamma=0.5,
+        beta=2.5,
+        constraint="softplus",
+        split="test",
         start_is_reference=start_is_reference,
-    )  # fmt: skip
+    )
     write_json(tmp_path / "pairs.json", document)
     read = json.loads((tmp_path / "pairs.json").read_text())
     start = [[-5.0, -7.0], [-6.0, -8.0]] if start_is_reference else [[None, None]] * 2
     assert read == {
-        "reduction": "mean", "gamma": 0.5, "beta": 2.5, "constraint": "softplus", "split": "test", "columns": list(COLUMNS),
+        "reduction": "mean",
+        "gamma": 0.5,
+        "beta": 2.5,
+        "constraint": "softplus",
+        "split": "test",
+        "columns": list(COLUMNS),
         "rows": [[-1.0, -3.0, -5.0, -7.0, *start[0]], [-2.0, None, -6.0, -8.0, *start[1]]],
-    }  # fmt: skip
+    }

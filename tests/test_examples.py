@@ -93,9 +93,13 @@ def test_drop_in_with_zero3(places, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:script]]
     command += ["--num_processes", "2", "--main_process_port", "0", str(wrapper), *words[script:], *TINY.split()]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=400,
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(tmp_path / "datasets")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("'cpo/gap'") == 2, "one process logs"
     folder = tmp_path / "Qwen2.5-7B-CPO"
@@ -144,16 +148,18 @@ def test_the_slurm_script_starts_a_launcher_on_each_machine(tmp_path):
     tools.mkdir()
     for name, body in {
         "scontrol": 'echo "north"; echo "south"',
-        "srun": '[ "$1" = --kill-on-bad-exit=1 ] || exit 3; shift\n'
-        'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ] || exit 3; shift\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
         "accelerate": 'printf "%s\\n" "$*"',
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
     environment = {
-        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "20001",
-        "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4",
-    }  # fmt: skip
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": "20001",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
     command = ["bash", str(EXAMPLES / "slurm.sh"), "examples/drop_in.py", "--run_name", "two words"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr

@@ -157,9 +157,7 @@ def test_it_can_be_switched_off(make, model_folder, seen):
 
 EXCUSED = {
     "an explicit reference": lambda make: make(ref_model=make_model(1)),
-    "an adapter that is said to start elsewhere": lambda make: make(
-        peft_config=LoraConfig(**LORA, init_lora_weights=False)
-    ),
+    "an adapter that is said to start elsewhere": lambda make: make(peft_config=LoraConfig(**LORA, init_lora_weights=False)),
     "no reference in the loss": lambda make: make({"loss_type": ["sft"]}),
 }
 
@@ -191,8 +189,12 @@ def test_honest_noise_is_looked_past_without_a_random_number_drawn(make, seen, t
         torch.manual_seed(1)
         trainer = make({"max_steps": 2, "check_reference": check, **options}, model=str(tmp_path / "noisy"))
         trainer.train()
-        logs.append([{k: v for k, v in log.items() if "per_second" not in k and "runtime" not in k}
-                     for log in trainer.state.log_history])  # fmt: skip
+        logs.append(
+            [
+                {k: v for k, v in log.items() if "per_second" not in k and "runtime" not in k}
+                for log in trainer.state.log_history
+            ]
+        )
     assert logs[0] == logs[1]
     assert len(seen) == 2 and seen[0] > 1 > seen[1]
 
@@ -212,9 +214,11 @@ def test_excuses():
     assert guards.excuse(**must) is None
     assert guards.excuse(**must | {"adapter": LoraConfig()}) is None
     for change in (
-        {"wanted": False}, {"reference_given": True}, {"reads_reference": False},
+        {"wanted": False},
+        {"reference_given": True},
+        {"reads_reference": False},
         {"adapter": LoraConfig(init_lora_weights=False)},
-    ):  # fmt: skip
+    ):
         assert guards.excuse(**must | change)
 
 
@@ -260,9 +264,17 @@ def test_two_processes_stop_together_though_one_alone_sees_it(tmp_path, model_fo
     """Two trainings in one launch: a start that is wrong on process 1 alone, and a NaN on process 0 alone."""
     script = Path(__file__).parent / "stop_together.py"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone",
-        str(script), json.dumps({"model": model_folder, "folder": str(tmp_path)}),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        "--standalone",
+        str(script),
+        json.dumps({"model": model_folder, "folder": str(tmp_path)}),
+    ]
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_DATASETS_CACHE=str(tmp_path / "cache"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -30,9 +30,7 @@ reproducible = settings(derandomize=True, deadline=None, max_examples=200)
 # Pieces that delimiters are made of, so that near misses and real delimiters both come up.
 text = st.one_of(
     st.text(max_size=30),
-    st.lists(st.sampled_from(["\n", "\n\n", "Human", "Assistant", "Human: ", "Assistant:", ":", " ", "a", "\r"])).map(
-        "".join
-    ),
+    st.lists(st.sampled_from(["\n", "\n\n", "Human", "Assistant", "Human: ", "Assistant:", ":", " ", "a", "\r"])).map("".join),
 )
 content = text.filter(lambda s: s.strip() and "\n\nHuman:" not in s and "\n\nAssistant:" not in s)
 dialogue = st.lists(st.tuples(content, content), min_size=1, max_size=4).map(

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import pair_rows
 
-from trl_cpo.progress import read_log
-
 from trl_cpo.cli import main
+from trl_cpo.progress import read_log
 from trl_cpo.run.arguments import PairArguments, PolicyConfig
 
 ROOT = Path(__file__).parents[1]
@@ -49,9 +48,13 @@ def run(cwd, *options, launch=0, program=(str(SCRIPT),), check=True):
         head += ["-m", "accelerate.commands.launch", "--num_processes", str(launch), "--num_machines", "1"]
         head += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if launch > 1 else [])]
     done = subprocess.run(
-        [*head, *program, *map(str, options)], cwd=cwd, capture_output=True, text=True, timeout=300,
+        [*head, *program, *map(str, options)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     if check:
         assert done.returncode == 0, done.stderr[-4000:]
     return done
@@ -64,10 +67,21 @@ def test_accelerate_launch_with_lora_twice(tmp_path, model_folder, hh_file):
     done = run(tmp_path, *options, launch=1)
     out = done.stdout
     for words in (
-        "[1/4]", "[4/4]", "24 rows: 22 kept, 2 refused", "1 identical_answers", "1 empty_answer", "2 held-out pairs",
-        "prefers chosen itself", "undesirable region", "violations", "mean reference gap", "reward accuracy",
-        "chosen log-prob moved by", "step     2/2 train", "outputs/pairs-softplus/metrics.json",
-    ):  # fmt: skip
+        "[1/4]",
+        "[4/4]",
+        "24 rows: 22 kept, 2 refused",
+        "1 identical_answers",
+        "1 empty_answer",
+        "2 held-out pairs",
+        "prefers chosen itself",
+        "undesirable region",
+        "violations",
+        "mean reference gap",
+        "reward accuracy",
+        "chosen log-prob moved by",
+        "step     2/2 train",
+        "outputs/pairs-softplus/metrics.json",
+    ):
         assert words in out, words
     folder = tmp_path / "outputs" / "pairs-softplus"
     record = json.loads((folder / "metrics.json").read_text())
@@ -76,7 +90,11 @@ def test_accelerate_launch_with_lora_twice(tmp_path, model_folder, hh_file):
     assert record["after"]["eval_cpo/gap"] != record["before"]["eval_cpo/gap"]
     assert record["data"]["train"]["refused"] == {"empty_answer": 1, "identical_answers": 1}
     pairs = json.loads((folder / "pairs.json").read_text())
-    assert {k: pairs[k] for k in ("reduction", "gamma", "constraint")} == {"reduction": "sum", "gamma": 0.5, "constraint": "softplus"}
+    assert {k: pairs[k] for k in ("reduction", "gamma", "constraint")} == {
+        "reduction": "sum",
+        "gamma": 0.5,
+        "constraint": "softplus",
+    }
     assert len(pairs["rows"]) == 2 and all(row[4:] == row[2:4] for row in pairs["rows"])
     assert sum(row[0] - row[1] for row in pairs["rows"]) / 2 == pytest.approx(record["after"]["eval_cpo/gap"], abs=1e-4)
     assert sum(row[2] - row[3] for row in pairs["rows"]) / 2 == pytest.approx(record["before"]["eval_cpo/gap"], abs=1e-4)

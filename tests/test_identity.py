@@ -14,9 +14,22 @@ from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 LOSSES = [
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-]  # fmt: skip
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
 TIMINGS = ("_runtime", "_per_second")
 
 
@@ -67,9 +80,13 @@ def check(tmp_path, build, options=None, ours_only=None, theirs_only=None):
     options = options or {}
     theirs = run(DPOTrainer, DPOConfig, tmp_path / "theirs", build, options, theirs_only or {})
     ours = run(
-        CPOConstrainedTrainer, CPOConstrainedConfig, tmp_path / "ours", build, options,
+        CPOConstrainedTrainer,
+        CPOConstrainedConfig,
+        tmp_path / "ours",
+        build,
+        options,
         {"constraint": "none", **(ours_only or {})},
-    )  # fmt: skip
+    )
     assert_same_run(theirs, ours)
     return theirs, ours
 
@@ -80,9 +97,12 @@ def plain(model_folder, tokenizer):
 
     def build(**extra):
         return dict(
-            model=model_folder, processing_class=tokenizer, train_dataset=pairs_dataset(),
-            eval_dataset=pairs_dataset(6, seed=5), **extra,
-        )  # fmt: skip
+            model=model_folder,
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
+            eval_dataset=pairs_dataset(6, seed=5),
+            **extra,
+        )
 
     return build
 
@@ -115,9 +135,7 @@ def test_mean_log_probabilities_are_sigmoid_norm(tmp_path, plain, ref_model_fold
     def build():
         return plain(ref_model=AutoModelForCausalLM.from_pretrained(ref_model_folder))
 
-    _, ours = check(
-        tmp_path, build, ours_only={"logps_reduction": "mean"}, theirs_only={"loss_type": ["sigmoid_norm"]}
-    )
+    _, ours = check(tmp_path, build, ours_only={"logps_reduction": "mean"}, theirs_only={"loss_type": ["sigmoid_norm"]})
     assert ours.trainer.args.loss_type == ["sigmoid_norm"]
 
 
@@ -169,7 +187,9 @@ def test_streaming_dataset(tmp_path, model_folder, tokenizer):
     check(tmp_path, build)
 
 
-@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}, {"use_weighting": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}, {"use_weighting": True}], ids=str
+)
 def test_lora(tmp_path, plain, options):
     check(tmp_path, lambda: plain(peft_config=LORA), options)
 
@@ -177,9 +197,11 @@ def test_lora(tmp_path, plain, options):
 def test_full_fine_tuning_with_live_dropout(tmp_path, tokenizer):
     def build():
         return dict(
-            model=make_model(attention_dropout=0.3), ref_model=make_model(1, attention_dropout=0.3),
-            processing_class=tokenizer, train_dataset=pairs_dataset(),
-        )  # fmt: skip
+            model=make_model(attention_dropout=0.3),
+            ref_model=make_model(1, attention_dropout=0.3),
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
+        )
 
     check(tmp_path, build, {"disable_dropout": False})
 
@@ -190,9 +212,11 @@ def test_lora_with_live_dropout_draws_the_same_random_numbers(tmp_path, tokenize
     def build():
         config = LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj"], init_lora_weights=False)
         return dict(
-            model=make_model(attention_dropout=0.3), processing_class=tokenizer, train_dataset=pairs_dataset(),
+            model=make_model(attention_dropout=0.3),
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
             peft_config=config,
-        )  # fmt: skip
+        )
 
     check(tmp_path, build, {"disable_dropout": False})
 
@@ -205,9 +229,11 @@ def test_an_adapter_trained_further(tmp_path, tokenizer, model_folder):
     def build():
         base = AutoModelForCausalLM.from_pretrained(model_folder)
         return dict(
-            model=PeftModel.from_pretrained(base, adapter, is_trainable=True), processing_class=tokenizer,
-            train_dataset=pairs_dataset(), eval_dataset=pairs_dataset(6, seed=5),
-        )  # fmt: skip
+            model=PeftModel.from_pretrained(base, adapter, is_trainable=True),
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
+            eval_dataset=pairs_dataset(6, seed=5),
+        )
 
     theirs, ours = check(tmp_path, build)
     assert "ref" in ours.trainer.model.peft_config
@@ -218,19 +244,33 @@ def test_an_adapter_trained_further(tmp_path, tokenizer, model_folder):
 def moe(seed: int) -> Qwen3MoeForCausalLM:
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=48, moe_intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
-        decoder_sparse_step=1, initializer_range=0.2, router_aux_loss_coef=0.1, output_router_logits=True,
-    )  # fmt: skip
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        initializer_range=0.2,
+        router_aux_loss_coef=0.1,
+        output_router_logits=True,
+    )
     return Qwen3MoeForCausalLM(config)
 
 
 def test_mixture_of_experts_with_its_auxiliary_loss(tmp_path, tokenizer):
     def build():
         return dict(
-            model=moe(0), ref_model=moe(1), processing_class=tokenizer, train_dataset=pairs_dataset(),
+            model=moe(0),
+            ref_model=moe(1),
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
             eval_dataset=pairs_dataset(6, seed=5),
-        )  # fmt: skip
+        )
 
     _, ours = check(tmp_path, build)
     assert ours.logs[0]["aux_loss"] > 0

@@ -52,12 +52,24 @@ class Terminates(TrainerCallback):
         # An epoch's last step: its log and its evaluation are in the checkpoint.
         (2, "on_substep_end", 3, {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_steps": 100}),
         (3, "on_substep_end", 4, {"save_steps": 100}),  # the last step of all
-        (1, "on_evaluate", 2, {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "metric_for_best_model": "loss"}),
+        (
+            1,
+            "on_evaluate",
+            2,
+            {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "metric_for_best_model": "loss"},
+        ),
     ],
     ids=["substep", "begin", "after", "optimizer", "epoch", "last", "evaluation"],
-)  # fmt: skip
+)
 def test_terminated_and_resumed_is_uninterrupted(
-    tmp_path, tokenizer, small_model, step, moment, saved_at, options, capfd  # noqa: F811
+    tmp_path,
+    tokenizer,
+    small_model,
+    step,
+    moment,
+    saved_at,
+    options,
+    capfd,
 ):
     options = {**DUAL, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "lora": True, **options}
     alone = trainer_of(tmp_path / "alone", small_model, tokenizer, **options)
@@ -79,8 +91,10 @@ def test_terminated_and_resumed_is_uninterrupted(
     resumed.train(resume_from_checkpoint=True)
     if options.get("save_strategy", "steps") == "steps" and options.get("save_steps", 2) == 2:
         assert_same_end(resumed, alone)  # the last checkpoint included
-    logs = [[{k: v for k, v in r.items() if "runtime" not in k and "per_second" not in k} for r in trainer.state.log_history]
-            for trainer in (resumed, alone)]  # fmt: skip
+    logs = [
+        [{k: v for k, v in r.items() if "runtime" not in k and "per_second" not in k} for r in trainer.state.log_history]
+        for trainer in (resumed, alone)
+    ]
     assert logs[0] == logs[1] and resumed.state.global_step == 4
     ours, theirs = (dict(trainer.model.named_parameters()) for trainer in (resumed, alone))
     assert all((ours[name] == theirs[name]).all() for name in theirs)
@@ -109,9 +123,15 @@ def test_in_another_thread_it_says_that_it_cannot_listen(tmp_path, tokenizer, sm
 
 def test_a_signal_that_comes_too_late_for_a_checkpoint_lets_training_end(tmp_path, tokenizer, small_model):  # noqa: F811
     trainer = trainer_of(
-        tmp_path, small_model, tokenizer, constraint="clip", max_steps=1, save_strategy="no", enable_jit_checkpoint=True,
+        tmp_path,
+        small_model,
+        tokenizer,
+        constraint="clip",
+        max_steps=1,
+        save_strategy="no",
+        enable_jit_checkpoint=True,
         callbacks=[Terminates(1, "on_train_end")],
-    )  # fmt: skip
+    )
     trainer.train()
     trainer.train()  # which the signal was not for
     assert trainer.state.global_step == 1
@@ -120,9 +140,14 @@ def test_a_signal_that_comes_too_late_for_a_checkpoint_lets_training_end(tmp_pat
 def test_a_training_stopped_early_ends_as_it_would(tmp_path, tokenizer, small_model):  # noqa: F811
     """Resumed it would forget that it was to stop, and train on; so the script goes on as if no signal had come."""
     trainer = trainer_of(
-        tmp_path, small_model, tokenizer, constraint="clip", enable_jit_checkpoint=True, stop=2,
+        tmp_path,
+        small_model,
+        tokenizer,
+        constraint="clip",
+        enable_jit_checkpoint=True,
+        stop=2,
         callbacks=[Terminates(1, "on_step_begin")],
-    )  # fmt: skip
+    )
     trainer.train()
     assert trainer.state.global_step == 2 and newest_checkpoint(tmp_path).name == "checkpoint-2"
 
@@ -203,10 +228,30 @@ def test_the_command_ends_with_143_and_goes_on(tmp_path, small_model):  # noqa: 
     rows = tmp_path / "pairs.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(40)))
     command = [
-        "-m", "trl_cpo", "train", "--model_name_or_path", small_model, "--dataset_name", rows, "--output_dir", "out",
-        "--use_cpu", "--max_steps", "600", "--per_device_train_batch_size", "1", "--held_out", "2", "--save_strategy", "no",
-        "--logging_steps", "1", "--enable_jit_checkpoint", "--report_to", "none",
-    ]  # fmt: skip
+        "-m",
+        "trl_cpo",
+        "train",
+        "--model_name_or_path",
+        small_model,
+        "--dataset_name",
+        rows,
+        "--output_dir",
+        "out",
+        "--use_cpu",
+        "--max_steps",
+        "600",
+        "--per_device_train_batch_size",
+        "1",
+        "--held_out",
+        "2",
+        "--save_strategy",
+        "no",
+        "--logging_steps",
+        "1",
+        "--enable_jit_checkpoint",
+        "--report_to",
+        "none",
+    ]
     with started(tmp_path, *command) as process:
         for line in process.stdout:
             if line.startswith("step     3/600 train"):

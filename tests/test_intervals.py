@@ -11,15 +11,11 @@ from trl_cpo.intervals import clopper_pearson, lower_bound
 
 def at_least(successes: int, trials: int, chance: float) -> float:
     """P(X ≥ k) of a binomial, summed."""
-    return math.fsum(
-        math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(successes, trials + 1)
-    )
+    return math.fsum(math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(successes, trials + 1))
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.95, 0.999])
-)
+@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.95, 0.999]))
 def test_each_end_leaves_out_half_of_the_rest(counts, confidence):
     successes, trials = counts
     low, high = clopper_pearson(successes, trials, confidence)

@@ -17,9 +17,9 @@ from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.metrics import METRICS, MetricLedger, PairView, per_pair
 from trl_cpo.pairs import PairLogps
 
-
 # The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
+
 
 def by_hand(pairs, targets, gamma) -> dict[str, float]:
     """From (policy chosen, policy rejected, ref chosen, ref rejected) tuples; a second statement of the table."""
@@ -93,9 +93,15 @@ def test_accumulation_averages_over_all_micro_batches(tmp_path, tokenizer, model
     logs = []
     for size, steps in ((4, 1), (2, 2), (1, 4)):
         trainer = make_trainer(
-            tmp_path / str(size), tokenizer, model_folder, ref_model_folder, constraint="softplus",
-            per_device_train_batch_size=size, gradient_accumulation_steps=steps, learning_rate=0.0,
-        )  # fmt: skip
+            tmp_path / str(size),
+            tokenizer,
+            model_folder,
+            ref_model_folder,
+            constraint="softplus",
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            learning_rate=0.0,
+        )
         trainer.train()
         logs.append([{k: v for k, v in r.items() if k.startswith("cpo/")} for r in trainer.state.log_history])
         assert len(logs[-1]) == 4 and all(len(record) == len(METRICS) for record in logs[-1][:3])
@@ -109,9 +115,16 @@ def test_evaluation_in_the_middle_leaves_the_training_averages_alone(tmp_path, t
     runs = []
     for strategy in ("no", "steps"):
         trainer = make_trainer(
-            tmp_path / strategy, tokenizer, model_folder, ref_model_folder, constraint="clip", logging_steps=2,
-            eval_strategy=strategy, eval_steps=1, max_steps=4,
-        )  # fmt: skip
+            tmp_path / strategy,
+            tokenizer,
+            model_folder,
+            ref_model_folder,
+            constraint="clip",
+            logging_steps=2,
+            eval_strategy=strategy,
+            eval_steps=1,
+            max_steps=4,
+        )
         trainer.train()
         runs.append([r for r in trainer.state.log_history if "cpo/gap" in r])
     pick = [{k: v for k, v in r.items() if k.startswith("cpo/")} for r in runs[0]]
@@ -168,11 +181,15 @@ def test_no_metric_is_lost_between_two_trainers(tmp_path, tokenizer):
     """Each trainer counts for itself."""
     trainers = [
         CPOConstrainedTrainer(
-            model=make_model(), ref_model=make_model(1), processing_class=tokenizer, train_dataset=pairs_dataset(),
-            args=CPOConstrainedConfig(**training_options(tmp_path / str(i))), eval_dataset=pairs_dataset(4, seed=i),
+            model=make_model(),
+            ref_model=make_model(1),
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
+            args=CPOConstrainedConfig(**training_options(tmp_path / str(i))),
+            eval_dataset=pairs_dataset(4, seed=i),
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
     first = trainers[0].evaluate()["eval_cpo/gap"]
     assert trainers[1].evaluate()["eval_cpo/gap"] != first
     assert trainers[0].evaluate()["eval_cpo/gap"] == first

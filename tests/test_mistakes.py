@@ -15,9 +15,12 @@ from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 def make(tmp_path, tokenizer):
     def build(config=None, **arguments):
         defaults = dict(
-            model=make_model(), ref_model=make_model(1), processing_class=tokenizer, train_dataset=pairs_dataset(),
+            model=make_model(),
+            ref_model=make_model(1),
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
             args=CPOConstrainedConfig(**training_options(tmp_path), **(config or {})),
-        )  # fmt: skip
+        )
         return CPOConstrainedTrainer(**{**defaults, **arguments})
 
     return build

@@ -88,7 +88,9 @@ def told(logs, first_process=True, end=True):
 
 def test_said_at_the_first_log_and_at_the_end():
     evaluation = {f"eval_{key}": value for key, value in log(in_u=0.9).items()}
-    said = told([evaluation, log(in_u=0.21), evaluation, log(in_u=0.5), evaluation, log(in_u=0.07), evaluation, {"train_runtime": 1.0}])
+    said = told(
+        [evaluation, log(in_u=0.21), evaluation, log(in_u=0.5), evaluation, log(in_u=0.07), evaluation, {"train_runtime": 1.0}]
+    )
     assert len(said) == 2
     assert said[0].startswith("[first log, step 20]") and "21 % of pairs in U;" in said[0]
     assert said[1].startswith("[end, step 80]") and "7 % of pairs in U, down from 21 %" in said[1]
@@ -103,9 +105,12 @@ def test_said_once_where_there_is_one_log_and_never_elsewhere():
 @pytest.mark.parametrize("narrate", [True, False])
 def test_in_training(tmp_path, tokenizer, capsys, narrate):
     trainer = CPOConstrainedTrainer(
-        model=make_model(), ref_model=make_model(1), processing_class=tokenizer, train_dataset=pairs_dataset(),
+        model=make_model(),
+        ref_model=make_model(1),
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
         args=CPOConstrainedConfig(**training_options(tmp_path), constraint="clip", narrate=narrate),
-    )  # fmt: skip
+    )
     trainer.train()
     out = capsys.readouterr().out
     logs = [each for each in trainer.state.log_history if "cpo/gap" in each]
@@ -123,9 +128,13 @@ def test_tensorboard_gets_the_numbers_of_the_history(tmp_path, tokenizer):
     options = training_options(tmp_path / "run", report_to="tensorboard", eval_strategy="steps", eval_steps=2, logging_dir=None)
     options.pop("logging_dir")
     trainer = CPOConstrainedTrainer(
-        model=make_model(), ref_model=make_model(1), processing_class=tokenizer, train_dataset=pairs_dataset(),
-        eval_dataset=pairs_dataset(5, seed=2), args=CPOConstrainedConfig(**options, constraint="lagrangian", gamma=1.0, epsilon=0.5),
-    )  # fmt: skip
+        model=make_model(),
+        ref_model=make_model(1),
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
+        eval_dataset=pairs_dataset(5, seed=2),
+        args=CPOConstrainedConfig(**options, constraint="lagrangian", gamma=1.0, epsilon=0.5),
+    )
     trainer.train()
     (events,) = {path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*")}
     board = event_accumulator.EventAccumulator(str(events))

@@ -62,7 +62,24 @@ MAY_IMPORT = {
     "plan": set(),
     "theory": {"constraints", "objective", "pairs"},
     "certificates": {"audit", "constraints", "demo", "intervals", "objective", "outputs", "pairs", "run", "sources", "theory"},
-    "trainer": {"_trl", "checks", "config", "constraints", "dual", "forward", "guards", "interruption", "leaving", "metrics", "narration", "pairs", "parallel", "quantized", "resume", "scores"},
+    "trainer": {
+        "_trl",
+        "checks",
+        "config",
+        "constraints",
+        "dual",
+        "forward",
+        "guards",
+        "interruption",
+        "leaving",
+        "metrics",
+        "narration",
+        "pairs",
+        "parallel",
+        "quantized",
+        "resume",
+        "scores",
+    },
     "checkpoints": set(),
     "resume": {"_trl", "checkpoints", "dependence"},
     "dependence": {"_trl", "scores"},
@@ -158,9 +175,12 @@ def test_packaging_and_seam_agree_on_trl():
 
 def test_model_card_cites_the_constrained_paper(tmp_path, tokenizer):
     trainer = CPOConstrainedTrainer(
-        model=make_model(), ref_model=make_model(1), processing_class=tokenizer, train_dataset=pairs_dataset(),
+        model=make_model(),
+        ref_model=make_model(1),
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
         args=CPOConstrainedConfig(**training_options(tmp_path), constraint="clip"),
-    )  # fmt: skip
+    )
     trainer.create_model_card(model_name="m")
     card = (tmp_path / "README.md").read_text()
     assert "2605.20834" in card and "Conditional Equivalence of DPO and RLHF" in card
@@ -174,7 +194,9 @@ def test_the_script_that_trl_installs_runs_with_three_words_changed(tmp_path, mo
     """The import and the two names, in TRL's own file as it is installed."""
     source = (Path(trl.__file__).parent / "scripts" / "dpo.py").read_text()
     for old, new in (("DPOTrainer", "CPOConstrainedTrainer"), ("DPOConfig", "CPOConstrainedConfig")):
-        source, count = re.subn(rf"from trl import (.*?)\b{old}, ", rf"from trl_cpo import {new}\n    from trl import \1", source)
+        source, count = re.subn(
+            rf"from trl import (.*?)\b{old}, ", rf"from trl_cpo import {new}\n    from trl import \1", source
+        )
         assert count == 1
         source = source.replace(old, new)
     script = tmp_path / "dpo.py"
@@ -184,11 +206,34 @@ def test_the_script_that_trl_installs_runs_with_three_words_changed(tmp_path, mo
     for split in ("train", "test"):
         pairs_dataset(8).to_json(data / f"{split}.jsonl")
     options = [
-        "--dataset_name", str(data), "--model_name_or_path", model_folder, "--output_dir", str(tmp_path / "out"),
-        "--use_cpu", "--bf16", "False", "--dtype", "float32", "--max_steps", "2", "--logging_steps", "1",
-        "--report_to", "none", "--eval_strategy", "steps", "--eval_steps", "2", "--constraint", "clip",
-        "--use_peft", "--lora_target_modules", "q_proj", "v_proj",
-    ]  # fmt: skip
+        "--dataset_name",
+        str(data),
+        "--model_name_or_path",
+        model_folder,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--use_cpu",
+        "--bf16",
+        "False",
+        "--dtype",
+        "float32",
+        "--max_steps",
+        "2",
+        "--logging_steps",
+        "1",
+        "--report_to",
+        "none",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "2",
+        "--constraint",
+        "clip",
+        "--use_peft",
+        "--lora_target_modules",
+        "q_proj",
+        "v_proj",
+    ]
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "cpo/gap" in done.stdout and "eval_cpo/gap" in done.stdout

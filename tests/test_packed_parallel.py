@@ -196,9 +196,7 @@ def test_qlora_trains_packed_as_padded(launched):
     assert_packed(packed, models=1)
     assert_same(packed, padded, at_reference=False, logs=dict(rel=1e-2, abs=5e-2), atol=1e-2)
     # The forward itself is as exact as elsewhere.
-    first, expected = (
-        {key: value for key, value in run["logs"][0].items() if key != "grad_norm"} for run in (packed, padded)
-    )
+    first, expected = ({key: value for key, value in run["logs"][0].items() if key != "grad_norm"} for run in (packed, padded))
     assert first == pytest.approx(expected, **LOGS)
 
 

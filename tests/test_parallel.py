@@ -159,9 +159,12 @@ def test_two_processes_are_told_the_same_and_a_dead_one_ends_the_job(tmp_path, m
     job = {"do": "disagree", "model": model_folder, "other_model": str(other), "folder": str(tmp_path)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(SCRIPT)]
     done = subprocess.run(
-        [*command, json.dumps(job)], capture_output=True, text=True, timeout=400,
+        [*command, json.dumps(job)],
+        capture_output=True,
+        text=True,
+        timeout=400,
         env=environment(HF_DATASETS_CACHE=str(tmp_path / "datasets")),
-    )  # fmt: skip
+    )
     zero, one = (json.loads((tmp_path / f"told{rank}.json").read_text()) for rank in range(2))
     assert zero == one
     assert "args.gamma: 0.5 on process 0; 1.5 on process 1" in zero["gamma"]
@@ -224,10 +227,13 @@ def test_two_machines_train_as_one_and_a_lost_network_ends_both(tmp_path, model_
         with open(tmp_path / f"machine{rank}.log", "w") as log:
             started.append(
                 subprocess.Popen(
-                    [*command, str(SCRIPT), json.dumps(job)], stdout=log, stderr=log, start_new_session=True,
+                    [*command, str(SCRIPT), json.dumps(job)],
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
                     env=environment(HF_DATASETS_CACHE=str(tmp_path / f"datasets{rank}"), GLOO_SOCKET_IFNAME="veth0"),
                 )
-            )  # fmt: skip
+            )
     logs = [tmp_path / f"machine{rank}.log" for rank in range(2)]
 
     def wait_for(what, seconds: float) -> None:

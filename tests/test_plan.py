@@ -28,17 +28,26 @@ from trl_cpo.plan.memory import HEAD_COPIES, optimizer, weights
 from trl_cpo.plan.shape import NF4_BYTES, shape_of
 from trl_cpo.plan.size import parse_size, shown
 
-SIZES = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             vocab_size=256)  # fmt: skip
+SIZES = dict(
+    hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=256
+)
 TINY = LlamaConfig(**SIZES)
 FAMILIES = [
-    TINY, LlamaConfig(**SIZES, tie_word_embeddings=True), Qwen2Config(**SIZES), GemmaConfig(**SIZES, head_dim=16),
-    MixtralConfig(**SIZES, num_local_experts=2), GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=256),
-]  # fmt: skip
+    TINY,
+    LlamaConfig(**SIZES, tie_word_embeddings=True),
+    Qwen2Config(**SIZES),
+    GemmaConfig(**SIZES, head_dim=16),
+    MixtralConfig(**SIZES, num_local_experts=2),
+    GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=256),
+]
 LLAMA_8B = LlamaConfig(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
     vocab_size=128256,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda c: f"{c.model_type}{'-tied' * bool(c.tie_word_embeddings)}")
@@ -114,9 +123,10 @@ NO_DROPOUT = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)  # as DPOTrai
 
 @pytest.mark.parametrize("rows, tokens", [(1, 48), (3, 200)])
 @pytest.mark.parametrize(
-    "config", [TINY, Qwen2Config(**SIZES), GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=256, **NO_DROPOUT)],
+    "config",
+    [TINY, Qwen2Config(**SIZES), GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=256, **NO_DROPOUT)],
     ids=lambda c: c.model_type,
-)  # fmt: skip
+)
 def test_activations_are_what_a_real_forward_keeps(config, rows, tokens):
     """Counted on one and two blocks and three lengths without numbers; here three blocks, another length, and numbers."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -135,10 +145,13 @@ def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lor
     model = make_model()
     adapters = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     trainer = CPOConstrainedTrainer(
-        model=model, ref_model=None if lora else make_model(), processing_class=tokenizer, train_dataset=pairs_dataset(4),
+        model=model,
+        ref_model=None if lora else make_model(),
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(4),
         args=CPOConstrainedConfig(**training_options(tmp_path, constraint="clip", prefix_sharing=packed, max_length=100)),
         peft_config=adapters,
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(0)
 
     def ids(count):
@@ -151,9 +164,16 @@ def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lor
     trainer.model.train()
     real = kept_in(lambda: trainer.compute_loss(trainer.model, inputs), trainer.model)
     request = Request(
-        config=model.config, device="cpu", autocast=False, lora_rank=8 if lora else 0, checkpointing=False, packed=packed,
-        micro_batch=batch, max_length=prompt + answer, prompt_share=prompt / (prompt + answer),
-    )  # fmt: skip
+        config=model.config,
+        device="cpu",
+        autocast=False,
+        lora_rank=8 if lora else 0,
+        checkpointing=False,
+        packed=packed,
+        micro_batch=batch,
+        max_length=prompt + answer,
+        prompt_share=prompt / (prompt + answer),
+    )
     assert estimate(request).forward["activations"] == pytest.approx(real, rel=0.15)
 
 
@@ -198,8 +218,9 @@ class TestWhatMustHold:
 
     @pytest.mark.parametrize("change", LADDER, ids=lambda c: c.option)
     def test_no_change_of_the_ladder_makes_it_worse(self, change):
-        big = Request(config=LLAMA_8B, gpus=8, parallel="ddp", packed=False, checkpointing=False, micro_batch=4,
-                      optim="adamw_torch")  # fmt: skip
+        big = Request(
+            config=LLAMA_8B, gpus=8, parallel="ddp", packed=False, checkpointing=False, micro_batch=4, optim="adamw_torch"
+        )
         for request in (big, dataclasses.replace(big, lora_rank=16), dataclasses.replace(big, parallel="zero3")):
             made = change.made(request)
             if made is not None:
@@ -208,8 +229,10 @@ class TestWhatMustHold:
     def test_every_change_can_be_made_somewhere(self):
         starts = [
             dataclasses.replace(BASE, parallel=kind, lora_rank=rank, optim=optim)
-            for kind in ("ddp", "zero3") for rank in (0, 4) for optim in ("adamw_torch", "adamw_torch_fused")
-        ]  # fmt: skip
+            for kind in ("ddp", "zero3")
+            for rank in (0, 4)
+            for optim in ("adamw_torch", "adamw_torch_fused")
+        ]
         for change in LADDER:
             assert any(change.made(request) is not None for request in starts), change.option
 
@@ -245,7 +268,9 @@ def test_without_triton_the_head_holds_its_tiles_several_times():
     assert on_cpu.forward["logits"] == HEAD_COPIES * on_gpu.forward["logits"]
 
 
-@pytest.mark.parametrize("text, size", [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("80g", 80e9), ("512 mb", 512e6), ("1.5TB", 1.5e12)])
+@pytest.mark.parametrize(
+    "text, size", [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("80g", 80e9), ("512 mb", 512e6), ("1.5TB", 1.5e12)]
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 

@@ -8,7 +8,9 @@ from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer, guards
 from trl_cpo.precision import float32_products
 from trl_cpo.scores import table_of
 
-newer = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="PyTorch before 2.9 has the older setting alone")
+newer = pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="PyTorch before 2.9 has the older setting alone"
+)
 
 
 @pytest.fixture(autouse=True)

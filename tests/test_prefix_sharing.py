@@ -25,9 +25,12 @@ def make(tmp_path, tokenizer, model_folder):
         (tmp_path / str(number)).mkdir()
         args = config_class(**training_options(tmp_path / str(number), learning_rate=1e-3, **(options or {})))
         defaults = dict(
-            model=model_folder, processing_class=tokenizer, train_dataset=pairs_dataset(),
-            eval_dataset=pairs_dataset(6, seed=5), args=args,
-        )  # fmt: skip
+            model=model_folder,
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
+            eval_dataset=pairs_dataset(6, seed=5),
+            args=args,
+        )
         return trainer_class(**{**defaults, **arguments})
 
     return build

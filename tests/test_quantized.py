@@ -8,6 +8,7 @@ from transformers import BitsAndBytesConfig
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 
+
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_a_qlora_run_goes_on_after_an_evaluation(tmp_path, tokenizer, precomputed):
     """On a CPU with AVX512-BF16, bitsandbytes repacks a layer that runs in evaluation, and its gradient is then zero."""
@@ -20,12 +21,14 @@ def test_a_qlora_run_goes_on_after_an_evaluation(tmp_path, tokenizer, precompute
         trainer = CPOConstrainedTrainer(
             model=str(folder),
             args=CPOConstrainedConfig(**options, constraint="clip", precompute_ref_log_probs=precomputed),
-            processing_class=tokenizer, train_dataset=pairs_dataset(), eval_dataset=pairs_dataset(6, seed=5),
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
+            eval_dataset=pairs_dataset(6, seed=5),
             peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
             quantization_config=BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
             ),
-        )  # fmt: skip
+        )
         trainer.train()
         norms[evaluates] = [r["grad_norm"] for r in trainer.state.log_history if "grad_norm" in r]
     assert len(norms[True]) == 3 and min(norms[True]) > 0

@@ -25,9 +25,15 @@ TINY += ["q_proj", "v_proj"]
 
 def shell(command, cwd, **environment):
     done = subprocess.run(
-        command, shell=True, executable="/bin/bash", cwd=cwd, capture_output=True, text=True, timeout=600,
+        command,
+        shell=True,
+        executable="/bin/bash",
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **environment},
-    )  # fmt: skip
+    )
     if done.returncode:
         pytest.fail(f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return done.stdout
@@ -60,8 +66,12 @@ def test_the_demo(tmp_path, demo_cache):
     out = shell(
         f"{command} --max_steps 1 --max_train_pairs 4 --max_test_pairs 2 --per_device_train_batch_size 2",
         # Two threads beside another test process on two cores would wait for each other most of the time.
-        tmp_path, NO_INSTALL="1", VENV=sys.prefix, TRL_CPO_CACHE=demo_cache, THREADS="1",
-    )  # fmt: skip
+        tmp_path,
+        NO_INSTALL="1",
+        VENV=sys.prefix,
+        TRL_CPO_CACHE=demo_cache,
+        THREADS="1",
+    )
     assert "2 held-out pairs" in out
     (metrics,) = tmp_path.glob("outputs/*/metrics.json")
     record = json.loads(metrics.read_text())

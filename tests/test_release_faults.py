@@ -13,21 +13,22 @@ from test_identity import moe
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.constraints import CONSTRAINTS
 
-
 # The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
+
 
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_lora_trains_the_adapter_alone(tmp_path, tokenizer, model_folder, name):
     """Fault 2: with PEFT the release's reference is None, and is then called."""
-    args = CPOConstrainedConfig(
-        **training_options(tmp_path, max_steps=6), constraint=name, gamma=0.5, logps_reduction="mean"
-    )
+    args = CPOConstrainedConfig(**training_options(tmp_path, max_steps=6), constraint=name, gamma=0.5, logps_reduction="mean")
     trainer = CPOConstrainedTrainer(
-        model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset(),
+        model=model_folder,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
         eval_dataset=pairs_dataset(),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-    )  # fmt: skip
+    )
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     start = trainer.evaluate()
     trainer.train()
@@ -62,9 +63,12 @@ def test_no_full_vocabulary_logits(tmp_path, tokenizer):
     """Fault 5: the model's head is never asked for logits of every position, for policy or reference."""
     model, reference = make_model(), make_model(1)
     trainer = CPOConstrainedTrainer(
-        model=model, ref_model=reference, processing_class=tokenizer, train_dataset=pairs_dataset(),
+        model=model,
+        ref_model=reference,
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
         args=CPOConstrainedConfig(**training_options(tmp_path), constraint="clip"),
-    )  # fmt: skip
+    )
     called = []
     for each in (model, reference):
         each.lm_head.register_forward_hook(lambda *_: called.append(1))

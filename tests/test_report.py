@@ -124,10 +124,14 @@ def test_what_training_writes_is_what_the_report_reads(tmp_path, tokenizer, coar
     """The names of a real trainer's log, and the real writer of pairs.json."""
     options = training_options(tmp_path / "out", eval_on_start=True, eval_strategy="steps", eval_steps=2)
     trainer = CPOConstrainedTrainer(
-        model=make_model(), ref_model=make_model(1), processing_class=tokenizer, train_dataset=pairs_dataset(12),
-        eval_dataset=pairs_dataset(8, seed=1), callbacks=[RunLog(tmp_path / "log.jsonl")],
+        model=make_model(),
+        ref_model=make_model(1),
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(12),
+        eval_dataset=pairs_dataset(8, seed=1),
+        callbacks=[RunLog(tmp_path / "log.jsonl")],
         args=CPOConstrainedConfig(**options, constraint="lagrangian", gamma=1.0, epsilon=0.5),
-    )  # fmt: skip
+    )
     trainer.train()
     rows = made_up_pairs(8, 0)
     pairs = PairLogps(*torch.tensor(rows[:, :4]).unbind(1))
@@ -210,9 +214,7 @@ BREAKAGES = {
     "NaN in the log": (lambda folder: _edit_log(folder, {"loss": math.nan, "cpo/gap": math.inf}), "NaN or infinite"),
     "diverged": (lambda folder: _edit_log(folder, {"loss": 1e300, "cpo/gap": -1e300}), None),
     "pairs of another run": (
-        lambda folder: _edit_pairs(
-            folder, lambda pairs: pairs.update(rows=(-made_up_pairs(60, 0)).tolist(), gamma=3.0)
-        ),
+        lambda folder: _edit_pairs(folder, lambda pairs: pairs.update(rows=(-made_up_pairs(60, 0)).tolist(), gamma=3.0)),
         "disagree",
     ),
     "pairs of another set": (lambda folder: _edit_pairs(folder, lambda pairs: pairs["rows"].pop()), "holds 59 pairs"),
@@ -247,18 +249,51 @@ def test_what_is_missing_is_said_on_the_page(tmp_path, coarse, breakage):
 
 
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(max_size=5)
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**400), 10**400)
+    | st.floats()
+    | st.text(max_size=5)
     | st.sampled_from(["eval_cpo/gap", "policy_chosen", "sum", "mean"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-        st.text(max_size=3) | st.sampled_from([
-            "config", "before", "after", "versions", "pairs", "held_out_pairs", "rows", "columns", "reduction", "gamma", "step",
-            "eval_cpo/gap", "eval_cpo/prefers_chosen", "eval_x_cpo/gap", "cpo/gap", "cpo/lambda", "loss", "resumed_from", "seconds",
-            "logps_reduction", "dual_signal", "trained_on", "eval_cpo/pairs", "constraint", "seed",
-        ]),
-        inner, max_size=5,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.text(max_size=3)
+            | st.sampled_from(
+                [
+                    "config",
+                    "before",
+                    "after",
+                    "versions",
+                    "pairs",
+                    "held_out_pairs",
+                    "rows",
+                    "columns",
+                    "reduction",
+                    "gamma",
+                    "step",
+                    "eval_cpo/gap",
+                    "eval_cpo/prefers_chosen",
+                    "eval_x_cpo/gap",
+                    "cpo/gap",
+                    "cpo/lambda",
+                    "loss",
+                    "resumed_from",
+                    "seconds",
+                    "logps_reduction",
+                    "dual_signal",
+                    "trained_on",
+                    "eval_cpo/pairs",
+                    "constraint",
+                    "seed",
+                ]
+            ),
+            inner,
+            max_size=5,
+        )
     ),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -307,9 +342,7 @@ def test_what_keeps_runs_from_being_compared_is_said(tmp_path):
         return " ".join(of_runs(read_runs(folders)))
 
     assert notes(base) == ""
-    assert (
-        "seed" in notes(base, same) and "unit" not in notes(base, same) and "different pairs" not in notes(base, same)
-    )
+    assert "seed" in notes(base, same) and "unit" not in notes(base, same) and "different pairs" not in notes(base, same)
     assert "nats per token" in notes(base, mean) and "γ differs" in notes(base, mean)
     assert "different pairs" in notes(base, others)
 
@@ -380,9 +413,7 @@ def texts_of(figure) -> list[tuple[str, object]]:
             found += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
             found.append(axis.get_offset_text())
     return [
-        (text.get_text(), text.get_window_extent(renderer))
-        for text in found
-        if text.get_visible() and text.get_text().strip()
+        (text.get_text(), text.get_window_extent(renderer)) for text in found if text.get_visible() and text.get_text().strip()
     ]
 
 
@@ -390,7 +421,8 @@ LAYOUTS = {
     "one": lambda root: [make_run(root / "one", other_start=True)],
     "three, long names": None,
     "twelve": lambda root: [
-        make_run(root / f"{'nW'[i % 2] * 60}{i}", seed=i, constraint=("clip", "lagrangian")[i % 2], evaluate_every=10) for i in range(12)
+        make_run(root / f"{'nW'[i % 2] * 60}{i}", seed=i, constraint=("clip", "lagrangian")[i % 2], evaluate_every=10)
+        for i in range(12)
     ],
     "huge and tiny": lambda root: [
         make_run(root / "huge", scale=3e8, steps=1_000_000, every=50_000, evaluate_every=100_000, constraint="lagrangian"),
@@ -398,7 +430,7 @@ LAYOUTS = {
     ],
     "one pair": lambda root: [make_run(root / "one", pairs=1, steps=5)],
     "many pairs": lambda root: [make_run(root / f"{i}", pairs=12345, steps=5) for i in range(3)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -406,9 +438,7 @@ def test_no_text_lies_over_another_or_outside_the_picture(tmp_path, several, lay
     runs = read_runs(LAYOUTS[layout](tmp_path) if LAYOUTS[layout] else several)
     count = 0
     for kind in pictures.KINDS:
-        if len(runs) < kind.fewest_runs or (
-            kind.needs == "multiplier" and not any(map(step_pictures.has_multiplier, runs))
-        ):
+        if len(runs) < kind.fewest_runs or (kind.needs == "multiplier" and not any(map(step_pictures.has_multiplier, runs))):
             continue
         figure, _ = drawn_figure(kind, runs)
         found, whole = texts_of(figure), figure.bbox
@@ -555,17 +585,13 @@ def test_the_users_matplotlibrc_changes_nothing_and_is_left_alone(tmp_path, coar
 def test_the_page_is_whole_and_safe(page_of_several, several):
     text = page_of_several.read_text()
     page = Page(text)
-    assert {tag for tag, _ in page.tags}.isdisjoint(
-        {"script", "iframe", "object", "embed", "base", "form", "link", "svg"}
-    )
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "iframe", "object", "embed", "base", "form", "link", "svg"})
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes), (tag, attributes)
         assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "href"))
     assert "://" not in text, "the page is to be read without a network"
     assert (
-        "{{ 7 * 7 }}" in page.text
-        and "onerror=alert(1)" in page.text
-        and "$x_1$<script>alert(1)<&\\u202e\u4e2d" in page.text
+        "{{ 7 * 7 }}" in page.text and "onerror=alert(1)" in page.text and "$x_1$<script>alert(1)<&\\u202e\u4e2d" in page.text
     )
     tables = [attributes["class"] for tag, attributes in page.tags if tag == "table"]
     assert tables == ["runs", "metrics", "settings", "versions"]
@@ -587,9 +613,7 @@ def test_every_picture_is_in_the_page_and_beside_it(page_of_several):
         shown = int(image["width"]), int(image["height"])
         assert shown[0] == 1152 and size[0] == 1152 / 96 * style.DPI
         assert size[1] == pytest.approx(shown[1] / 96 * style.DPI, abs=2)
-        assert (
-            kind.name in sections and kind.shows in image["alt"] and kind.shows in page.text and kind.good in page.text
-        )
+        assert kind.name in sections and kind.shows in image["alt"] and kind.shows in page.text and kind.good in page.text
 
 
 def test_the_same_runs_make_the_same_bytes(tmp_path, coarse, monkeypatch):
@@ -623,9 +647,7 @@ addEventListener("load", () => {
 """
 
 
-@pytest.mark.skipif(
-    BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH, nor TRL_CPO_BROWSER"
-)
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH, nor TRL_CPO_BROWSER")
 @pytest.mark.parametrize("which", ["several", "twelve", "broken"])
 def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which):
     """Every picture loaded, every table there, nothing wider than a window of 1280 pixels, nothing asked of a network."""
@@ -645,10 +667,23 @@ def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which):
     copy = tmp_path / "copy.html"
     copy.write_text(text.replace(policy, "").replace("</body>", f"{LOOK}</body>"))
     done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--force-dark-mode", "--window-size=1280,900",
-         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom", copy.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--force-dark-mode",
+            "--window-size=1280,900",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=10000",
+            "--dump-dom",
+            copy.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
     assert found, done.stderr[-2000:]
     seen = json.loads(html.unescape(found[1]))
@@ -753,8 +788,9 @@ def test_the_command_speaks_and_gives_json(tmp_path, capsys, coarse):
     (only,) = made["runs"]
     values = metrics_of(made_up_pairs(60, 0), 1.0)
     assert only["metrics"]["cpo/escaped"]["after"] == {
-        "value": values["cpo/escaped"], "interval_95": list(clopper_pearson(round(60 * values["cpo/escaped"]), 60))
-    }  # fmt: skip
+        "value": values["cpo/escaped"],
+        "interval_95": list(clopper_pearson(round(60 * values["cpo/escaped"]), 60)),
+    }
     assert only["unit"] == "nats per response" and any("log.jsonl is missing" in note for note in only["notes"])
 
 
@@ -780,12 +816,8 @@ def test_it_is_light_and_says_what_to_install(tmp_path):
         timeout=120,
     )
     assert (
-        without.returncode == 2
-        and "python -m pip install matplotlib" in without.stderr
-        and "Traceback" not in without.stderr
+        without.returncode == 2 and "python -m pip install matplotlib" in without.stderr and "Traceback" not in without.stderr
     )
     assert not (run / "report").exists()
-    done = subprocess.run(
-        [sys.executable, "-c", code.format("", str(run))], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code.format("", str(run))], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

@@ -36,7 +36,9 @@ RUNS = {
     "full penalty adamw": {"options": {"constraint": "penalty", "max_grad_norm": 1.0, **ADAMW}, "accumulate": 2},
     "full lagrangian explicit resumed": {"ref_model": REFERENCE, "resume": True, "options": LAGRANGIAN},
     "full clip tokens resumed": {
-        "rounds": 2, "resume": True, "options": {"constraint": "clip", "tokens_per_step": 150, **ADAMW},
+        "rounds": 2,
+        "resume": True,
+        "options": {"constraint": "clip", "tokens_per_step": 150, **ADAMW},
     },
     "lora inverse_prob": {
         "lora": True,
@@ -47,9 +49,11 @@ RUNS = {
         "options": {"constraint": "inverse_logp", "precompute_ref_log_probs": True},
     },
     "lora lagrangian precomputed resumed": {
-        "lora": True, "resume": True, "options": {**LAGRANGIAN, "precompute_ref_log_probs": True},
+        "lora": True,
+        "resume": True,
+        "options": {**LAGRANGIAN, "precompute_ref_log_probs": True},
     },
-}  # fmt: skip
+}
 #: Adapters on 4-bit weights, in bfloat16 as TRL makes them: alike until the first update rounds them.
 QLORA = {"qlora clip": {"lora": True, "nf4": True, "options": {"constraint": "clip", "max_steps": 3}}}
 #: Runs of the JSON files: this one, with `deepspeed=file`.

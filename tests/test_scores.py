@@ -5,7 +5,6 @@ import logging
 import os
 import random
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
-from test_packed_parallel import launcher
 from safetensors.numpy import load, save
+from test_packed_parallel import launcher
 from tokenizers import normalizers
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoModelForCausalLM
@@ -110,9 +109,10 @@ def test_batches_are_of_like_lengths(tmp_path, cache, monkeypatch):
     seen = []
     compute = CPOConstrainedTrainer.compute_ref_log_probs
     monkeypatch.setattr(
-        CPOConstrainedTrainer, "compute_ref_log_probs",
+        CPOConstrainedTrainer,
+        "compute_ref_log_probs",
         lambda self, model, inputs: (seen.append(int(inputs["attention_mask"].sum())), compute(self, model, inputs))[1],
-    )  # fmt: skip
+    )
     trainer = trainer_of(tmp_path)
     tokens = [len(e["prompt_ids"]) * 2 + len(e["chosen_ids"]) + len(e["rejected_ids"]) for e in trainer.train_dataset]
     ordered = sorted(tokens, reverse=True)
@@ -178,9 +178,12 @@ OTHERS = {
     "autocast": (lambda: dict(bf16=True), None),
     "forward": (lambda: dict(prefix_sharing=False), None),
     "DPOTrainer's batches": (lambda: dict(constraint="none"), None),
-    "attention": (lambda: dict(model=make_model(attn_implementation="eager"), prefix_sharing=False), lambda: dict(prefix_sharing=False)),
+    "attention": (
+        lambda: dict(model=make_model(attn_implementation="eager"), prefix_sharing=False),
+        lambda: dict(prefix_sharing=False),
+    ),
     "config": (lambda: dict(model=make_model(rms_norm_eps=1e-3)), None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode")
@@ -570,8 +573,15 @@ def test_the_digest_of_weights_sees_every_byte_name_type_and_shape():
         module.register_buffer("value", value)
         return weights_digest(module)
 
-    zeros = [torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), torch.zeros(8, dtype=torch.bfloat16),
-             torch.zeros(()), torch.zeros(0), torch.zeros(16, dtype=torch.bool)]  # fmt: skip
+    zeros = [
+        torch.zeros(4),
+        torch.zeros(2, 2),
+        torch.zeros(4, dtype=torch.int32),
+        torch.zeros(8, dtype=torch.bfloat16),
+        torch.zeros(()),
+        torch.zeros(0),
+        torch.zeros(16, dtype=torch.bool),
+    ]
     assert len({one(value) for value in zeros}) == len(zeros)
     assert one(torch.arange(6.0).reshape(2, 3).T) == one(torch.arange(6.0).reshape(2, 3).T.contiguous())
 
@@ -656,8 +666,13 @@ def test_the_digest_of_tokens_sees_ids_and_where_rows_and_columns_end():
         return tokens_digest(Dataset.from_dict({"a": a, "b": b}), ("a", "b"))[0]
 
     base = digest([[1, 2], [3]], [[4], [5]])
-    others = [([[1], [2, 3]], [[4], [5]]), ([[1, 2], [4]], [[3], [5]]), ([[3], [1, 2]], [[4], [5]]),
-              ([[1, 2, 3]], [[4, 5]]), ([[1, 2], [3]], [[4], [6]])]  # fmt: skip
+    others = [
+        ([[1], [2, 3]], [[4], [5]]),
+        ([[1, 2], [4]], [[3], [5]]),
+        ([[3], [1, 2]], [[4], [5]]),
+        ([[1, 2, 3]], [[4, 5]]),
+        ([[1, 2], [3]], [[4], [6]]),
+    ]
     assert len({base, *(digest(*other) for other in others)}) == 6
     rows = Dataset.from_dict({"a": [[9], [1, 2], [3]], "b": [[9], [4], [5]], "c": ["x", "y", "z"]})
     found, lengths = tokens_digest(rows.select([1, 2]), ("a", "b"))

@@ -86,14 +86,24 @@ def test_no_pickle_is_read_in_a_run_and_its_resumption_and_weights_are_safetenso
     def train(steps, resume):
         pairs = load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "c"), split="train")
         options = training_options(
-            tmp_path / "out", max_steps=steps, save_strategy="steps", save_steps=1, precompute_ref_log_probs=True,
-            eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, lr_scheduler_type="linear",
-        )  # fmt: skip
+            tmp_path / "out",
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=1,
+            precompute_ref_log_probs=True,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            lr_scheduler_type="linear",
+        )
         trainer = CPOConstrainedTrainer(
-            model=model_folder, processing_class=tokenizer, train_dataset=pairs, eval_dataset=pairs.select(range(4)),
+            model=model_folder,
+            processing_class=tokenizer,
+            train_dataset=pairs,
+            eval_dataset=pairs.select(range(4)),
             args=CPOConstrainedConfig(**options, constraint="clip"),
             peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM") if lora else None,
-        )  # fmt: skip
+        )
         with pytest.warns(UserWarning, match="max_steps was 2 and is 3") if resume else nullcontext():
             trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
@@ -153,10 +163,20 @@ def test_a_models_own_code_is_not_run_unless_trusted(evil_folder, tmp_path, monk
     assert not marker.exists()
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pair_rows(8)))
     command = [
-        sys.executable, str(ROOT / "examples" / "hh_rlhf.py"), "--model_name_or_path", str(folder), "--dataset_name",
-        str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "run"), "--use_cpu", "--bf16", "False",
-        "--max_steps", "1",
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "examples" / "hh_rlhf.py"),
+        "--model_name_or_path",
+        str(folder),
+        "--dataset_name",
+        str(tmp_path / "pairs.jsonl"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--use_cpu",
+        "--bf16",
+        "False",
+        "--max_steps",
+        "1",
+    ]
     environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HOME=str(tmp_path / "hf"), HF_MODULES_CACHE=str(tmp_path / "m"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, env=environment)
     assert not marker.exists()
@@ -206,20 +226,45 @@ def test_a_run_writes_into_its_folder_and_the_caches_alone(tmp_path, model_folde
     (tmp_path / "runner.py").write_text(RUNNER)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_", "TORCH", "TRL_"))}
     environment |= {
-        "HOME": str(places["home"]), "TMPDIR": str(places["tmp"]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "HOME": str(places["home"]),
+        "TMPDIR": str(places["tmp"]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
-    }  # fmt: skip
+    }
     untouched = (model_folder, places["data"], places["cwd"])
     before = everything_in(*untouched)
     options = [
-        "train", "--model_name_or_path", model_folder, "--dataset_name", str(places["data"] / "pairs.jsonl"),
-        "--output_dir", str(places["out"] / "run"), "--use_cpu", "--bf16", "False", "--max_steps", "2", "--save_strategy",
-        "steps", "--save_steps", "1", "--precompute_ref_log_probs", "--constraint", "clip", "--report_to", "none",
-    ]  # fmt: skip
+        "train",
+        "--model_name_or_path",
+        model_folder,
+        "--dataset_name",
+        str(places["data"] / "pairs.jsonl"),
+        "--output_dir",
+        str(places["out"] / "run"),
+        "--use_cpu",
+        "--bf16",
+        "False",
+        "--max_steps",
+        "2",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+        "--precompute_ref_log_probs",
+        "--constraint",
+        "clip",
+        "--report_to",
+        "none",
+    ]
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "runner.py"), str(tmp_path / "opened.json"), *options], cwd=places["cwd"],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, str(tmp_path / "runner.py"), str(tmp_path / "opened.json"), *options],
+        cwd=places["cwd"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (places["out"] / "run" / "model.safetensors").exists()
     assert everything_in(*untouched) == before
@@ -253,10 +298,12 @@ def test_an_evaluation_sets_name_is_no_path(tmp_path, tokenizer, model_folder):
         "json", data_files=str(tmp_path / "data" / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"), split="train"
     )
     trainer = CPOConstrainedTrainer(
-        model=model_folder, processing_class=tokenizer, train_dataset=pairs,
+        model=model_folder,
+        processing_class=tokenizer,
+        train_dataset=pairs,
         eval_dataset={"../../../evil": pairs.select(range(4)), "/evil": pairs.select(range(2))},
         args=CPOConstrainedConfig(**training_options(tmp_path / "out", precompute_ref_log_probs=True, max_steps=1)),
-    )  # fmt: skip
+    )
     trainer.train()
     assert not [path for path in tmp_path.rglob("*evil*")] and not list(tmp_path.parent.glob("*evil*"))
     assert {path.name for path in tmp_path.iterdir()} <= {"data", "cache", "out"}

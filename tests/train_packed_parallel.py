@@ -46,9 +46,7 @@ OPTIONS = dict(optim="sgd", learning_rate=0.02, max_grad_norm=0.0, constraint="c
 
 def lora() -> LoraConfig:
     # Not the usual zeros: policy and reference differ from the first step.
-    return LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
 def nf4() -> BitsAndBytesConfig:

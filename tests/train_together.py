@@ -1,6 +1,6 @@
 """Run by test_parallel.py in several processes: trainers that must or must not agree, and processes that die.
 
-    train_together.py '{"do": "disagree" | "train", "model": ..., "folder": ..., ...}'
+train_together.py '{"do": "disagree" | "train", "model": ..., "folder": ..., ...}'
 """
 
 import json

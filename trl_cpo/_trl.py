@@ -257,9 +257,7 @@ def observed_loss(
         if not precomputed:
             # Not `or`: a compiled model has no truth value.
             reference_model = trainer.model if trainer.ref_model is None else trainer.ref_model
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = trainer.compute_ref_log_probs(
-                reference_model, inputs
-            )
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = trainer.compute_ref_log_probs(reference_model, inputs)
         reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         policy = sequence_logps(outputs.log_probs, mask, trainer.ld_alpha).chunk(2)
         pairs = PairLogps(*reduced(*policy), *reduced(*reference))
@@ -308,9 +306,7 @@ def in_half_precision(trainer: DPOTrainer) -> bool:
 
 def how_the_reference_is_had(trainer: DPOTrainer) -> dict[str, Any]:
     """Whether it was computed beforehand, whether it is the model under another adapter or none, where else it is loaded from."""
-    return dict(
-        precomputed=trainer.precompute_ref_logps, is_peft=is_peft_model(trainer.model), source=model_id(trainer.model)
-    )
+    return dict(precomputed=trainer.precompute_ref_logps, is_peft=is_peft_model(trainer.model), source=model_id(trainer.model))
 
 
 def policy_logps(trainer: DPOTrainer, forward: Callable, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

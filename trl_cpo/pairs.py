@@ -61,9 +61,7 @@ class PairLogps:
 
     def detach(self) -> "PairLogps":
         """The same numbers without their graph."""
-        return PairLogps(
-            self.policy_chosen.detach(), self.policy_rejected.detach(), self.ref_chosen, self.ref_rejected
-        )
+        return PairLogps(self.policy_chosen.detach(), self.policy_rejected.detach(), self.ref_chosen, self.ref_rejected)
 
 
 def completion_lengths(completion_mask: Tensor) -> Tensor:

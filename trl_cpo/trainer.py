@@ -125,7 +125,12 @@ class CPOConstrainedTrainer(DPOTrainer):
                 "fields, and constraint, gamma, tau, alpha, penalty_weight and logps_reduction."
             )
         self._check_processes(
-            args, model, ref_model, quantization_config, peft_config, dict(train_dataset=train_dataset, eval_dataset=eval_dataset)
+            args,
+            model,
+            ref_model,
+            quantization_config,
+            peft_config,
+            dict(train_dataset=train_dataset, eval_dataset=eval_dataset),
         )
         end_gently()
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -156,9 +161,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         self._evaluated: list[torch.Tensor] = []
         # With the constraint off the trainer is DPOTrainer bit for bit, so packing has to be asked for.
         wanted = False if args.prefix_sharing is None and args.constraint == "none" else args.prefix_sharing
-        self._sharing = PrefixSharing(
-            wanted, args.max_length, speaks=args.process_index == 0, compiled=args.torch_compile
-        )
+        self._sharing = PrefixSharing(wanted, args.max_length, speaks=args.process_index == 0, compiled=args.torch_compile)
         #: What `precompute_ref_log_probs` computed or found; `trl_cpo.scores.table_of` reads it.
         self.reference_tables = ReferenceTables()
         if args.process_index == 0:
@@ -359,9 +362,7 @@ class CPOConstrainedTrainer(DPOTrainer):
     def _get_train_sampler(self, train_dataset=None):
         if not self.args.balance_tokens:
             return super()._get_train_sampler(train_dataset)
-        self._order = BalancedSampler(
-            self._costs(train_dataset), micro_batch=self.args.train_batch_size, **self._dealing()
-        )
+        self._order = BalancedSampler(self._costs(train_dataset), micro_batch=self.args.train_batch_size, **self._dealing())
         return self._order
 
     def get_train_dataloader(self):

@@ -12,10 +12,19 @@ from trl_cpo.audit.scored import ScoredPairs
 from trl_cpo.audit.text import render
 
 CLEAN = {
-    "given": 1000, "dropped": 0, "pairs": 1000, "max_length": 512, "truncation_mode": "keep_start", "bos_token": "<s>",
-    "leading_bos": {"1": 1000}, "end_tokens": ["</s>"], "ends_an_answer": {"1": 2000},
-    "tokens": {name: {"median": 5, "longest": 9} for name in ("prompt", "chosen", "rejected")}, "findings": [], "seen": [],
-}  # fmt: skip
+    "given": 1000,
+    "dropped": 0,
+    "pairs": 1000,
+    "max_length": 512,
+    "truncation_mode": "keep_start",
+    "bos_token": "<s>",
+    "leading_bos": {"1": 1000},
+    "end_tokens": ["</s>"],
+    "ends_an_answer": {"1": 2000},
+    "tokens": {name: {"median": 5, "longest": 9} for name in ("prompt", "chosen", "rejected")},
+    "findings": [],
+    "seen": [],
+}
 
 
 def pairs_of(ref_gap, chosen_tokens=None, rejected_tokens=None, **more) -> ScoredPairs:
@@ -30,9 +39,7 @@ def pairs_of(ref_gap, chosen_tokens=None, rejected_tokens=None, **more) -> Score
 
 def audited(pairs, settings=Settings(0.1, 1.0), preflight=CLEAN, **more):  # noqa: B008
     row = {"prompt": "Why?", "chosen": [{"role": "assistant", "content": "yes\x1b[31m"}], "rejected": "no"}
-    return audited_set(
-        "train", pairs, settings, preflight=preflight, rows=range(len(pairs)), text_of=lambda at: row, **more
-    )
+    return audited_set("train", pairs, settings, preflight=preflight, rows=range(len(pairs)), text_of=lambda at: row, **more)
 
 
 def said(one) -> dict[str, str]:
@@ -161,8 +168,15 @@ def test_the_worst_pairs_are_the_lowest_and_only_misaligned_ones():
 
 def test_numbers_as_people_read_them():
     assert [times(x) for x in (1.04, 9.96, 12.34, 99.4, 123.4, 12345.0, 3.2e7, 1e300)] == [
-        "1.0", "10.0", "12", "99", "123", "12,345", "10^7", "10^300"
-    ]  # fmt: skip
+        "1.0",
+        "10.0",
+        "12",
+        "99",
+        "123",
+        "12,345",
+        "10^7",
+        "10^300",
+    ]
     assert percent(0.1234) == "12.3 %" and interval({"value": None, "low": None, "high": None}) == "-"
     assert last_words([]) == "" and last_words([{"role": "user", "content": [{"type": "text"}]}]) == "[{'type': 'text'}]"
 
@@ -175,13 +189,22 @@ def test_text_is_rendered_from_json_and_short(scores):
     base = np.full(n, -100.0)
     more = {"reward_gap": rng.normal(1, 1, n)} if scores else {}
     pairs = pairs_of(
-        rng.normal(-5, 40, n), policy_chosen=base + rng.normal(0, 40, n), policy_rejected=base, prompt_of=np.arange(n),
-        slices={"kind": rng.choice(["a", "b"], n).astype(object)}, **more,
-    )  # fmt: skip
+        rng.normal(-5, 40, n),
+        policy_chosen=base + rng.normal(0, 40, n),
+        policy_rejected=base,
+        prompt_of=np.arange(n),
+        slices={"kind": rng.choice(["a", "b"], n).astype(object)},
+        **more,
+    )
     document = {
-        "format": 1, "model": "M", "ref_model": "R", "dataset": "D", "seed": 0, "settings": vars(Settings(0.1, 1.0)),
+        "format": 1,
+        "model": "M",
+        "ref_model": "R",
+        "dataset": "D",
+        "seed": 0,
+        "settings": vars(Settings(0.1, 1.0)),
         "sets": [{"rows": 2000, "refused": 3, **audited(pairs)}],
-    }  # fmt: skip
+    }
     text = render(document)
     assert text == render(json.loads(json.dumps(document, allow_nan=False)))
     lines = text.splitlines()

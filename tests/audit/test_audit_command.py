@@ -70,7 +70,9 @@ def test_the_numbers_are_those_of_a_plain_forward(audit, pairs_file, model_folde
     gaps = {}
     for name, folder in (("ref", ref_model_folder), ("policy", model_folder)):
         model = AutoModelForCausalLM.from_pretrained(folder)
-        sides = [[plain_logps(model, tokenizer, rows[n]["prompt"], rows[n][side]) for n in kept] for side in ("chosen", "rejected")]
+        sides = [
+            [plain_logps(model, tokenizer, rows[n]["prompt"], rows[n][side]) for n in kept] for side in ("chosen", "rejected")
+        ]
         gaps[name] = np.array([a - b for (a, _), (b, _) in zip(*sides, strict=True)])
         gaps[f"{name} mean"] = np.array([a / k - b / m for (a, k), (b, m) in zip(*sides, strict=True)])
     assert np.abs(np.concatenate(list(gaps.values()))).min() > 1e-3  # no sign hangs on rounding

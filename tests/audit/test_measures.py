@@ -39,7 +39,9 @@ def test_a_gap_of_zero_is_not_misaligned():
 
 def test_assumption_from_scores_pair_by_pair():
     """δ_ref = −10, β = 0.1: Δr = 1 lies on the bound and violates (δ* = 0), 1.01 does not; NaN is no score."""
-    found = assumption(np.array([-10.0, -10.0, -10.0, 5.0, 5.0]), Settings(0.1, 1.0), np.array([1.0, 1.01, math.nan, -1.0, 0.0]))
+    found = assumption(
+        np.array([-10.0, -10.0, -10.0, 5.0, 5.0]), Settings(0.1, 1.0), np.array([1.0, 1.01, math.nan, -1.0, 0.0])
+    )
     assert (found["violated"]["k"], found["violated"]["n"]) == (2, 4)  # the first, and 5 − 10 < 0
     assert found["contradict_label"]["k"] == 1 and found["tied"]["k"] == 1
 
@@ -118,9 +120,7 @@ def test_escape_is_integrated_numerically():
     from scipy.integrate import quad
 
     beta, gamma, depth = 0.25, 0.7, 9.0
-    times = [
-        quad(lambda gap, t=t: (1 + math.exp(beta * (gap - t))) / beta, -depth, 0)[0] for t in (-depth, gamma)
-    ]
+    times = [quad(lambda gap, t=t: (1 + math.exp(beta * (gap - t))) / beta, -depth, 0)[0] for t in (-depth, gamma)]
     found = escape(np.array([-depth]), np.array([-depth]), Settings(beta=beta, gamma=gamma))
     assert found["ratio"]["90%"]["value"] == pytest.approx(times[0] / times[1], rel=1e-9)
 
@@ -145,14 +145,16 @@ def test_length_groups_and_correlation():
 def test_policy_counts_by_hand():
     """δ_ref −4 everywhere; δ −2 (U), −5 (worse), 3 (escaped), 0 (on the border: neither)."""
     tokens = np.full(4, 2)
-    pairs = ScoredPairs(
-        np.full(4, -12.0), np.full(4, -8.0), tokens, tokens, np.array([-10.0, -13, -5, -8]), np.full(4, -8.0)
-    )
+    pairs = ScoredPairs(np.full(4, -12.0), np.full(4, -8.0), tokens, tokens, np.array([-10.0, -13, -5, -8]), np.full(4, -8.0))
     found = policy(pairs, Settings(beta=0.1, gamma=1.0))
     counts = {name: one["k"] for name, one in found.items() if isinstance(one, dict)}
     assert counts == {
-        "prefers_chosen": 1, "beats_reference": 3, "in_undesirable_region": 1, "escaped": 1, "violation_rate": 3,
-    }  # fmt: skip
+        "prefers_chosen": 1,
+        "beats_reference": 3,
+        "in_undesirable_region": 1,
+        "escaped": 1,
+        "violation_rate": 3,
+    }
     assert found["gap"] == pytest.approx(-1.0) and found["chosen_logps_shift"] == pytest.approx(3.0)
     per_token = policy(pairs, Settings(beta=0.1, gamma=1.0, reduction="mean"))
     assert per_token["gap"] == pytest.approx(-0.5) and per_token["chosen_logps_shift"] == pytest.approx(1.5)
@@ -162,10 +164,16 @@ def test_measure_is_json_and_slices_are_the_pairs_alone():
     rng = np.random.default_rng(3)
     n = 60
     pairs = ScoredPairs(
-        rng.normal(-50, 9, n), rng.normal(-50, 9, n), rng.integers(1, 30, n), rng.integers(1, 30, n),
-        policy_chosen=rng.normal(-50, 9, n), policy_rejected=rng.normal(-50, 9, n), prompt_of=np.arange(n) // 2,
-        reward_gap=rng.normal(1, 1, n), slices={"kind": np.array(["a", "b", "b"] * 20, dtype=object)},
-    )  # fmt: skip
+        rng.normal(-50, 9, n),
+        rng.normal(-50, 9, n),
+        rng.integers(1, 30, n),
+        rng.integers(1, 30, n),
+        policy_chosen=rng.normal(-50, 9, n),
+        policy_rejected=rng.normal(-50, 9, n),
+        prompt_of=np.arange(n) // 2,
+        reward_gap=rng.normal(1, 1, n),
+        slices={"kind": np.array(["a", "b", "b"] * 20, dtype=object)},
+    )
     whole = measure(pairs, Settings(0.1, 1.0))
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     assert whole["distinct_prompts"] == 30
@@ -281,8 +289,10 @@ finite = st.floats(-1e7, 1e7)
 
 @given(
     st.lists(st.tuples(finite, finite, st.integers(1, 5000), st.integers(1, 5000), finite, finite), min_size=1, max_size=12),
-    st.floats(1e-4, 50), st.floats(0, 1e4), st.sampled_from(["sum", "mean"]),
-)  # fmt: skip
+    st.floats(1e-4, 50),
+    st.floats(0, 1e4),
+    st.sampled_from(["sum", "mean"]),
+)
 @settings(max_examples=50, deadline=None)
 def test_every_measure_is_json_and_in_range_at_extremes(rows, beta, gamma, reduction):
     columns = [np.array(column) for column in zip(*rows, strict=True)]

@@ -9,7 +9,7 @@ from datasets import Dataset
 from tokenizers import processors
 
 from trl_cpo import _trl
-from trl_cpo.audit.preflight import FINDINGS, TokenPairs, Truncation, digests, examine, answer_tokens
+from trl_cpo.audit.preflight import FINDINGS, TokenPairs, Truncation, answer_tokens, digests, examine
 from trl_cpo.audit.quoting import escaped, quoted, trimmed
 from trl_cpo.audit.scoring import ROW, AuditError, Scorer, base_of_adapter, end_tokens
 
@@ -19,9 +19,13 @@ WORD = 40  # a token that is no special one
 def look(tokenizer, prompt, chosen, rejected, *, alone=None, truncation=Truncation(None), rows=None):  # noqa: B008
     pairs = TokenPairs(prompt, chosen, rejected, rows if rows is not None else list(range(len(prompt))))
     document = examine(
-        pairs, tokenizer, truncation, ends={tokenizer.eos_token_id}, given=len(prompt),
+        pairs,
+        tokenizer,
+        truncation,
+        ends={tokenizer.eos_token_id},
+        given=len(prompt),
         prompt_alone=lambda at: (alone or prompt)[at],
-    )  # fmt: skip
+    )
     return {found["finding"]: found for found in document["findings"]}, document
 
 
@@ -56,9 +60,7 @@ def test_every_planted_fault_is_found_and_its_row_named(tokenizer, ids):
     columns = [list(column) for column in zip((prompt, chosen, rejected), *planted.values(), strict=True)]
     rows = list(range(100, 107))
     found, _ = look(tokenizer, *columns, rows=rows)
-    assert {name: one["rows"] for name, one in found.items()} == {
-        name: [101 + place] for place, name in enumerate(planted)
-    }
+    assert {name: one["rows"] for name, one in found.items()} == {name: [101 + place] for place, name in enumerate(planted)}
     assert all(one["count"] == 1 and one["of"] == 7 and one["fault"] for one in found.values())
     # Exchanged and repeated pairs: both of an exchanged pair are named, of a repeated one the later.
     found, _ = look(tokenizer, [prompt] * 3, [chosen, rejected, chosen], [rejected, chosen, rejected])
@@ -86,17 +88,17 @@ def test_truncation_counts(tokenizer):
         truncation=Truncation(6),
     )
     assert {name: one["rows"] for name, one in found.items()} == {
-        "identical_when_cut": [0], "cut_chosen": [0], "cut_rejected": [0]
-    }  # fmt: skip
+        "identical_when_cut": [0],
+        "cut_chosen": [0],
+        "cut_rejected": [0],
+    }
     # What is shown is what is left.
     assert document["seen"][0]["chosen"] == document["seen"][0]["rejected"] == quoted(tokenizer.decode(same_start), 99)
 
 
 def test_keep_end_cuts_the_prompt_first(tokenizer):
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    found, document = look(
-        tokenizer, [[bos, 50, 51]], [[52, 53, 54, end]], [[55, end]], truncation=Truncation(4, "keep_end")
-    )
+    found, document = look(tokenizer, [[bos, 50, 51]], [[52, 53, 54, end]], [[55, end]], truncation=Truncation(4, "keep_end"))
     # The chosen sequence keeps its answer alone, and of the rejected one BOS goes.
     assert found["prompt_cut"]["rows"] == [0] and "cut_chosen" not in found and "nothing_scored" not in found
     found, _ = look(tokenizer, [[bos]], [[52, 53, end]], [[end]], truncation=Truncation(1, "keep_end"))
@@ -135,7 +137,7 @@ def prepared(tokenizer, rows, **fields):
     one = scorer.prepare(pairs, tokenizer, "train")
     return examine(
         one.tokens, tokenizer, scorer.truncation, ends={tokenizer.eos_token_id}, prompt_alone=one.prompt_alone, given=one.given
-    )  # fmt: skip
+    )
 
 
 def findings(document):
@@ -173,9 +175,7 @@ def test_a_tokenizer_and_a_template_that_both_add_bos(tokenizer):
 def test_a_template_without_an_end_and_one_that_renders_prompts_apart(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert "no_end" in findings(prepared(tokenizer, list(pairs_dataset(4, conversational=True))))
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>think{% endif %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>think{% endif %}"
     document = prepared(tokenizer, list(pairs_dataset(4, conversational=True)))
     (one,) = [found for found in document["findings"] if found["finding"] == "prompt_not_prefix"]
     assert one["count"] == one["of"] == 4 and one["left_out"].startswith("<|im_start|>think")

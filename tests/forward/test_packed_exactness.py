@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pair_batches import COLLATOR, HARD_SIZES, PAIRS, model_inputs, random_pairs
 from tiny_models import OUTPUTS, tiny_model
 from trl.trainer.utils import add_fused_lm_head
+
 from trl_cpo.forward import PackedPairForward
 
 ATTENTIONS = ["dense", "segments"]

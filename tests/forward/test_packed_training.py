@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
+
 from trl_cpo.forward import PackedPairForward, packed_forward
 from trl_cpo.forward.segments import NAME
 

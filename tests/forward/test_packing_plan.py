@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_batches import COLLATOR, HARD_SIZES, PAIRS, model_inputs, random_pairs
+
 from trl_cpo.forward.plan import CHOSEN, REJECTED, SHARED, NotPackable, fill_rows, plan_pairs
 
 

@@ -12,9 +12,9 @@ from pair_batches import HARD_SIZES, model_inputs, random_pairs
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_packed_exactness import assert_same_outputs
 from tiny_models import tiny_model
-from trl_cpo.forward import NotPackable, PackedPairForward, packed_forward, probe
+
+from trl_cpo.forward import NotPackable, PackedPairForward, judging, packed_forward, probe, probing
 from trl_cpo.forward import adapter as adapter_module
-from trl_cpo.forward import judging, probing
 from trl_cpo.forward.fitness import static_reason
 from trl_cpo.forward.mask import LayerKind, dense_masks, layer_kinds, visible
 from trl_cpo.forward.plan import CHOSEN, REJECTED, SHARED, plan_pairs
@@ -118,8 +118,7 @@ def test_nothing_is_found_where_nothing_is_wrong(scale):
 def test_a_window_that_is_one_off_is_found_where_it_binds(name, window, monkeypatch):
     def wrong_kinds(config):
         return {
-            n: kind if kind.window is None else LayerKind(window=kind.window + 1)
-            for n, kind in layer_kinds(config).items()
+            n: kind if kind.window is None else LayerKind(window=kind.window + 1) for n, kind in layer_kinds(config).items()
         }
 
     monkeypatch.setattr(adapter_module, "layer_kinds", wrong_kinds)

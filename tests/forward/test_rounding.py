@@ -4,6 +4,7 @@ import pytest
 import torch
 from pair_batches import HARD_SIZES, model_inputs, random_pairs
 from tiny_models import tiny_model
+
 from trl_cpo.forward.rounding import rounded_once_more, watched
 
 BFLOAT16 = torch.finfo(torch.bfloat16).eps

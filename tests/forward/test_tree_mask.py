@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_batches import HARD_SIZES, PAIRS, model_inputs, random_pairs
 from tiny_models import tiny_config
+
 from trl_cpo.forward.mask import CHUNKED, FULL, SLIDING, LayerKind, dense_masks, layer_kinds, rope_follows_length, visible
 from trl_cpo.forward.plan import NotPackable, plan_pairs
 from trl_cpo.forward.segments import is_segment_table, segment_attention, segment_masks, segment_table
@@ -53,9 +54,7 @@ def test_attention_by_segments_is_masked_attention_values_and_gradients(pairs, k
     plan = plan_of(pairs, one_row=True)
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 2 * groups, plan.tokens, 4)] + [(1, 2, plan.tokens, 4)] * 2
-    q, k, v = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
-    )
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
     weight = torch.randn(1, plan.tokens, 2 * groups, 4, generator=generator, dtype=torch.float64)
     module = torch.nn.Module()
 

@@ -147,8 +147,13 @@ def metrics(rng: random.Random, draws: int) -> None:
         hold(rows.isfinite().all(dim=1), "finite", rows[:, 0])
         of = {name: rows[:, column] for name, column in COLUMNS.items()}
         conditions = (
-            "prefers_chosen", "beats_reference", "in_undesirable_region", "violation_rate", "reference_misaligned", "escaped",
-        )  # fmt: skip
+            "prefers_chosen",
+            "beats_reference",
+            "in_undesirable_region",
+            "violation_rate",
+            "reference_misaligned",
+            "escaped",
+        )
         for name in conditions:
             hold((of[name] == 0) | (of[name] == 1), "0 or 1", name, of[name])
         hold(of["in_undesirable_region"] <= of["beats_reference"], "U beats the reference")
@@ -181,9 +186,32 @@ def multiplier(rng: random.Random, draws: int) -> None:
 
 
 PIECES = (
-    "\n\nHuman: ", "\n\nAssistant: ", "\n\nHuman:", "\n\nAssistant:", "Human: ", "\n\n", "\n", "\r\n", "\r", " ", "\0",
-    "\ud800", "\udfff", "\u2028", "\x85", "\x0b", "\x1c", "\ufeff", "é", "e\u0301", "𝔸", "\u202e", "a", "Hi there", "",
-)  # fmt: skip
+    "\n\nHuman: ",
+    "\n\nAssistant: ",
+    "\n\nHuman:",
+    "\n\nAssistant:",
+    "Human: ",
+    "\n\n",
+    "\n",
+    "\r\n",
+    "\r",
+    " ",
+    "\0",
+    "\ud800",
+    "\udfff",
+    "\u2028",
+    "\x85",
+    "\x0b",
+    "\x1c",
+    "\ufeff",
+    "é",
+    "e\u0301",
+    "𝔸",
+    "\u202e",
+    "a",
+    "Hi there",
+    "",
+)
 
 
 def any_text(rng: random.Random) -> str:
@@ -245,12 +273,52 @@ def rows(rng: random.Random, draws: int) -> int:
 
 def any_value(rng: random.Random):
     """A value that an option may be given by mistake, in a program or a file."""
-    return rng.choice([
-        None, True, False, 0, 1, -1, 2, 10**400, -0.0, 0.5, 1e308, 5e-324, math.inf, -math.inf, math.nan,
-        "", " ", "none", "clip", "sum", "mean", "1e-6", "nan", "violation", "\0", "\ud800", "é" * 40,
-        [], [1], ["sigmoid"], {}, {"a": 1}, (1, 2), b"x", 1j, object(), torch.tensor(1.0), torch.tensor([1.0, 2.0]),
-        "".join(rng.choices(string.printable, k=5)), rng.uniform(-3, 3), rng.randrange(-3, 4), log_uniform(rng, 1e-300, 1e300),
-    ])  # fmt: skip
+    return rng.choice(
+        [
+            None,
+            True,
+            False,
+            0,
+            1,
+            -1,
+            2,
+            10**400,
+            -0.0,
+            0.5,
+            1e308,
+            5e-324,
+            math.inf,
+            -math.inf,
+            math.nan,
+            "",
+            " ",
+            "none",
+            "clip",
+            "sum",
+            "mean",
+            "1e-6",
+            "nan",
+            "violation",
+            "\0",
+            "\ud800",
+            "é" * 40,
+            [],
+            [1],
+            ["sigmoid"],
+            {},
+            {"a": 1},
+            (1, 2),
+            b"x",
+            1j,
+            object(),
+            torch.tensor(1.0),
+            torch.tensor([1.0, 2.0]),
+            "".join(rng.choices(string.printable, k=5)),
+            rng.uniform(-3, 3),
+            rng.randrange(-3, 4),
+            log_uniform(rng, 1e-300, 1e300),
+        ]
+    )
 
 
 OWN_FIELDS = tuple(
@@ -288,10 +356,45 @@ def recipes(rng: random.Random, draws: int, folder: str) -> int:
     file = Path(folder) / "recipe.yaml"
     known = [action.dest for action in parser._actions]
     tokens = (
-        ": ", "\n", "- ", "{", "}", "[", "]", "&a ", "*a", "!!python/object/apply:os.getcwd []", "!!binary x", "<<: ", "#",
-        "'", '"', "|", ">", "\t", "---\n", "%YAML 9.9\n", "2026-11-21", "0x1F", "1_000", "~", ".inf", ".nan", "\x85", "é", "\0",
-        "constraint", "gamma", "beta", "clip", "1e-6", "no", "null", "true", "true: 1\n",
-    )  # fmt: skip
+        ": ",
+        "\n",
+        "- ",
+        "{",
+        "}",
+        "[",
+        "]",
+        "&a ",
+        "*a",
+        "!!python/object/apply:os.getcwd []",
+        "!!binary x",
+        "<<: ",
+        "#",
+        "'",
+        '"',
+        "|",
+        ">",
+        "\t",
+        "---\n",
+        "%YAML 9.9\n",
+        "2026-11-21",
+        "0x1F",
+        "1_000",
+        "~",
+        ".inf",
+        ".nan",
+        "\x85",
+        "é",
+        "\0",
+        "constraint",
+        "gamma",
+        "beta",
+        "clip",
+        "1e-6",
+        "no",
+        "null",
+        "true",
+        "true: 1\n",
+    )
     for _ in range(draws):
         if rng.random() < 0.5:
             sane = ("gamma: 0.5", "constraint: clip", "beta: 1e-1", "max_steps: 3", "report_to: none", "use_peft: true")

@@ -28,9 +28,7 @@ def test_by_hand():
 
 
 @settings(deadline=None, max_examples=500)
-@given(
-    pairs=st.lists(st.tuples(GAPS, GAPS), min_size=1, max_size=30), beta=st.floats(1e-3, 20), lower=st.floats(0, 100)
-)
+@given(pairs=st.lists(st.tuples(GAPS, GAPS), min_size=1, max_size=30), beta=st.floats(1e-3, 20), lower=st.floats(0, 100))
 def test_never_violated(pairs, beta, lower):
     gap, target = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
     loss = pair_loss(gap, target, beta=beta).mean().item()
@@ -69,9 +67,17 @@ def test_a_loss_of_at_most_log_2_is_a_gap_of_at_least_the_target():
 
 @pytest.mark.parametrize(
     "arguments",
-    [(math.nan, 3, 0.0, 1.0), (math.inf, 3, 0.0, 1.0), (-0.1, 3, 0.0, 1.0), (0.1, 0, 0.0, 1.0), (0.1, 3, -1.0, 1.0),
-     (0.1, 3, math.nan, 1.0), (0.1, 3, 0.0, 0.0), (0.1, 3, 0.0, math.nan)],
-)  # fmt: skip
+    [
+        (math.nan, 3, 0.0, 1.0),
+        (math.inf, 3, 0.0, 1.0),
+        (-0.1, 3, 0.0, 1.0),
+        (0.1, 0, 0.0, 1.0),
+        (0.1, 3, -1.0, 1.0),
+        (0.1, 3, math.nan, 1.0),
+        (0.1, 3, 0.0, 0.0),
+        (0.1, 3, 0.0, math.nan),
+    ],
+)
 def test_refused(arguments):
     loss, count, margin, beta = arguments
     with pytest.raises(ValueError, match="all finite; got mean_loss="):

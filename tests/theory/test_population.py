@@ -53,8 +53,12 @@ def test_population_gaps_minimise_the_loss(name):
     gaps = population_gaps(name, PAIRS, P, KNOBS)
     moved = 0
     for index in range(len(P)):
-        found = minimize_scalar(lambda gap: both_labels(CONSTRAINTS[name], index, gap), bounds=(-300, 300), method="bounded",
-                                options={"xatol": 1e-10})  # fmt: skip
+        found = minimize_scalar(
+            lambda gap: both_labels(CONSTRAINTS[name], index, gap),
+            bounds=(-300, 300),
+            method="bounded",
+            options={"xatol": 1e-10},
+        )
         assert gaps[index].item() == pytest.approx(found.x, abs=1e-4)
         assert both_labels(CONSTRAINTS[name], index, gaps[index].item()) <= found.fun + 1e-12
         moved += abs(gaps[index] - population_gap(PAIRS.ref_gap, P, beta=KNOBS.beta)[index]).item() > 0.01
@@ -90,8 +94,9 @@ def test_the_lagrangian_solves_the_constrained_problem(seed):
     assert violation <= epsilon + 1e-12 and 0 <= multiplier < beta
     assert multiplier * (violation - epsilon) == pytest.approx(0, abs=1e-9)
     # No gap is better at this multiplier: the Lagrangian is at its minimum.
-    assert torch.allclose(gaps, population_penalty(torch.tensor(p), torch.tensor(ref_gap), beta=beta, gamma=gamma,
-                                                   weight=multiplier))  # fmt: skip
+    assert torch.allclose(
+        gaps, population_penalty(torch.tensor(p), torch.tensor(ref_gap), beta=beta, gamma=gamma, weight=multiplier)
+    )
 
 
 def test_the_lagrangian_by_hand():

@@ -25,9 +25,14 @@ def nearest_on_simplex(logps, pairs, gamma):
         {"type": "eq", "fun": lambda x: x.sum() - 1, "jac": lambda x: np.ones_like(x)},
     ]
     found = minimize(
-        lambda x: (x * (np.log(x) - star)).sum(), np.exp(star), jac=lambda x: np.log(x) - star + 1, method="SLSQP",
-        bounds=[(1e-12, 1)] * len(star), constraints=constraints, options={"ftol": 1e-14, "maxiter": 1000},
-    )  # fmt: skip
+        lambda x: (x * (np.log(x) - star)).sum(),
+        np.exp(star),
+        jac=lambda x: np.log(x) - star + 1,
+        method="SLSQP",
+        bounds=[(1e-12, 1)] * len(star),
+        constraints=constraints,
+        options={"ftol": 1e-14, "maxiter": 1000},
+    )
     # Status 8: no step makes it better any more, in floats.
     assert found.status in (0, 8) and (rows @ found.x > -1e-7).all() and abs(found.x.sum() - 1) < 1e-9
     return found.x, found.fun

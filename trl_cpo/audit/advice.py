@@ -220,8 +220,9 @@ def _slices(audited: dict, settings: dict):
         if apart:
             apart.sort(key=lambda one: -one["misaligned"][settings["reduction"]]["value"])
             named = "; ".join(f"{one['value']} {interval(one['misaligned'][settings['reduction']])}" for one in apart[:3])
-            yield "slices", (
-                f"By {column}, {len(apart)} of {len(some)} slices differ from the whole ({interval(everywhere)}): {named}."
+            yield (
+                "slices",
+                (f"By {column}, {len(apart)} of {len(some)} slices differ from the whole ({interval(everywhere)}): {named}."),
             )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from .document import FORMAT, audited_set
 from .measures import Settings
-from .preflight import digests, examine, answer_tokens
+from .preflight import answer_tokens, digests, examine
 from .scored import ScoredPairs
 from .scoring import ROW, AuditError, PreparedPairs, Scorer, end_tokens
 
@@ -83,8 +83,7 @@ def audit(request: Request, say: Callable[[str], None] = lambda _: None) -> dict
         "seed": request.seed,
         "settings": vars(request.settings),
         "sets": [
-            {"set": name, "rows": one.rows, "refused": one.refused, "preflight": preflights[name]}
-            for name, one in sets.items()
+            {"set": name, "rows": one.rows, "refused": one.refused, "preflight": preflights[name]} for name, one in sets.items()
         ],
     }
     if request.preflight_only:

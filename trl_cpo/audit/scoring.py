@@ -135,8 +135,7 @@ class Scorer:
         scored = {first: trainer.train_dataset, **(trainer.eval_dataset or {})}
         columns = ("ref_chosen_logps", "ref_rejected_logps")
         logps = {
-            name: tuple(np.asarray(pairs[column][:], dtype=np.float64) for column in columns)
-            for name, pairs in scored.items()
+            name: tuple(np.asarray(pairs[column][:], dtype=np.float64) for column in columns) for name, pairs in scored.items()
         }
         # A second model is loaded next, and the two need not fit together.
         del trainer, scored
@@ -153,9 +152,7 @@ class Scorer:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(
-                base_of_adapter(model) or model, trust_remote_code=self.trust_remote_code
-            )
+            return AutoConfig.from_pretrained(base_of_adapter(model) or model, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise AuditError(

@@ -104,10 +104,7 @@ def _standing(numbers: dict) -> list[str]:
     lines.append("  Assumption 3.1 violated (δ_ref <= -Δr/β), in %, for reward gaps Δr that are not known here:")
     lines.append("    " + " " * 8 + "".join(f"{f'β = {beta:g}':>20}" for beta in assumption["betas"]))
     for reward in assumption["reward_gaps"]:
-        lines.append(
-            f"    Δr = {reward:<3g}"
-            + "".join(f"{_short(cells[reward, beta]):>20}" for beta in assumption["betas"])
-        )
+        lines.append(f"    Δr = {reward:<3g}" + "".join(f"{_short(cells[reward, beta]):>20}" for beta in assumption["betas"]))
     return lines
 
 
@@ -157,9 +154,7 @@ def _length(numbers: dict) -> list[str]:
     lines.append(f"  rank correlation of δ_ref with it: sum {correlations[0]}, mean {correlations[1]}")
     for group, label in (("longer", "chosen longer"), ("same", "as long"), ("shorter", "chosen shorter")):
         by = [length[name]["misaligned_where_chosen_is"][group] for name in ("sum", "mean")]
-        lines.append(
-            f"  {label:<15}{by[0]['n']:>7} pairs   misaligned by sum {interval(by[0]):<24} by mean {interval(by[1])}"
-        )
+        lines.append(f"  {label:<15}{by[0]['n']:>7} pairs   misaligned by sum {interval(by[0]):<24} by mean {interval(by[1])}")
     return lines
 
 

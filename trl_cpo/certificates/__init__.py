@@ -52,7 +52,7 @@ def check(found: Any, folder: str | Path | None = None) -> list[str]:
         CertificateError: it is no certificate of this format, or `certify_run` cannot make one of the folder.
     """
     if not isinstance(found, dict) or found.get("certificate") != "trl-cpo":
-        raise CertificateError("This is no certificate of trl-cpo: it lacks \"certificate\": \"trl-cpo\".")
+        raise CertificateError('This is no certificate of trl-cpo: it lacks "certificate": "trl-cpo".')
     if found.get("format") != FORMAT:
         raise CertificateError(f"This certificate has format {found.get('format')!r}; this version reads format {FORMAT}.")
     asked, evidence = (found.get(name) if isinstance(found.get(name), dict) else {} for name in ("asked", "evidence"))

@@ -14,9 +14,12 @@ from .statement import UNITS, exact
 
 #: Settings under which the loss of a run is `−log σ(β(δ_θ − t))` and nothing else, with the value they must have.
 _PLAIN_LOSS = {
-    "label_smoothing": 0.0, "use_weighting": False, "f_divergence_type": "reverse_kl", "ld_alpha": None,
+    "label_smoothing": 0.0,
+    "use_weighting": False,
+    "f_divergence_type": "reverse_kl",
+    "ld_alpha": None,
     "loss_weights": None,
-}  # fmt: skip
+}
 
 #: No log-probability is so large; arithmetic on larger numbers could overflow.
 _BEYOND = 1e15
@@ -162,9 +165,12 @@ def _numbers_of_losses(logps, metrics, subject) -> dict[str, Any]:
         )
     defaults = Knobs(beta=subject["beta"])
     knobs = Knobs(
-        beta=subject["beta"], gamma=subject["gamma"], logps_reduction=subject["reduction"],
-        tau=config.get("tau", defaults.tau), alpha=config.get("alpha", defaults.alpha),
-    )  # fmt: skip
+        beta=subject["beta"],
+        gamma=subject["gamma"],
+        logps_reduction=subject["reduction"],
+        tau=config.get("tau", defaults.tau),
+        alpha=config.get("alpha", defaults.alpha),
+    )
     target = CONSTRAINTS[name].target(logps, knobs)
     mean_loss = pair_loss(logps.gap, target, beta=knobs.beta).mean().item()
     if not math.isfinite(mean_loss):

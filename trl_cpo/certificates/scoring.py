@@ -73,10 +73,18 @@ def score_to_folder(
     kept = np.flatnonzero(comparable)
     rows = [[float(columns[name][at]) if name in columns else None for name in COLUMNS] for at in kept]
     document = {
-        "reduction": reduction, "gamma": gamma, "beta": None, "constraint": None, "split": f"named as held out: {split}",
-        "model": model, "ref_model": ref_model, "dataset": dataset, "left_out": prepared.given - len(rows),
-        "columns": list(COLUMNS), "rows": rows,
-    }  # fmt: skip
+        "reduction": reduction,
+        "gamma": gamma,
+        "beta": None,
+        "constraint": None,
+        "split": f"named as held out: {split}",
+        "model": model,
+        "ref_model": ref_model,
+        "dataset": dataset,
+        "left_out": prepared.given - len(rows),
+        "columns": list(COLUMNS),
+        "rows": rows,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "pairs.json", document)
     return folder

@@ -66,9 +66,7 @@ def overview() -> str:
 def command_parser(name: str) -> Parser:
     """The parser of one command."""
     module = import_module(f".{COMMANDS[name]}", __name__)
-    parser = Parser(
-        prog=f"{PROGRAM} {name}", description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=f"{PROGRAM} {name}", description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
     return parser
 

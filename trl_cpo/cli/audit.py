@@ -23,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         # Also with underscores, as TRL's options are written.
         parser.add_argument(*dict.fromkeys((name, "--" + name[2:].replace("-", "_"))), **settings)
 
-    add("--model", required=True, metavar="M", help="hub name, folder (an adapter's too) or 'demo'; its own start is the reference")
+    add(
+        "--model",
+        required=True,
+        metavar="M",
+        help="hub name, folder (an adapter's too) or 'demo'; its own start is the reference",
+    )
     add("--dataset", required=True, metavar="D", help="hub name, .jsonl[.gz], .json or .parquet file, folder, or 'demo'")
     add("--ref-model", metavar="R", help="the reference, if it is another model: M is then the policy as it stands")
     add("--split", nargs="+", default=["train"], metavar="S", help="splits, each audited by itself (train)")

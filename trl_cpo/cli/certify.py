@@ -74,7 +74,9 @@ def _refuse_mixtures(options: argparse.Namespace) -> None:
         sizes = {"max_pairs": 1, "batch_size": 1, "max_length": 0}
         got = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
         faults += [
-            f"--{name.replace('_', '-')} must be >= {sizes[name]}; got {value}" for name, value in got.items() if value < sizes[name]
+            f"--{name.replace('_', '-')} must be >= {sizes[name]}; got {value}"
+            for name, value in got.items()
+            if value < sizes[name]
         ]
     if faults:
         raise UserError("; ".join(faults) + ".\nAll options: trl-cpo certify --help")
@@ -112,9 +114,7 @@ def _certify(options: argparse.Namespace) -> int:
                 dtype=options.dtype or "float32",
                 batch_size=options.batch_size or 8,
             )
-        document = certify_run(
-            folder, kind=options.kind or "held_out", gamma=options.gamma, at_least=options.at_least or 0.0
-        )
+        document = certify_run(folder, kind=options.kind or "held_out", gamma=options.gamma, at_least=options.at_least or 0.0)
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     if out is not None:
         with out.open("x", encoding="utf-8") as stream:

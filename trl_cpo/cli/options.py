@@ -70,8 +70,7 @@ def config_file(name: str) -> Path:
         return recipe(name).file
     what = "is a folder" if path.is_dir() else "is neither a file nor a recipe"
     raise UserError(
-        f"--config {name} {what}; the recipes are {', '.join(names())}.{nearest(name, names())}\n"
-        "What they do: trl-cpo recipes"
+        f"--config {name} {what}; the recipes are {', '.join(names())}.{nearest(name, names())}\nWhat they do: trl-cpo recipes"
     )
 
 
@@ -96,7 +95,9 @@ def read_config(name: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not YAML: {error}\nAn example: trl-cpo recipes copy demo") from error
     if not isinstance(values, dict):
-        raise UserError(f"{file} must hold 'option: value' lines; got {type(values).__name__}.\nAn example: trl-cpo recipes copy demo")
+        raise UserError(
+            f"{file} must hold 'option: value' lines; got {type(values).__name__}.\nAn example: trl-cpo recipes copy demo"
+        )
     return values
 
 
@@ -148,7 +149,9 @@ def _scalar(value: Any, action: argparse.Action, kinds: set) -> Any:
         return value
     if isinstance(value, bool) and str in kinds:
         word = "no" if value is False else "yes"
-        raise ValueError(f"must be text; YAML reads {word}, {'off' if value is False else 'on'} and {value} as a truth value: put the word in quotes")
+        raise ValueError(
+            f"must be text; YAML reads {word}, {'off' if value is False else 'on'} and {value} as a truth value: put the word in quotes"
+        )
     try:
         converted = action.type(str(value)) if action.type else value
     except (ValueError, TypeError, argparse.ArgumentTypeError):

@@ -25,9 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="devices that share the work (default: 1)")
     parser.add_argument("--parallel", choices=_KINDS, help="how they share it (default: ddp)")
     parser.add_argument("--offload", action="store_true", help="ZeRO-3 with weights and optimizer in the machine's memory")
-    parser.add_argument("--memory", metavar="SIZE", help="of each device, such as 24GB: says whether it fits, and what makes it fit")
-    parser.add_argument("--prompt_share", type=float, default=0.5, metavar="P",
-                        help="the prompt's part of the longest row, 0 to 1 (default: 0.5); the packed forward runs it once")  # fmt: skip
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="of each device, such as 24GB: says whether it fits, and what makes it fit"
+    )
+    parser.add_argument(
+        "--prompt_share",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="the prompt's part of the longest row, 0 to 1 (default: 0.5); the packed forward runs it once",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -122,9 +129,7 @@ def _config(model: str, args, policy):
 
         model = str(demo_model_folder())
     try:
-        return AutoConfig.from_pretrained(
-            model, revision=policy.model_revision, trust_remote_code=bool(args.trust_remote_code)
-        )
+        return AutoConfig.from_pretrained(model, revision=policy.model_revision, trust_remote_code=bool(args.trust_remote_code))
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(

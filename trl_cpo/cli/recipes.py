@@ -41,7 +41,9 @@ def run(options: argparse.Namespace) -> int:
 def copied(name: str, to: str | None) -> Path:
     """Copies a recipe to a file that does not exist yet, and gives its path."""
     if name not in names():
-        raise UserError(f"there is no recipe {name}; there are {', '.join(names())}.{nearest(name, names())}\nWhat they do: trl-cpo recipes")
+        raise UserError(
+            f"there is no recipe {name}; there are {', '.join(names())}.{nearest(name, names())}\nWhat they do: trl-cpo recipes"
+        )
     target = Path(to or f"{name}.yaml").expanduser()
     if target.is_dir():
         target = target / f"{name}.yaml"

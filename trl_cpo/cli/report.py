@@ -15,9 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs", nargs="+", metavar="RUN", help="folder of a run: log.jsonl, metrics.json, pairs.json, or any of them"
     )
     parser.add_argument("--out", metavar="FOLDER", help="where to write (default: report, in the first run's folder)")
-    parser.add_argument(
-        "--json", action="store_true", help="print what was made, and its numbers, as one JSON document"
-    )
+    parser.add_argument("--json", action="store_true", help="print what was made, and its numbers, as one JSON document")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,9 +30,7 @@ def run(options: argparse.Namespace) -> int:
     except FileExistsError as error:
         raise UserError(str(error)) from None
     except OSError as error:
-        raise UserError(
-            f"The report cannot be written: {error}.\nWrite it elsewhere: trl-cpo report --out FOLDER …"
-        ) from None
+        raise UserError(f"The report cannot be written: {error}.\nWrite it elsewhere: trl-cpo report --out FOLDER …") from None
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "matplotlib":
             raise
@@ -71,8 +67,7 @@ def _as_json(report) -> str:
             "unit": run.unit,
             "pairs": run.after.pairs if run.after else None,
             "metrics": {
-                row["metric"]: {"before": shown(row["cells"][place][0]), "after": shown(row["cells"][place][1])}
-                for row in rows
+                row["metric"]: {"before": shown(row["cells"][place][0]), "after": shown(row["cells"][place][1])} for row in rows
             },
             "notes": run.notes,
         }

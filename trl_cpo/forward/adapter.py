@@ -19,7 +19,7 @@ _TOLD: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDic
 DENSE, SEGMENTS = "dense", "segments"
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _KNOWN = frozenset(
-    "input_ids attention_mask labels use_cache fused_lm_head output_router_logits num_items_in_batch".split()
+    ["input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head", "output_router_logits", "num_items_in_batch"]
 )
 
 
@@ -130,9 +130,7 @@ class PackedPairForward:
         call = {name: value for name, value in inputs.items() if name != "labels"}
         with packed_backbone(backbone_of(self.model), plan, self._masks(mask_plan or plan, device), scored):
             outputs = self.model(**call, shift_labels=labels.to(device)[None])
-        fields = {
-            name: _spread(value, plan) for name in _PER_TOKEN if (value := getattr(outputs, name)) is not None
-        }
+        fields = {name: _spread(value, plan) for name in _PER_TOKEN if (value := getattr(outputs, name)) is not None}
         return dataclasses.replace(outputs, **fields, label_mask=inputs["labels"][:, 1:] != -100)
 
     def _masks(self, plan: PackingPlan, device: torch.device) -> torch.Tensor | dict[str, torch.Tensor]:

@@ -14,20 +14,76 @@ from .segments import MASKED_ATTENTION
 # configuration; held by tests/forward/test_model_families.py. Others are probed over the full length, in case
 # something binds only there.
 PLAIN_FAMILIES = frozenset(
-    "cohere cohere2 gemma gemma2 gemma3_text glm4 gpt2 gpt_neox granite granitemoe llama ministral mistral mixtral "
-    "nemotron olmo olmo2 olmo3 olmoe opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm starcoder2".split()
+    [
+        "cohere",
+        "cohere2",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "granitemoe",
+        "llama",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    ]
 )
 
 # Adapters that act on each token by itself. Fresh adapters change nothing yet, so the probe cannot judge them.
 TOKENWISE_ADAPTERS = frozenset(
-    "ADALORA BOFT C3A DELORA FOURIERFT HRA IA3 LN_TUNING LOHA LOKR LORA MISS OFT RANDLORA ROAD SHIRA "
-    "TRAINABLE_TOKENS VBLORA VERA WAVEFT".split()
+    [
+        "ADALORA",
+        "BOFT",
+        "C3A",
+        "DELORA",
+        "FOURIERFT",
+        "HRA",
+        "IA3",
+        "LN_TUNING",
+        "LOHA",
+        "LOKR",
+        "LORA",
+        "MISS",
+        "OFT",
+        "RANDLORA",
+        "ROAD",
+        "SHIRA",
+        "TRAINABLE_TOKENS",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    ]
 )
 
 _LIMIT = re.compile(r"window|chunk|local|block_size|block_length|sparse|dilat|stride|index_topk|compress")
 _KNOWN_LIMITS = frozenset(
-    "attention_chunk_size chunk_size_feed_forward max_window_layers num_local_experts sliding_window "
-    "sliding_window_pattern _sliding_window_pattern".split()
+    [
+        "attention_chunk_size",
+        "chunk_size_feed_forward",
+        "max_window_layers",
+        "num_local_experts",
+        "sliding_window",
+        "sliding_window_pattern",
+        "_sliding_window_pattern",
+    ]
 )
 
 
@@ -62,9 +118,7 @@ def static_reason(model: torch.nn.Module) -> str | None:
     if missing:
         return f"{type(backbone).__name__} takes no {' and no '.join(sorted(missing))}"
     for name, module in backbone.named_modules():
-        if isinstance(module, torch.nn.RNNBase) or (
-            isinstance(module, torch.nn.Conv1d) and module.kernel_size != (1,)
-        ):
+        if isinstance(module, torch.nn.RNNBase) or (isinstance(module, torch.nn.Conv1d) and module.kernel_size != (1,)):
             return f"{name} ({type(module).__name__}) mixes neighbouring tokens without a mask"
     return _adapter_reason(model)
 

@@ -111,9 +111,7 @@ def packed_forward(
     return model, verdict
 
 
-def probe(
-    model: torch.nn.Module, *, attention: str = "auto", max_length: int | None = None, seed: int = 0
-) -> Verdict:
+def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | None = None, seed: int = 0) -> Verdict:
     """Find out whether packing is right for a model, leaving the model and all random states as they were.
 
     Args:
@@ -267,9 +265,7 @@ def _first_line(error: Exception) -> str:
 
 def _plain_causal(plan: PackingPlan) -> PackingPlan:
     """The plan with the mistake of ordinary packing: every pair one sequence, the rejected answer after the chosen."""
-    parts = tuple(
-        dataclasses.replace(p, shared=0, chosen=p.shared + p.chosen + p.rejected, rejected=0) for p in plan.parts
-    )
+    parts = tuple(dataclasses.replace(p, shared=0, chosen=p.shared + p.chosen + p.rejected, rejected=0) for p in plan.parts)
     return dataclasses.replace(plan, parts=parts, branch=torch.zeros_like(plan.branch))
 
 

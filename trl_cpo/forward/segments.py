@@ -109,9 +109,7 @@ def segment_attention(
 
 
 def _attend(q, k, v, mask, dropout, scaling) -> torch.Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None)
 
 
 def register() -> None:

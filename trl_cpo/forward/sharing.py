@@ -49,9 +49,7 @@ class PrefixSharing:
         verdict = self.verdict(model)
         if not verdict.ok:
             return model
-        return PackedPairForward(
-            model, attention=verdict.attention, max_length=verdict.max_length, required=bool(self.wanted)
-        )
+        return PackedPairForward(model, attention=verdict.attention, max_length=verdict.max_length, required=bool(self.wanted))
 
     def verdict(self, model: torch.nn.Module) -> Verdict:
         """What the probe found for `model` with its present attention, now or before.

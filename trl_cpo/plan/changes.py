@@ -48,49 +48,66 @@ def _offloaded(request: Request) -> Request | None:
 #: In the order in which they are tried: each costs more than those before it.
 LADDER: tuple[Change, ...] = (
     Change(
-        "--prefix_sharing True", "nothing, and it is faster; refused by models that cannot be packed",
+        "--prefix_sharing True",
+        "nothing, and it is faster; refused by models that cannot be packed",
         lambda r: None if r.packed else replace(r, packed=True),
     ),
     Change(
-        "--optim adamw_torch_fused", "nothing",
+        "--optim adamw_torch_fused",
+        "nothing",
         lambda r: replace(r, optim="adamw_torch_fused") if r.optim == "adamw_torch" else None,
     ),
     Change(
-        "--precompute_ref_log_probs True", "a pass over the pairs beforehand; training is then faster",
+        "--precompute_ref_log_probs True",
+        "a pass over the pairs beforehand; training is then faster",
         lambda r: None if r.precomputed or r.lora_rank or r.parallel == "fsdp2" else replace(r, precomputed=True),
     ),
     Change(
-        "--gradient_checkpointing True", "about a third more time a step",
+        "--gradient_checkpointing True",
+        "about a third more time a step",
         lambda r: None if r.checkpointing else replace(r, checkpointing=True),
     ),
     Change(
         "--per_device_train_batch_size 1, and as many times more --gradient_accumulation_steps",
-        "time, where a device is not filled by one pair; the step is the same", _smaller,
+        "time, where a device is not filled by one pair; the step is the same",
+        _smaller,
     ),
     Change(
-        "--dtype bfloat16", "the frozen weights lose digits; adapters stay float32",
+        "--dtype bfloat16",
+        "the frozen weights lose digits; adapters stay float32",
         lambda r: replace(r, weight_bytes=2) if r.lora_rank and r.weight_bytes == 4 and r.device == "cuda" else None,
     ),
     Change("--config_file deepspeed_configs/zero2.yaml", "communication", _sharded("zero2")),
     Change("--config_file deepspeed_configs/zero3.yaml", "more communication", _sharded("zero3")),
     Change(
-        "--optim paged_adamw_8bit", "moments in 8 bits: slightly other updates; needs bitsandbytes",
-        lambda r: replace(r, optim="paged_adamw_8bit")
-        if r.optim.startswith("adamw_torch") and not r.parallel.startswith("zero") else None,
+        "--optim paged_adamw_8bit",
+        "moments in 8 bits: slightly other updates; needs bitsandbytes",
+        lambda r: (
+            replace(r, optim="paged_adamw_8bit")
+            if r.optim.startswith("adamw_torch") and not r.parallel.startswith("zero")
+            else None
+        ),
     ),
     Change(
-        "--config_file deepspeed_configs/zero3_offload.yaml", "several times slower; needs the machine's memory", _offloaded,
+        "--config_file deepspeed_configs/zero3_offload.yaml",
+        "several times slower; needs the machine's memory",
+        _offloaded,
     ),
     Change(
-        "--use_peft True --lora_r 16 --lora_target_modules all-linear", "another training: adapters in place of all weights",
+        "--use_peft True --lora_r 16 --lora_target_modules all-linear",
+        "another training: adapters in place of all weights",
         lambda r: None if r.lora_rank else replace(r, lora_rank=16, lora_targets=("all-linear",)),
     ),
     Change(
-        "--load_in_4bit True", "the frozen weights in 4 bits: slower, and other numbers",
-        lambda r: replace(r, bits=4, nested=True, parallel="ddp" if r.gpus > 1 else "single", offload=False)
-        if r.lora_rank and r.bits >= 16 else None,
+        "--load_in_4bit True",
+        "the frozen weights in 4 bits: slower, and other numbers",
+        lambda r: (
+            replace(r, bits=4, nested=True, parallel="ddp" if r.gpus > 1 else "single", offload=False)
+            if r.lora_rank and r.bits >= 16
+            else None
+        ),
     ),
-)  # fmt: skip
+)
 
 
 def cheapest(request: Request, memory: float) -> tuple[list[Change], Estimate] | None:

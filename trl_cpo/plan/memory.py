@@ -17,9 +17,17 @@ HEAD_TOKENS, HEAD_ENTRIES, HEAD_COPIES = 4096, 32768, 7
 
 #: Bytes a trainable weight that optimizers keep, by TrainingArguments.optim; `None` is two moments of the weight's type.
 OPTIMIZER_BYTES = {
-    "adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0,
-    "adafactor": 0.1, "sgd": 0.0, "lion_8bit": 1.0, "paged_lion_8bit": 1.0, "lion_32bit": 4.0, "paged_lion_32bit": 4.0,
-}  # fmt: skip
+    "adamw_8bit": 2.0,
+    "adamw_bnb_8bit": 2.0,
+    "paged_adamw_8bit": 2.0,
+    "paged_adamw_32bit": 8.0,
+    "adafactor": 0.1,
+    "sgd": 0.0,
+    "lion_8bit": 1.0,
+    "paged_lion_8bit": 1.0,
+    "lion_32bit": 4.0,
+    "paged_lion_32bit": 4.0,
+}
 
 #: What CUDA's context, its libraries and a fragmented allocator take beside tensors: an allowance, not measured here.
 CUDA_BYTES = 1.0e9
@@ -200,9 +208,7 @@ def activations(request: Request, shape: Shape) -> float:
     With checkpointing a block keeps its input alone, and one block at a time is computed again. Attention by segments, as
     the packed forward has it, takes no mask, and keeps the prompt's keys and values once more for the rejected answer.
     """
-    block, around = kept_by(
-        request.config, dtype=_dtype(request), autocast=request.autocast, lora=bool(request.lora_rank)
-    )
+    block, around = kept_by(request.config, dtype=_dtype(request), autocast=request.autocast, lora=bool(request.lora_rank))
     count, tokens, _ = rows(request)
     if request.packed:
         prompts = request.micro_batch * request.prompt_share * request.max_length
@@ -253,11 +259,15 @@ def allowance(request: Request, shape: Shape) -> float:
 Term = Callable[[Request, Shape], float]
 #: Name to term, by when it is held.
 RESIDENT: dict[str, Term] = {
-    "weights": weights, "reference": reference, "adapters": adapters, "optimizer": optimizer,
-    "gradient buckets": buckets, "gathered weights": gathered, "process": allowance,
-}  # fmt: skip
-FORWARD: dict[str, Term] = {"activations": activations, "logits": head, "workspace": workspace,
-                            "head gradient": head_gradient}
+    "weights": weights,
+    "reference": reference,
+    "adapters": adapters,
+    "optimizer": optimizer,
+    "gradient buckets": buckets,
+    "gathered weights": gathered,
+    "process": allowance,
+}
+FORWARD: dict[str, Term] = {"activations": activations, "logits": head, "workspace": workspace, "head gradient": head_gradient}
 BACKWARD: dict[str, Term] = {"gradients": gradients}
 STEP: dict[str, Term] = {"gradients": gradients, "optimizer temporaries": temporaries}
 

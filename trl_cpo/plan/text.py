@@ -23,9 +23,11 @@ def as_text(estimate: Estimate, memory: float | None, remedy: tuple[list[Change]
     for name, size in estimate.at_peak.items():
         lines.append(f"  {name:<22} {shown(size):>9}  {100 * size / estimate.peak:3.0f} %")
     largest = next(iter(estimate.at_peak))
-    lines.append(f"  {'together':<22} {shown(estimate.peak):>9}  at the end of the {estimate.peak_moment}"
-                 if estimate.peak_moment != "optimizer step" else
-                 f"  {'together':<22} {shown(estimate.peak):>9}  in the optimizer step")  # fmt: skip
+    lines.append(
+        f"  {'together':<22} {shown(estimate.peak):>9}  at the end of the {estimate.peak_moment}"
+        if estimate.peak_moment != "optimizer step"
+        else f"  {'together':<22} {shown(estimate.peak):>9}  in the optimizer step"
+    )
     lines += ["", f"The largest part: {largest}."]
     if memory is None:
         return "\n".join(lines)

@@ -73,15 +73,11 @@ def phase_portrait(runs: list[Run]) -> tuple[Figure, list[str]]:
                     f"{run.letter}: arrows of {MOST_ARROWS} of {len(run.held_out)} pairs, evenly spaced in δ_ref; heads of all."
                 )
             if not np.isfinite(run.held_out.start_gap).any():
-                notes.append(
-                    f"{run.letter}: where the policy stood before training is not known, so there are no arrows."
-                )
+                notes.append(f"{run.letter}: where the policy stood before training is not known, so there are no arrows.")
     handles = [Patch(color=U_SHADE, label="U, the undesirable region")]
     handles += [Line2D([], [], color=QUIET, linestyle=LINES[1], label="δ_θ = δ_ref (the reference itself)")]
     if any(run.gamma is not None for run in runs):
-        handles.append(
-            Line2D([], [], color=COLOURS[2], linestyle=LINES[3], linewidth=1.8, label="δ_θ = γ, the gap asked for")
-        )
+        handles.append(Line2D([], [], color=COLOURS[2], linestyle=LINES[3], linewidth=1.8, label="δ_θ = γ, the gap asked for"))
     handles += [Patch(color=colour, label=label) for key, (label, colour, _) in OUTCOMES.items() if key in seen]
     handles += [
         Line2D([], [], color=QUIET, marker=marker, linestyle="", label=label)
@@ -132,9 +128,7 @@ def _portrait(axes: Axes, run: Run, across: tuple[float, float], up: tuple[float
             of_kind = mask & chosen
             if of_kind.any():
                 seen.add(marker)
-                axes.scatter(
-                    x[of_kind], y[of_kind], s=size, marker=marker, color=colour, alpha=alpha, linewidths=0, zorder=4
-                )
+                axes.scatter(x[of_kind], y[of_kind], s=size, marker=marker, color=colour, alpha=alpha, linewidths=0, zorder=4)
 
     plain_ticks(axes)
     masks = outcomes(pairs)
@@ -146,9 +140,18 @@ def _portrait(axes: Axes, run: Run, across: tuple[float, float], up: tuple[float
     room = min(-across[0] / (across[1] - across[0]), -up[0] / (up[1] - up[0]))
     if room > 0.12:
         axes.annotate(
-            "U", (across[0], 0.0), xytext=(8, -8), textcoords="offset points", ha="left", va="top", fontsize=20, fontweight="bold",
-            color="#8A3800", alpha=0.6, zorder=1,
-        )  # fmt: skip
+            "U",
+            (across[0], 0.0),
+            xytext=(8, -8),
+            textcoords="offset points",
+            ha="left",
+            va="top",
+            fontsize=20,
+            fontweight="bold",
+            color="#8A3800",
+            alpha=0.6,
+            zorder=1,
+        )
     return seen
 
 
@@ -174,14 +177,20 @@ def gap_distributions(runs: list[Run]) -> tuple[Figure, list[str]]:
 
             same = pairs.starts_at_reference
             name = "before training = reference δ_ref" if same else "reference δ_ref"
-            top = panel.hist(
-                inside(pairs.ref_gap), edges, weights=weights, color="#BBBBBB", edgecolor="#BBBBBB", label=name
-            )[0].max()
+            top = panel.hist(inside(pairs.ref_gap), edges, weights=weights, color="#BBBBBB", edgecolor="#BBBBBB", label=name)[
+                0
+            ].max()
             if not same and np.isfinite(pairs.start_gap).all():
                 before = panel.hist(
-                    inside(pairs.start_gap), edges, weights=weights, histtype="step", color="#000000", linestyle="--", linewidth=1.2,
+                    inside(pairs.start_gap),
+                    edges,
+                    weights=weights,
+                    histtype="step",
+                    color="#000000",
+                    linestyle="--",
+                    linewidth=1.2,
                     label="before training δ_θ",
-                )  # fmt: skip
+                )
                 top = max(top, before[0].max())
             after = panel.hist(
                 inside(pairs.gap),
@@ -195,15 +204,11 @@ def gap_distributions(runs: list[Run]) -> tuple[Figure, list[str]]:
             tops.append(max(top, after[0].max()))
             panel.axvline(0, color="#222222", linewidth=1.0)
             if run.gamma is not None:
-                panel.axvline(
-                    run.gamma, color=COLOURS[2], linestyle=LINES[3], linewidth=1.8, label="γ, the gap asked for"
-                )
+                panel.axvline(run.gamma, color=COLOURS[2], linestyle=LINES[3], linewidth=1.8, label="γ, the gap asked for")
             kinds |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
             plain_ticks(panel)
             panel.set_xlim(edges[0], edges[-1])
-            panel.set_title(
-                f"{run_title(run)}\n{_count(pairs.gap > 0)} above 0 after, {_count(pairs.ref_gap > 0)} of δ_ref"
-            )
+            panel.set_title(f"{run_title(run)}\n{_count(pairs.gap > 0)} above 0 after, {_count(pairs.ref_gap > 0)} of δ_ref")
             panel.set_xlabel(f"gap ({run.unit})")
             panel.set_ylabel("share of pairs (%)")
             gaps = np.concatenate([pairs.gap, pairs.ref_gap])
@@ -278,9 +283,15 @@ def displacement_of_pairs(runs: list[Run]) -> tuple[Figure, list[str]]:
                     seen.add(key)
                     _, colour, marker = OUTCOMES[key]
                     panel.scatter(
-                        np.clip(x[mask], *across), np.clip(y[mask], *up), s=min(30, max(8, 500 / math.sqrt(len(pairs)))),
-                        marker=marker, color=colour, alpha=0.65, linewidths=1.0 if marker == "x" else 0.0, zorder=3,
-                    )  # fmt: skip
+                        np.clip(x[mask], *across),
+                        np.clip(y[mask], *up),
+                        s=min(30, max(8, 500 / math.sqrt(len(pairs)))),
+                        marker=marker,
+                        color=colour,
+                        alpha=0.65,
+                        linewidths=1.0 if marker == "x" else 0.0,
+                        zorder=3,
+                    )
             plain_ticks(panel)
             both, grew = (x < 0) & (y < 0), x > y
             panel.set_title(f"{run_title(run)}\nboth fell for {_count(both)}, gap above δ_ref for {_count(grew)}")
@@ -288,13 +299,12 @@ def displacement_of_pairs(runs: list[Run]) -> tuple[Figure, list[str]]:
             panel.set_ylabel(f"rejected log-prob moved by ({run.unit})")
             beyond = outside(x, y, across, up)
             if beyond:
-                notes.append(
-                    f"{run.letter}: {beyond} of {len(pairs)} pairs lie outside the axes and are drawn at their edge."
-                )
+                notes.append(f"{run.letter}: {beyond} of {len(pairs)} pairs lie outside the axes and are drawn at their edge.")
     handles = [Line2D([], [], color=QUIET, linestyle=LINES[1], label="both moved alike: δ_θ = δ_ref")]
     handles += [
         Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
-        for key, (label, colour, marker) in OUTCOMES.items() if key in seen
-    ]  # fmt: skip
+        for key, (label, colour, marker) in OUTCOMES.items()
+        if key in seen
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure, notes

@@ -94,9 +94,7 @@ def _read_pairs(run: Run) -> None:
         return
     columns, rows = table.get("columns"), table.get("rows")
     if not isinstance(columns, list) or not isinstance(rows, list) or not set(COLUMNS[:4]) <= set(map(str, columns)):
-        run.notes.append(
-            f"{PAIRS} lacks rows or one of the columns {', '.join(COLUMNS[:4])}: no pictures of single pairs."
-        )
+        run.notes.append(f"{PAIRS} lacks rows or one of the columns {', '.join(COLUMNS[:4])}: no pictures of single pairs.")
         return
     places = {name: columns.index(name) for name in COLUMNS if name in columns}
 
@@ -168,17 +166,16 @@ def _read_log(run: Run) -> None:
     if not finished:
         last = max([*run.training, *run.evaluations], default=None)
         run.notes.append(
-            f"{LOG} holds no training." if last is None
+            f"{LOG} holds no training."
+            if last is None
             else f"{LOG} ends at step {last} without the end of training: the run was stopped there, or goes on."
-        )  # fmt: skip
+        )
 
 
 def _evaluation(values: dict, prefix: str, step: int | None, pairs=None) -> Evaluation:
     start = f"{prefix}_"
     numbers = {
-        key[len(start) :]: got
-        for key, value in values.items()
-        if key.startswith(start) and (got := number(value)) is not None
+        key[len(start) :]: got for key, value in values.items() if key.startswith(start) and (got := number(value)) is not None
     }
     pairs = number(numbers.get("cpo/pairs", pairs))
     return Evaluation(step, numbers, int(pairs) if pairs and math.isfinite(pairs) and pairs >= 1 else None)

@@ -63,9 +63,14 @@ def _draw(axes: Axes, runs: list[Run], metric: str, scale: float = 1.0) -> bool:
             # Two evaluations, start and end, are no curve.
             joined = style["linestyle"] if len(steps) > 2 else ""
             axes.plot(
-                steps, scale * values, **{**style, "linestyle": joined}, linewidth=0.7, markersize=7.5, zorder=4,
+                steps,
+                scale * values,
+                **{**style, "linestyle": joined},
+                linewidth=0.7,
+                markersize=7.5,
+                zorder=4,
                 clip_on=False,
-            )  # fmt: skip
+            )
     if not drawn:
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color=QUIET)
     return drawn
@@ -73,18 +78,13 @@ def _draw(axes: Axes, runs: list[Run], metric: str, scale: float = 1.0) -> bool:
 
 def _notes(runs: list[Run]) -> list[str]:
     smoothed = [f"{run.letter}: {_window(len(run.training))} logs" for run in runs if _window(len(run.training)) > 1]
-    return (
-        [f"Training curves are running means, the logs themselves faint ({', '.join(smoothed)})."] if smoothed else []
-    )
+    return [f"Training curves are running means, the logs themselves faint ({', '.join(smoothed)})."] if smoothed else []
 
 
 def _frame(runs: list[Run], columns: int, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
     """A figure with rows of panels, and the legend that all of them share."""
     figure = canvas(0.5 + 3.4 * rows + 0.22 * max(0, (len(runs) + 2) // 3 - 1))
-    axes = [
-        [figure.add_subplot(rows, columns, row * columns + place + 1) for place in range(columns)]
-        for row in range(rows)
-    ]
+    axes = [[figure.add_subplot(rows, columns, row * columns + place + 1) for place in range(columns)] for row in range(rows)]
     handles = [Line2D([], [], **run_style(run), linewidth=1.5, markersize=7, label=run_title(run)) for run in runs]
     handles += [
         Line2D([], [], color=QUIET, linewidth=1.3, label="line: training pairs, mean since the last log"),

@@ -130,7 +130,10 @@ def run_style(run: Run) -> dict:
     place = ord(run.letter) - ord("A")
     colour, hollow = COLOURS[place % len(COLOURS)], place >= len(COLOURS)
     return {
-        "color": colour, "linestyle": LINES[place % len(LINES)], "marker": MARKERS[place % len(MARKERS)],
-        "markerfacecolor": "white" if hollow else colour, "markeredgecolor": colour if hollow else "white",
+        "color": colour,
+        "linestyle": LINES[place % len(LINES)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "markerfacecolor": "white" if hollow else colour,
+        "markeredgecolor": colour if hollow else "white",
         "markeredgewidth": 1.4 if hollow else 0.8,
-    }  # fmt: skip
+    }

@@ -15,11 +15,33 @@ MORE_ROWS = (
 )
 #: What a single run's settings are read for first; of several runs all that differ are shown.
 MAIN_SETTINGS = (
-    "constraint", "gamma", "tau", "alpha", "penalty_weight", "epsilon", "dual_lr", "dual_max", "dual_init", "dual_signal",
-    "logps_reduction", "beta", "loss_type", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs",
-    "max_steps", "tokens_per_step", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "precompute_ref_log_probs",
-    "bf16", "fp16", "seed",
-)  # fmt: skip
+    "constraint",
+    "gamma",
+    "tau",
+    "alpha",
+    "penalty_weight",
+    "epsilon",
+    "dual_lr",
+    "dual_max",
+    "dual_init",
+    "dual_signal",
+    "logps_reduction",
+    "beta",
+    "loss_type",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "tokens_per_step",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "precompute_ref_log_probs",
+    "bf16",
+    "fp16",
+    "seed",
+)
 #: Where a run writes and who may push it says nothing of what it does.
 _BESIDE_THE_POINT = {"output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token"}
 
@@ -105,9 +127,7 @@ def settings(runs: list[Run]) -> dict:
 
     Returns {"rows": [(name, [text or None for each run])], "equal": number of settings shared}.
     """
-    names = list(
-        dict.fromkeys(name for run in runs for name in map(str, run.settings) if name not in _BESIDE_THE_POINT)
-    )
+    names = list(dict.fromkeys(name for run in runs for name in map(str, run.settings) if name not in _BESIDE_THE_POINT))
     table = {name: [_shown(run.settings[name]) if name in run.settings else None for run in runs] for name in names}
     if len(runs) == 1:
         order = [name for name in MAIN_SETTINGS if name in table]
@@ -116,9 +136,10 @@ def settings(runs: list[Run]) -> dict:
         # A run whose settings are not known differs in nothing.
         with_any = [position for position, run in enumerate(runs) if run.settings]
         order = [
-            name for name in first + sorted(set(names) - set(first))
+            name
+            for name in first + sorted(set(names) - set(first))
             if len({table[name][position] for position in with_any}) > 1
-        ]  # fmt: skip
+        ]
     return {"rows": [(name, table[name]) for name in order], "equal": len(names) - len(order)}
 
 

@@ -39,12 +39,8 @@ def check_free(out: str | Path) -> None:
     strangers = sorted(path.name for path in out.iterdir() if path.name not in ours)
     # A report interrupted at its very first file has left nothing else.
     if strangers or (not own and (out / CONTENTS).exists()):
-        raise FileExistsError(
-            f"{out} holds files that are no report's ({', '.join(strangers[:3]) or CONTENTS}). {advice}"
-        )
-    changed = [
-        name for name, hashes in own.items() if (out / name).exists() and _hash((out / name).read_bytes()) not in hashes
-    ]
+        raise FileExistsError(f"{out} holds files that are no report's ({', '.join(strangers[:3]) or CONTENTS}). {advice}")
+    changed = [name for name, hashes in own.items() if (out / name).exists() and _hash((out / name).read_bytes()) not in hashes]
     if changed:
         raise FileExistsError(f"{out} holds a report that was changed by hand ({', '.join(changed[:3])}). {advice}")
 

@@ -19,9 +19,12 @@ def load_sets(options: "PairArguments"):
 
     def load(split):
         return load_pairs(
-            options.dataset_name, split, config=options.dataset_config, data_dir=options.dataset_data_dir,
+            options.dataset_name,
+            split,
+            config=options.dataset_config,
+            data_dir=options.dataset_data_dir,
             streaming=options.dataset_streaming,
-        )  # fmt: skip
+        )
 
     def first(pairs, count):
         return pairs if count is None else pairs.take(min(count, len(pairs)) if hasattr(pairs, "__len__") else count)

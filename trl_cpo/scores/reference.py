@@ -48,9 +48,7 @@ class ReferenceTables:
         """From here on the weights are looked at each time, and no longer once for all datasets."""
         self._weights, self._weights_rest = None, False
 
-    def table(
-        self, trainer, dataset: Dataset, name: str, batch_size: int, *, packed: bool, as_dpo_trainer: bool
-    ) -> ScoreTable:
+    def table(self, trainer, dataset: Dataset, name: str, batch_size: int, *, packed: bool, as_dpo_trainer: bool) -> ScoreTable:
         """The reference's log-probabilities of a prepared dataset; scores what is not stored. Called by every process.
 
         Args:

@@ -51,9 +51,7 @@ class ScoreTable:
     @classmethod
     def empty(cls, pairs: int, folder: Path | None = None) -> "ScoreTable":
         """A table of `pairs` rows, not filled in yet: NaN and −1."""
-        values = {
-            name: np.full(pairs, np.nan if dtype.kind == "f" else -1, dtype=dtype) for name, dtype in COLUMNS.items()
-        }
+        values = {name: np.full(pairs, np.nan if dtype.kind == "f" else -1, dtype=dtype) for name, dtype in COLUMNS.items()}
         return cls(**values, folder=folder)
 
     def put(self, rows: np.ndarray | Sequence[int], values: dict[str, np.ndarray]) -> None:

@@ -37,9 +37,7 @@ def population_penalty(p: Tensor, ref_gap: Tensor, *, beta: float, gamma: float,
     return torch.maximum(free, (ref_gap + torch.logit(pushed) / beta).clamp(max=gamma))
 
 
-def population_lagrangian(
-    p: Tensor, ref_gap: Tensor, beta: float, gamma: float, epsilon: float
-) -> tuple[Tensor, float]:
+def population_lagrangian(p: Tensor, ref_gap: Tensor, beta: float, gamma: float, epsilon: float) -> tuple[Tensor, float]:
     """The gaps and the multiplier that solve: the population loss of both labels, subject to a mean hinge of at most ε.
 
     `min_δ mean_i [−p_i log σ(u_i) − (1 − p_i) log σ(−u_i)]` subject to `mean_i max(0, γ − δ_i) ≤ ε`, with

@@ -78,9 +78,7 @@ def population_gaps(constraint: str, pairs: PairLogps, p: Tensor, knobs: Knobs) 
     if constraint not in CONSTRAINTS:
         raise ValueError(f"constraint must be one of {', '.join(CONSTRAINTS)}; got {constraint!r}.")
     if constraint == "penalty":
-        return population_penalty(
-            p, pairs.ref_gap, beta=knobs.beta, gamma=knobs.gamma, weight=knobs.penalty_weight
-        )
+        return population_penalty(p, pairs.ref_gap, beta=knobs.beta, gamma=knobs.gamma, weight=knobs.penalty_weight)
     if constraint == "lagrangian":
         return population_lagrangian(p, pairs.ref_gap, knobs.beta, knobs.gamma, knobs.epsilon)[0]
     return population_gap(CONSTRAINTS[constraint].target(pairs, knobs), p, beta=knobs.beta)
