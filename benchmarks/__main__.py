@@ -53,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.model is None:
-        from trl_cpo.demo.model import demo_model_folder
+        from trl_cpo.data.demo.model import demo_model_folder
 
         options.model = str(demo_model_folder())
     table = cases(options.model, options.pairs, options.batches, options.gpu_shape, options.max_length)

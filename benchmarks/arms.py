@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import DPOConfig, DPOTrainer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.sources import load_pairs, to_conversational
+from trl_cpo.data.loading import load_pairs, to_conversational
 
 #: Shapes of random weights by name: hidden, MLP, layers, heads, key-value heads, vocabulary.
 SHAPES = {"8b": (4096, 14336, 32, 32, 8, 128256), "tiny": (32, 48, 2, 4, 2, 400)}

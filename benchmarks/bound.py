@@ -19,7 +19,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.sources import load_pairs, to_conversational
+from trl_cpo.data.loading import load_pairs, to_conversational
 
 RESPONSE_TOKENS = 48
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--out", default="bound.json", help="JSON file to add to")
     options = parser.parse_args()
     if options.model is None:
-        from trl_cpo.demo.model import demo_model_folder
+        from trl_cpo.data.demo.model import demo_model_folder
 
         options.model = str(demo_model_folder())
     train, test = (to_conversational(load_pairs("demo", split))[0] for split in ("train", "test"))

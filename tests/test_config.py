@@ -7,7 +7,7 @@ from trl import DPOConfig, TrlParser
 
 import trl_cpo.config as config_module
 from trl_cpo import CPOConstrainedConfig
-from trl_cpo._trl import LOSS_READS
+from trl_cpo._trl.loss import LOSS_READS
 from trl_cpo.constraints import CONSTRAINTS
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,9 @@ from trl_cpo.constraints import CONSTRAINTS, Knobs
 from trl_cpo.objective import gap_from_loss, pair_loss
 from trl_cpo.pairs import PairLogps
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "margin_forms.json").read_text())["cases"]
+from helpers.paths import TESTS
+
+GOLDEN = json.loads((TESTS / "golden" / "margin_forms.json").read_text())["cases"]
 MARGIN_FORMS = [name for name, form in CONSTRAINTS.items() if form.moves_target or name == "none"]
 SIDES = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 KNOBS = Knobs(beta=0.5, gamma=0.7, tau=3.0, alpha=0.5, penalty_weight=0.4, logps_reduction="mean")

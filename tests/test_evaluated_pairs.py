@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import pairs_dataset
-from test_constrained_loss import make_trainer, pairs_by_hand
+from test_trainer import make_trainer, pairs_by_hand
 
 from trl_cpo.pairs import PairLogps
 from trl_cpo.run.record import COLUMNS, pairs_document, write_json
+
+from helpers.tiny import pairs_dataset
 
 # The cautions for knobs that a form does not use are the subject of test_mistakes.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")

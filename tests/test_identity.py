@@ -4,13 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model, pairs_dataset, training_options
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo._trl.loss import LOSS_READS
+
+from helpers.tiny import make_model, pairs_dataset, training_options
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 LOSSES = [
@@ -116,7 +118,6 @@ def test_every_loss_type(tmp_path, plain, ref_model_folder, loss_type):
 
 
 def test_the_list_of_losses_is_trls():
-    from trl_cpo._trl import LOSS_READS
 
     message = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
     named = [name for name in LOSS_READS if f"'{name}'" in message]

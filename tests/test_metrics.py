@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, pairs_dataset, training_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_constrained_loss import make_trainer, pairs_by_hand
+from test_trainer import make_trainer, pairs_by_hand
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.metrics import METRICS, MetricLedger, PairView, per_pair
 from trl_cpo.pairs import PairLogps
+
+from helpers.paths import PROCESSES, ROOT
+from helpers.tiny import make_model, pairs_dataset, training_options
 
 # The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
@@ -134,7 +136,7 @@ def test_evaluation_in_the_middle_leaves_the_training_averages_alone(tmp_path, t
 
 def test_two_processes_log_what_one_does(tmp_path, model_folder, ref_model_folder):
     """Same global batches; 7 pairs to evaluate, so the last batch is filled up with repeats, which must not count."""
-    script = Path(__file__).parent / "train_for_metrics.py"
+    script = PROCESSES / "train_for_metrics.py"
     results = []
     for processes, batch in ((1, 4), (2, 2)):
         out = tmp_path / f"{processes}.json"
@@ -172,7 +174,7 @@ def test_an_evaluation_starts_from_nothing(tmp_path, tokenizer, model_folder, re
 
 def test_docs_table_is_the_table():
     """docs/metrics.md lists each metric with its formula, word for word."""
-    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    text = (ROOT / "docs" / "metrics.md").read_text()
     for name, (formula, _) in METRICS.items():
         assert f"| `cpo/{name}` | {formula} |" in text, name
 

@@ -6,12 +6,13 @@ forward: test_identity.py and here. 6, a test that calls the code: all of them.
 
 import pytest
 import torch
-from conftest import make_model, pairs_dataset, training_options
 from peft import LoraConfig
 from test_identity import moe
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.constraints import CONSTRAINTS
+
+from helpers.tiny import make_model, pairs_dataset, training_options
 
 # The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")

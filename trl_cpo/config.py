@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import DPOConfig
 
-from ._trl import LOSS_READS, MEAN_OF
+from ._trl.loss import LOSS_READS, MEAN_OF
 from .constraints import CONSTRAINTS, Knobs
-from .dual import SIGNALS, DualRule
+from .multiplier import SIGNALS, DualRule
 from .pairs import REDUCTIONS
 
 logger = logging.get_logger(__name__)

@@ -72,7 +72,7 @@ class MetricLedger:
         self._resumed = torch.zeros(0, len(METRICS), dtype=torch.float64)
         #: Pairs added since the last flush.
         self.count = 0
-        #: Pairs that no mean counts, since the last flush, by reason (`trl_cpo.guards`).
+        #: Pairs that no mean counts, since the last flush, by reason (`trl_cpo.engine.guards`).
         self.left_out: Counter[str] = Counter()
 
     def add(self, rows: Tensor) -> None:

@@ -20,20 +20,34 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl import DPOTrainer
 from trl.data_utils import is_conversational
 
-from . import _trl, checks, guards, parallel
+from ._trl.datasets import TOKENIZED_COLUMNS, train_dataloader, with_reference_logps
+from ._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
+from ._trl.models import (
+    config_of,
+    how_the_reference_is_had,
+    in_half_precision,
+    load_processing_class,
+    model_id,
+    release_reference_engine,
+)
+from ._trl.training_loop import saving_weights_on_each_node
+from ._trl.upstream import check_trl
 from .config import CPOConstrainedConfig, unused_knobs
 from .constraints import CONSTRAINTS, Knobs
-from .dual import DualAscent, DualState
-from .forward.balance import BalancedSampler, TokenBudget, pair_tokens
-from .forward.sharing import PrefixSharing
-from .interruption import Interruption, left_to_us
-from .leaving import end_gently
+from .data import validation as checks
+from .engine import guards
+from .engine import processes as parallel
+from .engine.batching import BalancedSampler, TokenBudget, pair_tokens
+from .engine.forward.sharing import PrefixSharing
+from .engine.interruption import Interruption, left_to_us
+from .engine.quantized import keep_trainable
+from .engine.reference import ReferenceTables
+from .engine.resume.resumption import Resumption
+from .engine.shutdown import end_gently
+from .logs.narration import Narrator
 from .metrics import COLUMNS, MetricLedger, PairView, per_pair
-from .narration import Narrator
+from .multiplier import DualAscent, DualState
 from .pairs import PairLogps
-from .quantized import keep_trainable
-from .resume import Resumption
-from .scores import ReferenceTables
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -114,9 +128,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
     ):
-        _trl.check_trl()
+        check_trl()
         if args is None:
-            model_name = model if isinstance(model, str) else _trl.model_id(model)
+            model_name = model if isinstance(model, str) else model_id(model)
             args = CPOConstrainedConfig(f"{model_name.split('/')[-1]}-CPO")
         elif not isinstance(args, CPOConstrainedConfig):
             raise TypeError(
@@ -137,9 +151,9 @@ class CPOConstrainedTrainer(DPOTrainer):
             if dataset is not None:
                 checks.check_preference_dataset(dataset, name)
         if ref_model is not None:
-            checks.check_vocabularies(_trl.config_of(model, args), ref_model)
+            checks.check_vocabularies(config_of(model, args), ref_model)
         if processing_class is None:
-            processing_class = _trl.load_processing_class(model, args)
+            processing_class = load_processing_class(model, args)
         if isinstance(train_dataset, (Dataset, IterableDataset)) and isinstance(processing_class, PreTrainedTokenizerBase):
             checks.check_tokenizer(processing_class, is_conversational(next(iter(train_dataset))))
 
@@ -162,7 +176,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         # With the constraint off the trainer is DPOTrainer bit for bit, so packing has to be asked for.
         wanted = False if args.prefix_sharing is None and args.constraint == "none" else args.prefix_sharing
         self._sharing = PrefixSharing(wanted, args.max_length, speaks=args.process_index == 0, compiled=args.torch_compile)
-        #: What `precompute_ref_log_probs` computed or found; `trl_cpo.scores.table_of` reads it.
+        #: What `precompute_ref_log_probs` computed or found; `trl_cpo.engine.reference.table_of` reads it.
         self.reference_tables = ReferenceTables()
         if args.process_index == 0:
             self._say_cautions(args)
@@ -170,7 +184,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         excuse = guards.excuse(
             wanted=args.check_reference,
             reference_given=ref_model is not None,
-            reads_reference=any(_trl.LOSS_READS[loss_type] != "no reference" for loss_type in args.loss_type),
+            reads_reference=any(LOSS_READS[loss_type] != "no reference" for loss_type in args.loss_type),
             adapter=peft_config,
         )
         self._unsound = 0  # micro-batches in a row
@@ -203,7 +217,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         self.add_callback(self._finite_weights)
         if args.tokens_per_step is not None:
             self.get_train_dataloader()  # says now what is wrong with the budget
-        self._start_check = guards.StartCheck(excuse, half_precision=_trl.in_half_precision(self))
+        self._start_check = guards.StartCheck(excuse, half_precision=in_half_precision(self))
         keep_trainable(self.model)
         # Sharded models can run only once training has wrapped them; the first batch probes those.
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -213,7 +227,7 @@ class CPOConstrainedTrainer(DPOTrainer):
     def _check_processes(args, model, ref_model, quantization_config, peft_config, datasets) -> None:
         parallel.check_launch(args)
         configs = {
-            "model": lambda: _trl.config_of(model, args),
+            "model": lambda: config_of(model, args),
             "ref_model": getattr(ref_model, "config", None),
             "peft_config": peft_config,
             "quantization_config": quantization_config,
@@ -239,7 +253,7 @@ class CPOConstrainedTrainer(DPOTrainer):
             TrainingInterrupted: SIGTERM came, under `enable_jit_checkpoint`, and a checkpoint was written.
         """
         checkpoint = self._resumption.prepare(resume_from_checkpoint)
-        _trl.release_reference_engine(self)
+        release_reference_engine(self)
         with self._interruption.listening(more_follows=trial is not None):
             return super().train(checkpoint, trial, ignore_keys_for_eval)
 
@@ -265,7 +279,7 @@ class CPOConstrainedTrainer(DPOTrainer):
             self._interruption.end(self.state.global_step)
 
     def _save(self, output_dir=None, state_dict=None):
-        with _trl.saving_weights_on_each_node(self):
+        with saving_weights_on_each_node(self):
             super()._save(output_dir, state_dict)
 
     def _init_training_state(self, *args, **kwargs):
@@ -319,7 +333,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         table = self.reference_tables.table(
             self, dataset, name, batch_size, packed=packed, as_dpo_trainer=not packed and self.args.constraint == "none"
         )
-        return _trl.with_reference_logps(dataset, table.chosen_logps, table.rejected_logps)
+        return with_reference_logps(dataset, table.chosen_logps, table.rejected_logps)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """DPOTrainer's loss at the constraint's target margin, plus what the constraint adds.
@@ -337,7 +351,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         def target_of(pairs):
             return torch.where(comparable, self._constraint.target(pairs, self._knobs), pairs.ref_gap)
 
-        result, pairs, target = _trl.observed_loss(
+        result, pairs, target = observed_loss(
             self,
             super().compute_loss,
             model,
@@ -372,12 +386,12 @@ class CPOConstrainedTrainer(DPOTrainer):
         self._order = TokenBudget(self._costs(), tokens=self.args.tokens_per_step, **self._dealing())
         if self._dual is not None:
             self._dual.mean_pairs = self._order.mean_pairs * self._order.micro_batches
-        return _trl.train_dataloader(self, self._order)
+        return train_dataloader(self, self._order)
 
     def _costs(self, train_dataset: Dataset | None = None) -> list[int]:
         """Tokens that every training pair costs."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        lengths = zip(*(map(len, dataset[name]) for name in _trl.TOKENIZED_COLUMNS), strict=True)
+        lengths = zip(*(map(len, dataset[name]) for name in TOKENIZED_COLUMNS), strict=True)
         cut = dict(max_length=self.args.max_length, truncation_mode=self.args.truncation_mode)
         return [pair_tokens(*parts, **cut) for parts in lengths]
 
@@ -441,11 +455,11 @@ class CPOConstrainedTrainer(DPOTrainer):
             return
         # Live dropout and noise on embeddings make the two differ in training alone.
         with guards.at_rest(model, self.ref_model):
-            logps = _trl.policy_logps(self, self._sharing.of(model), inputs), _trl.reference_logps(self, inputs)
+            logps = policy_logps(self, self._sharing.of(model), inputs), reference_logps(self, inputs)
         pairs = PairLogps(*logps[0], *logps[1])
         apart = self.accelerator.gather(self._start_check.apart(pairs, mask, "sum"))
         if (apart > 1).any():
-            causes = guards.causes_of_another_start(adapter=self._adapter, **_trl.how_the_reference_is_had(self))
+            causes = guards.causes_of_another_start(adapter=self._adapter, **how_the_reference_is_had(self))
             raise ValueError(self._start_check.message(apart, causes))
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:

@@ -8,8 +8,8 @@ import pytest
 from trl_cpo.audit.advice import advise, interval, percent, times
 from trl_cpo.audit.document import audited_set, last_words
 from trl_cpo.audit.measures import Settings
-from trl_cpo.audit.scored import ScoredPairs
 from trl_cpo.audit.text import render
+from trl_cpo.scoring.scored_pairs import ScoredPairs
 
 CLEAN = {
     "given": 1000,
@@ -37,7 +37,7 @@ def pairs_of(ref_gap, chosen_tokens=None, rejected_tokens=None, **more) -> Score
     return ScoredPairs(base + gap, base, chosen, rejected, **more)
 
 
-def audited(pairs, settings=Settings(0.1, 1.0), preflight=CLEAN, **more):  # noqa: B008
+def audited(pairs, settings=Settings(0.1, 1.0), preflight=CLEAN, **more):
     row = {"prompt": "Why?", "chosen": [{"role": "assistant", "content": "yes\x1b[31m"}], "rejected": "no"}
     return audited_set("train", pairs, settings, preflight=preflight, rows=range(len(pairs)), text_of=lambda at: row, **more)
 

@@ -6,13 +6,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, pair_rows
 from datasets import Dataset
 
-from trl_cpo import parallel
-from trl_cpo.audit.scoring import Scorer
 from trl_cpo.cli import main
-from trl_cpo.scores import table_of
+from trl_cpo.engine import processes as parallel
+from trl_cpo.engine.reference import table_of
+from trl_cpo.scoring.scorer import Scorer
+
+from helpers.tiny import make_model, pair_rows
 
 N = 24
 
@@ -116,10 +117,11 @@ def test_text_and_a_second_run_that_scores_nothing(audit, monkeypatch):
 
 
 def test_training_finds_the_audits_table(audit, pairs_file, model_folder, tmp_path, tokenizer, monkeypatch):
-    from conftest import training_options
     from datasets import load_dataset
 
     from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+
+    from helpers.tiny import training_options
 
     assert audit()[0] == 0
     monkeypatch.setattr(CPOConstrainedTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("scored again"))
@@ -132,11 +134,12 @@ def test_training_finds_the_audits_table(audit, pairs_file, model_folder, tmp_pa
 
 
 def test_tokens_are_counted_as_the_table_counts_them(pairs_file, model_folder, tmp_path, tokenizer, monkeypatch):
-    from conftest import training_options
     from datasets import load_dataset
 
     from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
     from trl_cpo.audit.preflight import TokenPairs, Truncation, answer_tokens
+
+    from helpers.tiny import training_options
 
     monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path / "cache"))
     pairs = load_dataset("json", data_files=pairs_file, split="train", cache_dir=str(tmp_path / "data")).select([0, 1, 2, 3])

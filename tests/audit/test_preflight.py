@@ -4,19 +4,20 @@ import random
 import re
 
 import pytest
-from conftest import make_tokenizer, pairs_dataset
 from datasets import Dataset
 from tokenizers import processors
 
-from trl_cpo import _trl
+from trl_cpo._trl.datasets import TOKENIZED_COLUMNS, tokenized
 from trl_cpo.audit.preflight import FINDINGS, TokenPairs, Truncation, answer_tokens, digests, examine
 from trl_cpo.audit.quoting import escaped, quoted, trimmed
-from trl_cpo.audit.scoring import ROW, AuditError, Scorer, base_of_adapter, end_tokens
+from trl_cpo.scoring.scorer import ROW, AuditError, Scorer, base_of_adapter, end_tokens
+
+from helpers.tiny import make_tokenizer, pairs_dataset
 
 WORD = 40  # a token that is no special one
 
 
-def look(tokenizer, prompt, chosen, rejected, *, alone=None, truncation=Truncation(None), rows=None):  # noqa: B008
+def look(tokenizer, prompt, chosen, rejected, *, alone=None, truncation=Truncation(None), rows=None):
     pairs = TokenPairs(prompt, chosen, rejected, rows if rows is not None else list(range(len(prompt))))
     document = examine(
         pairs,
@@ -227,9 +228,9 @@ def test_quotations_cannot_break_a_line_or_drive_a_terminal():
 @pytest.mark.filterwarnings("ignore:Of the 6 pairs")
 def test_the_seam_gives_what_the_trainer_trains_on(tmp_path, tokenizer):
     """Token ids without a trainer are those of the trainer."""
-    from conftest import make_model, training_options
-
     from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+
+    from helpers.tiny import make_model, training_options
 
     for conversational in (False, True):
         pairs = pairs_dataset(6, conversational=conversational)
@@ -237,7 +238,7 @@ def test_the_seam_gives_what_the_trainer_trains_on(tmp_path, tokenizer):
         trainer = CPOConstrainedTrainer(
             model=make_model(), ref_model=make_model(1), processing_class=tokenizer, train_dataset=pairs, args=args
         )
-        without = _trl.prepared(pairs, make_tokenizer(), args, "train")
+        without = tokenized(pairs, make_tokenizer(), args, "train")
         assert len(without) == len(trainer.train_dataset)
-        for column in _trl.TOKENIZED_COLUMNS:
+        for column in TOKENIZED_COLUMNS:
             assert without[column][:] == trainer.train_dataset[column][:]

@@ -12,9 +12,9 @@ import torch
 
 from trl_cpo import CPOConstrainedConfig
 from trl_cpo.constraints import CONSTRAINTS, Knobs
-from trl_cpo.dual import DualRule
-from trl_cpo.hh import DialogueError, Reason, convert_row, parse_dialogue, render_dialogue
+from trl_cpo.data.hh import DialogueError, Reason, convert_row, parse_dialogue, render_dialogue
 from trl_cpo.metrics import COLUMNS, METRICS, PairView, per_pair
+from trl_cpo.multiplier import DualRule
 from trl_cpo.objective import gap_from_loss, pair_loss
 from trl_cpo.pairs import PairLogps
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..scoring.scored_pairs import ScoredPairs
+from ..scoring.scorer import ROW, AuditError, PreparedPairs, Scorer, end_tokens
 from .document import FORMAT, audited_set
 from .measures import Settings
 from .preflight import answer_tokens, digests, examine
-from .scored import ScoredPairs
-from .scoring import ROW, AuditError, PreparedPairs, Scorer, end_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,14 +97,14 @@ def audit(request: Request, say: Callable[[str], None] = lambda _: None) -> dict
 def _folder_of(model: str | None) -> str | None:
     if model != DEMO_MODEL:
         return model
-    from ..demo.model import demo_model_folder
+    from ..data.demo.model import demo_model_folder
 
     return str(demo_model_folder())
 
 
 def _read(request: Request, split: str) -> _Set:
     """The pairs of a split with their number in it, HH-RLHF text as messages, a random sample if fewer were asked for."""
-    from ..sources import load_pairs, to_conversational
+    from ..data.loading import load_pairs, to_conversational
 
     loaded = load_pairs(request.dataset, split, config=request.dataset_config, data_dir=request.dataset_data_dir)
     missing = [name for name in (*request.slices, *(request.score_columns or ())) if name not in loaded.column_names]

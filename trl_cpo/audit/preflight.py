@@ -66,7 +66,7 @@ class Truncation:
 
         The first token of a sequence is never scored: where nothing of the prompt is left, it is one of the answer's.
         """
-        from ..checks import visible_span
+        from ..data.validation import visible_span
 
         first, end, scored = visible_span(len(prompt), len(answer), self.max_length, self.mode)
         kept = len(prompt) if self.max_length is None else min(len(prompt), self.max_length - (end - first))

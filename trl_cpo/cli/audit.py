@@ -91,7 +91,7 @@ def _faults(options: argparse.Namespace) -> list[str]:
 def _request(options: argparse.Namespace):
     from ..audit.auditing import Request
     from ..audit.measures import Settings
-    from ..audit.scoring import Scorer
+    from ..scoring.scorer import Scorer
 
     by_means = options.logps_reduction == "mean"
     # The paper's values for means, TRL's β and the README's γ for sums.

@@ -98,7 +98,7 @@ def _certify(options: argparse.Namespace) -> int:
         from ..certificates import certify_run
 
         if options.model is not None:
-            from ..certificates.scoring import score_to_folder
+            from ..certificates.from_model import score_to_folder
 
             folder = options.scores
             score_to_folder(

@@ -30,7 +30,7 @@ def said_plainly(next_command: str) -> Iterator[None]:
     raised itself, with a sentence for people, or an error of the embedded model. The same types out of a library are not
     for the user alone to mend, and keep their traceback.
     """
-    from ..demo.model import DemoModelError
+    from ..data.demo.model import DemoModelError
 
     try:
         yield

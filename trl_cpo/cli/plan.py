@@ -125,7 +125,7 @@ def _config(model: str, args, policy):
     from ..run.arguments import DEMO_MODEL
 
     if model == DEMO_MODEL:
-        from ..demo.model import demo_model_folder
+        from ..data.demo.model import demo_model_folder
 
         model = str(demo_model_folder())
     try:

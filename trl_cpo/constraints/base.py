@@ -39,7 +39,7 @@ class Constraint:
     reads: tuple[str, ...] = ()
     #: Whether `target` can differ from δ_ref.
     moves_target: bool = False
-    #: Whether the weight of the added term, `penalty_weight`, is a multiplier that the trainer updates (`trl_cpo.dual`).
+    #: Whether the weight of the added term, `penalty_weight`, is a multiplier that the trainer updates (`trl_cpo.multiplier`).
     dual: bool = False
 
     def target(self, pairs: PairLogps, knobs: Knobs) -> Tensor:

@@ -7,7 +7,7 @@ from .penalty import Penalty
 class Lagrangian(Penalty):
     """DPO subject to `E[max(0, γ − δ_θ)] ≤ ε`: minimise `ℓ_DPO + λ · max(0, γ − δ_θ)` while λ ascends on the violation.
 
-    λ is one number for all pairs, which the trainer holds (`trl_cpo.dual`), updates once per optimizer step, and hands
+    λ is one number for all pairs, which the trainer holds (`trl_cpo.multiplier`), updates once per optimizer step, and hands
     over as `penalty_weight`: at each moment the added term is the penalty's. λ = 0 is DPO. Source: method of
     multipliers on arXiv 2605.20834, Eq. 10, with the bounded violation.
     """

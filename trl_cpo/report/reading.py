@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..log_file import read_log
+from ..logs.log_file import read_log
 from .run import COLUMNS, Evaluation, HeldOut, Run, number
 
 LOG, METRICS, PAIRS = "log.jsonl", "metrics.json", "pairs.json"

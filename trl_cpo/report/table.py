@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from ..intervals import clopper_pearson
-from ..summary import ROWS
+from ..logs.summary import ROWS
 from .run import Evaluation, Run, number
 
 #: Rows of the report beside those that a run prints at its end.

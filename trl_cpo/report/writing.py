@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from ..outputs import is_taken, next_free
+from ..files.outputs import is_taken, next_free
 
 #: Lists a report's own files and their hashes, so that the next one knows what it may replace.
 CONTENTS = "report-contents.json"

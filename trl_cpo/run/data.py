@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from ..sources import NoSuchSplit, hold_out, load_pairs, to_conversational
+from ..data.loading import NoSuchSplit, hold_out, load_pairs, to_conversational
 
 if TYPE_CHECKING:
-    from ..hh import RowReport
+    from ..data.hh import RowReport
     from .arguments import PairArguments
 
 

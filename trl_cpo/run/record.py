@@ -64,7 +64,7 @@ def pairs_document(
         reduction: "sum" (nats per response) or "mean" (nats per token).
         gamma, beta, constraint, split: of the run.
         start_is_reference: whether the policy before training was the reference; otherwise its columns are null.
-        comparable: (n,), bool, which pairs compare two answers (`trl_cpo.guards.comparable`); None: all.
+        comparable: (n,), bool, which pairs compare two answers (`trl_cpo.engine.guards.comparable`); None: all.
     """
     kept = pairs.rows() if comparable is None else pairs.rows()[comparable]
     left_out = len(pairs.gap) - len(kept)

@@ -23,8 +23,8 @@ def checkpoint_of(args: "RunConfig") -> str | None:
         FileNotFoundError: there is no run to go on with in the output folder.
         CheckpointError: the checkpoint given is not whole.
     """
-    from ..checkpoints import fault_of, is_fresh, refusal
-    from ..resume import newest_everywhere
+    from ..engine.resume.checkpoints import fault_of, is_fresh, refusal
+    from ..engine.resume.resumption import newest_everywhere
 
     given = args.resume_from_checkpoint
     if given is None or str(given).lower() in ("false", "none", ""):
@@ -80,10 +80,10 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
     from transformers import PrinterCallback, ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
-    from ..checkpoints import is_fresh, settle
-    from ..outputs import making, next_free, refuse_taken
-    from ..progress import RunLog
-    from ..summary import before_after
+    from ..engine.resume.checkpoints import is_fresh, settle
+    from ..files.outputs import making, next_free, refuse_taken
+    from ..logs.run_log import RunLog
+    from ..logs.summary import before_after
     from ..trainer import CPOConstrainedTrainer
 
     state, started = PartialState(), time.time()
@@ -124,7 +124,7 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
         say(f"[2/4] Loading the model: {policy.model_name_or_path}")
         model = policy.model_name_or_path
         if model == DEMO_MODEL:
-            from ..demo.model import demo_model_folder
+            from ..data.demo.model import demo_model_folder
 
             with state.main_process_first():
                 model = str(demo_model_folder())

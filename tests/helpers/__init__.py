@@ -1,0 +1,1 @@
+"""What tests share: tiny models and pairs, folders of runs, launchers. Nothing here is a test."""

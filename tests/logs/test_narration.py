@@ -1,0 +1,152 @@
+"""The log in words: every case of the sentence, and when it is said."""
+
+import math
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo.logs.narration import Narrator, sentence
+
+from helpers.tiny import make_model, pairs_dataset, training_options
+
+
+def log(chosen=0.0, rejected=0.0, in_u=0.0, prefers=0.5, **more):
+    return {
+        "cpo/chosen_logps_shift": chosen,
+        "cpo/rejected_logps_shift": rejected,
+        "cpo/in_undesirable_region": in_u,
+        "cpo/prefers_chosen": prefers,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, words",
+    [
+        (-4.6, -40.8, "both log-probs fall, chosen less (-4.6 and -40.8 nats per response); "),
+        (-9.0, -3.0, "both log-probs fall, chosen more (-9 and -3 nats per response); "),
+        (-3.0, -3.0, "both log-probs fall, chosen as far (-3 and -3 nats per response); "),
+        (5.0, 2.5, "both log-probs rise, chosen more (+5 and +2.5 nats per response); "),
+        (2.5, 5.0, "both log-probs rise, chosen less (+2.5 and +5 nats per response); "),
+        (2.5, -5.0, "chosen log-prob rises, rejected falls (+2.5 and -5 nats per response); "),
+        (-2.5, 5.0, "chosen log-prob falls, rejected rises (-2.5 and +5 nats per response); "),
+        (0.0, -5.0, "rejected log-prob falls, chosen stays (+0 and -5 nats per response); "),
+        (5.0, 0.0004, "chosen log-prob rises, rejected stays (+5 and +0.0004 nats per response); "),
+        (0.0, 0.0, "neither log-prob has moved by 0.001 nats per response; "),
+        (-0.0009, 0.0009, "neither log-prob has moved by 0.001 nats per response; "),
+    ],
+)
+def test_displacement(chosen, rejected, words):
+    assert sentence(None, log(chosen, rejected)).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "before, after, words",
+    [
+        (None, 0.21, "21 % of pairs in U;"),
+        (None, 0.0, "0 % of pairs in U;"),
+        (0.21, 0.07, "7 % of pairs in U, down from 21 %;"),
+        (0.07, 0.21, "21 % of pairs in U, up from 7 %;"),
+        (0.0, 0.004, "under 1 % of pairs in U, up from 0 %;"),
+        (0.996, 1.0, "100 % of pairs in U, up from over 99 %;"),
+        (0.211, 0.2149, "21 % of pairs in U, as before;"),
+        (0.0, 0.0, "0 % of pairs in U, as before;"),
+    ],
+)
+def test_the_undesirable_region(before, after, words):
+    earlier = None if before is None else log(in_u=before)
+    assert f"; {words} " in sentence(earlier, log(in_u=after))
+
+
+def test_what_the_policy_prefers_and_the_unit():
+    said = sentence(log(prefers=0.18), log(-0.01, -0.02, prefers=0.52), "nats per token")
+    assert said.endswith("; the policy prefers chosen on 52 %, up from 18 %") and "-0.02 nats per token)" in said
+    assert "\n" not in said
+
+
+def test_nothing_to_tell():
+    assert sentence(None, {}) is None and sentence(log(), {"loss": 1.0}) is None
+    assert sentence(None, log(chosen=math.nan)) is None
+    assert "from" not in sentence({"loss": 1.0}, log())
+    assert "from" not in sentence(log(in_u=math.nan), log(in_u=0.3))
+
+
+def told(logs, first_process=True, end=True):
+    """What a Narrator prints for a run of these logs."""
+    state = TrainerState()
+    state.is_world_process_zero = first_process
+    said, narrator = [], Narrator("sum")
+    narrator._say = lambda when, words: said.append(f"[{when}] {words}")
+    for number, each in enumerate(logs, 1):
+        state.global_step = 10 * number
+        state.log_history.append({**each, "step": state.global_step})
+        narrator.on_log(None, state, TrainerControl(), logs=each)
+    if end:
+        narrator.on_train_end(None, state, TrainerControl())
+    return said
+
+
+def test_said_at_the_first_log_and_at_the_end():
+    evaluation = {f"eval_{key}": value for key, value in log(in_u=0.9).items()}
+    said = told(
+        [evaluation, log(in_u=0.21), evaluation, log(in_u=0.5), evaluation, log(in_u=0.07), evaluation, {"train_runtime": 1.0}]
+    )
+    assert len(said) == 2
+    assert said[0].startswith("[first log, step 20]") and "21 % of pairs in U;" in said[0]
+    assert said[1].startswith("[end, step 80]") and "7 % of pairs in U, down from 21 %" in said[1]
+
+
+def test_said_once_where_there_is_one_log_and_never_elsewhere():
+    assert len(told([log()])) == 1
+    assert told([{"loss": 1.0}]) == []
+    assert told([log(), log()], first_process=False) == []
+
+
+@pytest.mark.parametrize("narrate", [True, False])
+def test_in_training(tmp_path, tokenizer, capsys, narrate):
+    trainer = CPOConstrainedTrainer(
+        model=make_model(),
+        ref_model=make_model(1),
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
+        args=CPOConstrainedConfig(**training_options(tmp_path), constraint="clip", narrate=narrate),
+    )
+    trainer.train()
+    out = capsys.readouterr().out
+    logs = [each for each in trainer.state.log_history if "cpo/gap" in each]
+    first, last = sentence(None, logs[0]), sentence(logs[0], logs[-1])
+    assert out.count(f"[first log, step 1] {first}\n") == out.count(f"[end, step 3] {last}\n") == int(narrate)
+
+
+def test_narrate_is_a_truth_value():
+    with pytest.raises(ValueError, match="narrate"):
+        CPOConstrainedConfig("x", use_cpu=True, bf16=False, narrate="loudly")
+
+
+def test_tensorboard_gets_the_numbers_of_the_history(tmp_path, tokenizer):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = training_options(tmp_path / "run", report_to="tensorboard", eval_strategy="steps", eval_steps=2, logging_dir=None)
+    options.pop("logging_dir")
+    trainer = CPOConstrainedTrainer(
+        model=make_model(),
+        ref_model=make_model(1),
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
+        eval_dataset=pairs_dataset(5, seed=2),
+        args=CPOConstrainedConfig(**options, constraint="lagrangian", gamma=1.0, epsilon=0.5),
+    )
+    trainer.train()
+    (events,) = {path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*")}
+    board = event_accumulator.EventAccumulator(str(events))
+    board.Reload()
+    seen = {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
+    expected = {}
+    for each in trainer.state.log_history:
+        for key, value in each.items():
+            if "cpo/" in key:
+                tag = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+                expected.setdefault(tag, {})[each["step"]] = value
+    assert {"train/cpo/in_undesirable_region", "eval/cpo/gap", "train/cpo/lambda"} <= set(expected)
+    for tag, values in expected.items():
+        assert seen[tag] == pytest.approx(values, rel=1e-6), tag

@@ -1,0 +1,174 @@
+"""Run by test_packed_parallel.py: short trainings under whatever launched it; each process writes what it saw.
+
+    train_packed_parallel.py '{"kind": "zero3", "model": ..., "data": ..., "folder": ..., "batch": 2, "runs": [...]}'
+
+Several trainings follow one another in one launch, because importing the libraries takes longer than training.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers
+
+# isort: split
+
+import gc
+import json
+import logging
+import os
+import sys
+from contextlib import nullcontext
+from unittest.mock import patch
+
+JOB = json.loads(sys.argv[1])
+KIND = JOB["kind"]
+
+if KIND.startswith("zero"):
+    import deepspeed
+
+    # An operator for shared memory that would be compiled at first use; without it the same numbers come through gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+if KIND == "fsdp2":
+    # Accelerate shards only on the kinds of devices it takes for GPUs, and on others quietly runs plain DDP.
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    import torch.distributed
+    from accelerate.state import DistributedType, PartialState
+
+    torch.distributed.init_process_group("gloo")
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+
+import torch
+from accelerate.state import AcceleratorState
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, set_seed
+
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo.engine.forward import PackedPairForward, segments
+
+from helpers.tiny import make_tokenizer, training_options
+
+# Steps of plain gradient descent without clipping: its weights tell the size of the gradients, which Adam hides.
+OPTIONS = dict(optim="sgd", learning_rate=0.02, max_grad_norm=0.0, constraint="clip", gamma=0.3)
+
+
+def lora() -> LoraConfig:
+    # Not the usual zeros: policy and reference differ from the first step.
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+def nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def attend_in_first_layer_only(module, *args, attend=segments.segment_attention, **kwargs):
+    """A model that fails on tables of segments, and only in the middle of its forward."""
+    if module.layer_idx and segments.is_segment_table(args[3]):
+        raise NotImplementedError("this layer attends in another way")
+    return attend(module, *args, **kwargs)
+
+
+class Calls(logging.Handler):
+    """What the packed forward was called with and what was said about it, while entered."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.packed, self.padded, self.lines = 0, 0, []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+    def __enter__(self):
+        call = self._call = PackedPairForward.__call__
+
+        def counted(forward, **inputs):
+            outputs = call(forward, **inputs)
+            self.packed += forward.last_plan is not None
+            self.padded += forward.last_plan is None
+            return outputs
+
+        PackedPairForward.__call__ = counted
+        logger = logging.getLogger("trl_cpo.engine.forward")
+        self._level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_):
+        PackedPairForward.__call__ = self._call
+        logger = logging.getLogger("trl_cpo.engine.forward")
+        logger.setLevel(self._level)
+        logger.removeHandler(self)
+
+
+def wrapping(trainer) -> dict:
+    """How the trained model is spread over the processes, as seen from the model itself."""
+    weights = list(trainer.model.parameters())
+    return {
+        "processes": trainer.accelerator.num_processes,
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "zero_stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
+        "partitioned": sum(hasattr(w, "ds_id") for w in weights),
+        "dtensors": sum(type(w.data).__name__ == "DTensor" for w in weights),
+        "quantized": sum(type(w).__name__ == "Params4bit" for w in weights),
+        "packed": isinstance(trainer._sharing.of(trainer.model_wrapped), PackedPairForward),
+    }
+
+
+def train(run: dict) -> dict:
+    """One training of JOB, and an evaluation after it.
+
+    Args:
+        run: name; packed; lora; nf4; segments_fail; evaluate; options of the configuration; accumulate, how many
+            micro-batches make a step.
+    """
+    place = os.path.join(JOB["folder"], f"{run['name']}-{'packed' if run['packed'] else 'padded'}")
+    # Read from files with a cache of its own, beside which the tokenized set is kept.
+    data = load_dataset("json", data_files=JOB["data"], cache_dir=os.path.join(place, "cache"))
+    accumulate = run.get("accumulate", 1)
+    options = dict(
+        OPTIONS,
+        per_device_train_batch_size=JOB["batch"] // accumulate,
+        per_device_eval_batch_size=JOB["batch"],
+        gradient_accumulation_steps=accumulate,
+        prefix_sharing=run["packed"],
+        **run.get("options", {}),
+    )
+    AcceleratorState._reset_state()
+    set_seed(0)
+    broken = patch.object(segments, "segment_attention", attend_in_first_layer_only)
+    with Calls() as calls, broken if run.get("segments_fail") else nullcontext():
+        trainer = CPOConstrainedTrainer(
+            model=JOB["model"],
+            args=CPOConstrainedConfig(**training_options(place, **options)),
+            processing_class=make_tokenizer(),
+            train_dataset=data["train"],
+            eval_dataset=data["test"],
+            quantization_config=nf4() if run.get("nf4") else None,
+            peft_config=lora() if run.get("lora") else None,
+        )
+        trainer.train()
+        seen = wrapping(trainer)
+        evaluated = trainer.evaluate() if run.get("evaluate", True) else {}
+    trainer.save_model(os.path.join(place, "trained"))
+    gc.collect()
+    steps = [record for record in trainer.state.log_history if "loss" in record]
+    return {
+        "logs": [{key: value for key, value in step.items() if isinstance(value, float)} for step in steps],
+        # Over pairs: the other numbers of an evaluation count the pairs that fill up the last batch.
+        "evaluated": {key: value for key, value in evaluated.items() if "cpo/" in key},
+        "trained": os.path.join(place, "trained"),
+        "attention": [verdict.attention for verdict in trainer._sharing._known.values() if verdict.ok],
+        "packed_calls": calls.packed,
+        "padded_calls": calls.padded,
+        "lines": calls.lines,
+        **seen,
+    }
+
+
+if __name__ == "__main__":
+    results = [train(run) for run in JOB["runs"]]
+    # Every process writes: a fall-back on one of them alone would otherwise go unseen.
+    with open(os.path.join(JOB["folder"], f"seen{os.environ.get('RANK', '0')}.json"), "w") as file:
+        json.dump(results, file)

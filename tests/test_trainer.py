@@ -1,0 +1,404 @@
+"""Under a constraint, the trainer's loss and metrics are those computed by hand, pair by pair, from the models' logits."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo.constraints import CONSTRAINTS, Knobs
+
+from helpers.paths import TESTS
+from helpers.tiny import make_model, pairs_dataset, training_options
+
+# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
+pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
+
+BETA, GAMMA, TAU, ALPHA, WEIGHT, SMOOTHING = 0.3, 0.4, 1.5, 0.5, 0.7, 0.1
+
+
+def make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, **options):
+    knobs = dict(beta=BETA, gamma=GAMMA, tau=TAU, alpha=ALPHA, penalty_weight=WEIGHT, dual_init=WEIGHT, dual_max=1.0)
+    args = CPOConstrainedConfig(**{**training_options(tmp_path), **knobs, **options})
+    return CPOConstrainedTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model_folder),
+        ref_model=AutoModelForCausalLM.from_pretrained(ref_model_folder),
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
+        eval_dataset=pairs_dataset(6, seed=5),
+    )
+
+
+def a_batch(trainer):
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def log_probs_by_hand(model, inputs, ld_alpha=None):
+    """Per row, a plain Python sum of float64 token log-probabilities; no fused head, no masks of TRL's."""
+    with torch.no_grad():
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.double()
+    rows = logits.log_softmax(dim=-1)
+    count = len(inputs["input_ids"])
+    answers = [[t for t in range(inputs["input_ids"].size(1)) if inputs["completion_mask"][r, t]] for r in range(count)]
+    sums = []
+    for r, positions in enumerate(answers):
+        shorter = min(len(positions), len(answers[(r + count // 2) % count]))
+        weights = [1.0 if ld_alpha is None or i < shorter else ld_alpha for i in range(len(positions))]
+        sums.append(sum(w * rows[r, t - 1, inputs["input_ids"][r, t]].item() for w, t in zip(weights, positions, strict=True)))
+    return sums, [len(positions) for positions in answers]
+
+
+def target_by_hand(name, ref_chosen, ref_rejected):
+    ref_gap = ref_chosen - ref_rejected
+    return {
+        "none": ref_gap,
+        "penalty": ref_gap,
+        "lagrangian": ref_gap,
+        "clip": max(ref_gap, GAMMA),
+        "softplus": ref_gap + math.log(1 + math.exp(TAU * (GAMMA - ref_gap))) / TAU / ALPHA,
+        "inverse_prob": ref_gap + GAMMA / BETA * (math.exp(-ref_chosen) + math.exp(-ref_rejected))
+        if ref_chosen > -50
+        else None,
+        "inverse_logp": ref_gap + GAMMA / BETA * (1 / ref_chosen + 1 / ref_rejected),
+    }[name]
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def sigmoid(x):
+    return math.exp(log_sigmoid(x))
+
+
+def pair_loss_by_hand(loss_type, z):
+    """From z = δ_θ − t."""
+    x = BETA * z
+    if loss_type in ("sigmoid", "sigmoid_norm"):
+        return -log_sigmoid(x)
+    if loss_type == "hinge":
+        return max(0.0, 1 - x)
+    if loss_type == "ipo":
+        return (z - 1 / (2 * BETA)) ** 2
+    if loss_type == "robust":
+        return (-(1 - SMOOTHING) * log_sigmoid(x) + SMOOTHING * log_sigmoid(-x)) / (1 - 2 * SMOOTHING)
+    if loss_type == "exo_pair":
+        return sigmoid(x) * (log_sigmoid(x) - math.log(1 - SMOOTHING)) + sigmoid(-x) * (log_sigmoid(-x) - math.log(SMOOTHING))
+    if loss_type == "discopop":
+        blend = sigmoid(x / 0.05)
+        return -log_sigmoid(x) * (1 - blend) + math.exp(-x) * blend
+    raise AssertionError(loss_type)
+
+
+def pairs_by_hand(trainer, inputs, ld_alpha=None):
+    """Per pair: policy and reference log-probabilities, reduced as the config says."""
+    policy, lengths = log_probs_by_hand(trainer.model, inputs, ld_alpha)
+    reference, _ = log_probs_by_hand(trainer.ref_model, inputs, ld_alpha)
+    if trainer.args.logps_reduction == "mean":
+        policy, reference = ([s / n for s, n in zip(x, lengths, strict=True)] for x in (policy, reference))
+    half = len(policy) // 2
+    return list(zip(policy[:half], policy[half:], reference[:half], reference[half:], strict=True))
+
+
+def loss_by_hand(trainer, inputs, loss_type, ld_alpha=None):
+    name = trainer.args.constraint
+    pairs = pairs_by_hand(trainer, inputs, ld_alpha)
+    targets = [target_by_hand(name, rc, rr) for _, _, rc, rr in pairs]
+    gaps = [pc - pr for pc, pr, _, _ in pairs]
+    if loss_type == "aot":
+        gaps, targets = sorted(gaps), sorted(targets)
+        losses = [
+            -(1 - SMOOTHING) * log_sigmoid(BETA * (g - t)) - SMOOTHING * log_sigmoid(-BETA * (g - t))
+            for g, t in zip(gaps, targets, strict=True)
+        ]
+    else:
+        losses = [pair_loss_by_hand(loss_type, g - t) for g, t in zip(gaps, targets, strict=True)]
+    loss = sum(losses) / len(losses)
+    if name in ("penalty", "lagrangian"):  # dual_init is WEIGHT
+        loss += WEIGHT * sum(max(0.0, GAMMA - g) for g in gaps) / len(gaps)
+    return loss
+
+
+SUM_LOSSES = ["sigmoid", "hinge", "robust", "exo_pair", "discopop", "aot"]
+CASES = [
+    (name, reduction, loss_type)
+    for name in CONSTRAINTS
+    for reduction, loss_types in (("sum", SUM_LOSSES), ("mean", ["sigmoid", "ipo"]))
+    for loss_type in loss_types
+    if not (name == "inverse_prob" and reduction == "sum")
+]
+
+
+@pytest.mark.parametrize("sharing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name, reduction, loss_type", CASES)
+def test_loss(tmp_path, tokenizer, model_folder, ref_model_folder, name, reduction, loss_type, sharing):
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        model_folder,
+        ref_model_folder,
+        constraint=name,
+        logps_reduction=reduction,
+        prefix_sharing=sharing,
+        loss_type=[loss_type],
+        label_smoothing=SMOOTHING if loss_type in ("robust", "exo_pair", "aot") else 0.0,
+    )
+    inputs = a_batch(trainer)
+    expected = loss_by_hand(trainer, inputs, loss_type)
+    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "softplus", "penalty"])
+def test_length_desensitised_log_probabilities_are_what_the_constraint_sees(
+    tmp_path, tokenizer, model_folder, ref_model_folder, name
+):
+    trainer = make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, constraint=name, ld_alpha=0.25)
+    inputs = a_batch(trainer)
+    expected = loss_by_hand(trainer, inputs, "sigmoid", ld_alpha=0.25)
+    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "penalty"])
+def test_weights_and_mixes_act_on_the_preference_loss_alone(tmp_path, tokenizer, model_folder, ref_model_folder, name):
+    """loss_weights: Σ w_k L_k + penalty. WPO: the pair's weight multiplies its loss at the target, not the penalty."""
+
+    def loss(**options):
+        trainer = make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, **options)
+        inputs = a_batch(trainer)
+        return trainer.compute_loss(trainer.model, inputs).item(), trainer, inputs
+
+    parts = [loss_by_hand(*loss(constraint=name)[1:], kind) for kind in ("sigmoid", "hinge")]
+    penalty = 0.0
+    if name == "penalty":
+        penalty = loss(constraint="penalty")[0] - loss(constraint="none")[0]
+        assert penalty > 0.1
+    mixed = loss(constraint=name, loss_type=["sigmoid", "hinge"], loss_weights=[0.5, 2.0])[0]
+    expected = 0.5 * (parts[0] - penalty) + 2.0 * (parts[1] - penalty) + penalty
+    assert mixed == pytest.approx(expected, rel=2e-5)
+    weighted = loss(constraint=name, use_weighting=True)[0]
+    if name == "penalty":
+        assert weighted - loss(constraint="none", use_weighting=True)[0] == pytest.approx(penalty, rel=1e-4)
+    else:
+        assert 0 < weighted < parts[0]
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
+def test_penalty_is_added_to_any_divergence(tmp_path, tokenizer, model_folder, ref_model_folder, divergence):
+    values = []
+    for name in ("penalty", "none"):
+        trainer = make_trainer(
+            tmp_path, tokenizer, model_folder, ref_model_folder, constraint=name, f_divergence_type=divergence, beta=0.01
+        )
+        inputs = a_batch(trainer)
+        values.append(trainer.compute_loss(trainer.model, inputs).item())
+    gaps = [pc - pr for pc, pr, _, _ in pairs_by_hand(trainer, inputs)]
+    penalty = WEIGHT * sum(max(0.0, GAMMA - g) for g in gaps) / len(gaps)
+    assert values[0] - values[1] == pytest.approx(penalty, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_gradient_of_the_whole_step_is_the_formulas(tmp_path, tokenizer, model_folder, ref_model_folder, name):
+    """Autograd through the logits, in float64 and without TRL, against the trainer's float32 backward."""
+    trainer = make_trainer(
+        tmp_path, tokenizer, model_folder, ref_model_folder, constraint=name, logps_reduction="mean", gamma=GAMMA
+    )
+    inputs = a_batch(trainer)
+    trainer.compute_loss(trainer.model, inputs).backward()
+
+    policy = AutoModelForCausalLM.from_pretrained(model_folder).double()
+    logits = policy(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    tokens = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
+    mask = inputs["completion_mask"]
+    means = (tokens * mask[:, 1:]).sum(1) / mask.sum(1)
+    chosen, rejected = means.chunk(2)
+    targets = [target_by_hand(name, rc, rr) for _, _, rc, rr in pairs_by_hand(trainer, inputs)]
+    gap = chosen - rejected
+    loss = torch.nn.functional.softplus(-BETA * (gap - torch.tensor(targets, dtype=torch.float64)))
+    if name in ("penalty", "lagrangian"):
+        loss = loss + WEIGHT * torch.relu(GAMMA - gap)
+    loss.mean().backward()
+    for (label, ours), theirs in zip(trainer.model.named_parameters(), policy.parameters(), strict=True):
+        scale = theirs.grad.abs().max().item()
+        assert torch.allclose(ours.grad.double(), theirs.grad, atol=1e-4 * scale + 1e-9), label
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_rewards_keep_dpos_meaning(tmp_path, tokenizer, model_folder, ref_model_folder, name, reduction):
+    """β (s_θ − s_ref) against the true reference, of summed log-probabilities as TRL logs them."""
+    if name == "inverse_prob" and reduction == "sum":
+        reduction = "mean"
+    logged = {}
+    for constraint in ("none", name):
+        trainer = make_trainer(
+            tmp_path,
+            tokenizer,
+            model_folder,
+            ref_model_folder,
+            constraint=constraint,
+            logps_reduction=reduction,
+            prefix_sharing=False,
+        )
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, a_batch(trainer))
+        logged[constraint] = {k: v[-1] for k, v in trainer._metrics["train"].items()}
+    assert logged[name].keys() == logged["none"].keys()
+    assert {k: v for k, v in logged[name].items()} == {k: v for k, v in logged["none"].items()}
+
+
+def test_a_target_moved_by_nothing_is_bitwise_dpo(tmp_path, tokenizer, model_folder, ref_model_folder):
+    """Clip where every reference gap is above γ: the projection itself must not round."""
+    losses = []
+    for options in ({"constraint": "none"}, {"constraint": "clip"}):
+        options["prefix_sharing"] = False
+        trainer = make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, **options)
+        if options["constraint"] == "clip":
+            import dataclasses
+
+            trainer._knobs = dataclasses.replace(trainer._knobs, gamma=-math.inf)
+        loss = trainer.compute_loss(trainer.model, a_batch(trainer))
+        loss.backward()
+        losses.append((loss.item(), [p.grad.clone() for p in trainer.model.parameters()]))
+    assert losses[0][0] == losses[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(losses[0][1], losses[1][1], strict=True))
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_precomputed_and_on_the_fly_references_train_alike(tmp_path, tokenizer, model_folder, name):
+    """Release fault 1. They differ by the padding of their batches, about 1e-7 nats."""
+    logs = []
+    for precomputed in (False, True):
+        args = CPOConstrainedConfig(
+            **training_options(tmp_path / str(precomputed), precompute_ref_log_probs=precomputed),
+            constraint=name,
+            gamma=GAMMA,
+            logps_reduction="mean",
+        )
+        trainer = CPOConstrainedTrainer(
+            model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset()
+        )
+        if precomputed:
+            assert trainer.ref_model is None and "ref_chosen_logps" in trainer.train_dataset.column_names
+        trainer.train()
+        logs.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
+        assert trainer.precompute_ref_logps is precomputed
+    assert len(logs[0]) == 3 and logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+def test_precomputed_values_are_not_taken_for_those_of_other_settings(tmp_path, tokenizer, model_folder):
+    """On a dataset with a file behind it DPOTrainer finds earlier values by data and weights alone; ours by all settings.
+
+    Without truncation, since DPOTrainer's filter for it happens to hash every option.
+    """
+    pairs_dataset().to_json(tmp_path / "pairs.jsonl")
+
+    def precomputed(trainer_class, config_class, number, **options):
+        args = config_class(**training_options(tmp_path / number, precompute_ref_log_probs=True, max_length=None, **options))
+        dataset = load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), split="train")
+        trainer = trainer_class(model=model_folder, args=args, processing_class=tokenizer, train_dataset=dataset)
+        return torch.tensor(trainer.train_dataset["ref_chosen_logps"][:])
+
+    ours = (CPOConstrainedTrainer, CPOConstrainedConfig)
+    packed = precomputed(*ours, "packed", constraint="clip", prefix_sharing=True)
+    padded = precomputed(*ours, "padded")
+    weighted = precomputed(*ours, "weighted", ld_alpha=0.0)
+    assert torch.allclose(packed, padded, atol=1e-4) and not torch.allclose(padded, weighted, atol=1e-2)
+    assert torch.equal(padded, precomputed(*ours, "again"))
+    assert torch.equal(padded, precomputed(DPOTrainer, DPOConfig, "theirs"))
+
+
+GOLDEN = json.loads((TESTS / "golden" / "margin_forms.json").read_text())["cases"]
+
+
+class OneToken:
+    """Answers as a model whose two responses, one token each, have the log-probabilities that it is given."""
+
+    def __init__(self, chosen, rejected):
+        self.log_probs = torch.stack([chosen, rejected]).unsqueeze(1)
+        self.entropy = self.mean_logits = torch.zeros_like(self.log_probs)
+        self.is_top1 = torch.zeros_like(self.log_probs, dtype=torch.bool)
+
+    def __call__(self, **kwargs):
+        return self
+
+
+def through_the_trainer(trainer, name, knobs, logps, dtype):
+    """Loss, target and both gradients as the trainer's compute_loss gives them for one pair of four log-probabilities."""
+    trainer._constraint, trainer._knobs, trainer.beta = CONSTRAINTS[name], knobs, knobs.beta
+    policy = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in logps[:2]]
+    inputs = {
+        "input_ids": torch.tensor([[1, 1], [1, 2]]),  # answers that differ: of equal ones nothing is asked
+        "attention_mask": torch.ones(2, 2, dtype=torch.long),
+        "completion_mask": torch.tensor([[0, 1], [0, 1]]),
+        "ref_chosen_logps": torch.tensor([logps[2]], dtype=dtype),
+        "ref_rejected_logps": torch.tensor([logps[3]], dtype=dtype),
+    }
+    trainer.precompute_ref_logps = True
+    trainer._ledgers["train"].clear()
+    trainer.model.train()
+    loss = trainer.compute_loss(OneToken(*policy), inputs)
+    loss.backward()
+    target = trainer._ledgers["train"].flush()["cpo/target"]
+    return {"loss": loss.item(), "target": target, "grad_chosen": policy[0].grad, "grad_rejected": policy[1].grad}
+
+
+@pytest.fixture
+def one_token_trainer(tmp_path, tokenizer, model_folder, ref_model_folder):
+    return make_trainer(
+        tmp_path,
+        tokenizer,
+        model_folder,
+        ref_model_folder,
+        constraint="none",
+        logps_reduction="mean",
+        prefix_sharing=False,
+    )
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN[0]["expect"]))
+def test_golden_values_through_the_trainer(one_token_trainer, name):
+    """The 64 cases in float64, in TRL's own loss at the projected reference: projecting costs no more than rounding."""
+    for case in GOLDEN:
+        gamma = 0.0 if name == "clip_release" else case["gamma"]
+        knobs = Knobs(case["beta"], gamma, case["tau"], case["alpha"], logps_reduction="mean")
+        logps = [case[side] for side in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
+        got = through_the_trainer(one_token_trainer, name.removesuffix("_release"), knobs, logps, torch.float64)
+        for key, value in case["expect"][name].items():
+            assert abs(float(got[key]) - value) <= 1e-12 * max(1.0, abs(value), knobs.beta), (key, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_extremes_through_the_trainer(one_token_trainer, name, dtype):
+    """±1e4 nats: loss and gradients finite in TRL's own loss as well."""
+    knobs = Knobs(0.1, 0.5, 2.0, 0.5, logps_reduction="mean")
+    for logps in itertools.product((-1e4, 0.0), repeat=4):
+        got = through_the_trainer(one_token_trainer, name, knobs, logps, dtype)
+        assert math.isfinite(got["loss"]) and math.isfinite(got["target"])
+        assert torch.isfinite(got["grad_chosen"]) and torch.isfinite(got["grad_rejected"])
+
+
+def test_the_seam_notices_a_loss_that_calls_the_model_twice(tmp_path, tokenizer, model_folder, monkeypatch):
+    trainer = CPOConstrainedTrainer(
+        model=make_model(),
+        ref_model=make_model(1),
+        args=CPOConstrainedConfig(**training_options(tmp_path)),
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
+    )
+    original = DPOTrainer._compute_loss
+
+    def twice(self, model, inputs, return_outputs):
+        original(self, model, inputs, return_outputs)
+        return original(self, model, inputs, return_outputs)
+
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", twice)
+    with pytest.raises(RuntimeError, match="called the model 2 times"):
+        trainer.compute_loss(trainer.model, a_batch(trainer))
+    assert trainer.precompute_ref_logps is False

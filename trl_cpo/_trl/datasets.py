@@ -1,0 +1,78 @@
+"""The datasets of a trainer: how they are tokenized, and how training pairs are loaded."""
+
+import json
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from datasets import Dataset, Features, Value, concatenate_datasets
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import seed_worker
+from trl import DPOTrainer
+from trl.data_utils import _tokenize
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+#: Columns that DPOTrainer adds to a dataset of text when it prepares it.
+TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+#: Columns that it reads precomputed log-probabilities from.
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+def with_reference_logps(dataset: Dataset, chosen, rejected) -> Dataset:
+    """`dataset` with the reference's log-probabilities (N,), float32, in the columns where DPOTrainer looks for them."""
+    values = dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True))
+    columns = Dataset.from_dict(values, features=Features({name: Value("float32") for name in values}))
+    # Already there in a set that was prepared before and is handed over again.
+    dataset = dataset.remove_columns([name for name in values if name in dataset.column_names])
+    return concatenate_datasets([dataset, columns], axis=1)
+
+
+def is_its_collator(collator: Any) -> bool:
+    """Whether `collator` is DPOTrainer's own, which reads the token ids and nothing else."""
+    return type(collator) is DataCollatorForPreference
+
+
+def tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args, name: str) -> Dataset:
+    """`dataset` with the token ids that DPOTrainer would train on, without a trainer or a model.
+
+    Pairs whose prompt alone fills `args.max_length` are left out, as DPOTrainer leaves them out.
+    """
+    return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, args, name)
+
+
+def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+    """The token ids of a row's prompt by itself, as DPOTrainer makes them before it looks where the answers begin."""
+    prompt, tools = row["prompt"], row.get("tools")
+    if isinstance(prompt, str):
+        return list(_tokenize(tokenizer, prompt)["input_ids"])
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+    return list(_tokenize(tokenizer, prompt, add_generation_prompt=True, **options)["input_ids"])
+
+
+def train_dataloader(trainer: DPOTrainer, batches: Sampler[list[int]]) -> DataLoader:
+    """The trainer's loader of training pairs, with these batches, of any sizes, dealt to its processes in turn.
+
+    Args:
+        batches: gives the rows of each micro-batch, as many micro-batches as the processes can share evenly.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    loader = DataLoader(
+        trainer._remove_unused_columns(trainer.train_dataset, description="training"),
+        batch_sampler=batches,
+        collate_fn=trainer.data_collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    )
+    # Accelerate fills batches up to one size unless told not to.
+    even, accelerator.even_batches = accelerator.even_batches, False
+    try:
+        return accelerator.prepare(loader)
+    finally:
+        accelerator.even_batches = even

@@ -1,0 +1,98 @@
+"""Evidence for a model that is no run of this trainer: its log-probabilities of held-out pairs, in a pairs.json."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..files.outputs import is_taken
+from ..run.record import COLUMNS, write_json
+from ..scoring.scorer import ROW, Scorer
+from .errors import CertificateError
+
+
+def score_to_folder(
+    folder: str | Path,
+    *,
+    model: str,
+    dataset: str,
+    gamma: float,
+    ref_model: str | None = None,
+    split: str = "test",
+    max_pairs: int | None = None,
+    reduction: str = "sum",
+    max_length: int | None = 1024,
+    dtype: str = "float32",
+    batch_size: int = 8,
+) -> Path:
+    """Scores the pairs of a split by a model, as training would score them, and writes pairs.json into a new folder.
+
+    `certify_run` makes a certificate of the folder, of kind "held_out": that the model was not trained on these pairs is
+    the word of whoever names them. Pairs that cannot be compared (dropped, nothing of an answer left by max_length, or two
+    answers that are equal) are counted as "left_out"; a certificate takes them for pairs that miss γ. Scores are kept, and
+    an interrupted call goes on where it stopped.
+
+    Args:
+        folder: does not exist yet, or is empty.
+        model, ref_model: hub name, folder (an adapter's too) or "demo"; the columns of a reference that is not given are null.
+        dataset, split: as for `trl-cpo train`.
+        gamma: γ, nats of `reduction`, that certificates take by default.
+        max_pairs: so many pairs, drawn at random with seed 0.
+        max_length, dtype, batch_size: tokens, of the weights, pairs at once.
+
+    Raises:
+        CertificateError: the folder is taken, or no pair can be scored.
+        ValueError: the pairs or models cannot be read or used, in words.
+    """
+    from ..audit.preflight import answer_tokens
+    from ..data.loading import load_pairs, to_conversational
+
+    folder = Path(folder)
+    if is_taken(folder):
+        raise CertificateError(
+            f"{folder} already holds files, and nothing in it is overwritten. Give a new folder for the scores."
+        )
+    loaded = load_pairs(dataset, split)
+    pairs, _ = to_conversational(loaded.add_column(ROW, list(range(len(loaded)))))
+    if max_pairs is not None and max_pairs < len(pairs):
+        drawn = np.random.default_rng(0).choice(len(pairs), max_pairs, replace=False)
+        pairs = pairs.select(sorted(drawn.tolist()))
+    scorer = Scorer(max_length=max_length, dtype=dtype, batch_size=batch_size)
+    sources = {"policy": _folder_of(model)} | ({"ref": _folder_of(ref_model)} if ref_model is not None else {})
+    tokenizer = scorer.tokenizer(sources["policy"])
+    if ref_model is not None:
+        scorer.check_same_vocabulary(sources["policy"], sources["ref"])
+    prepared = scorer.prepare(pairs, tokenizer, split)
+    chosen_tokens, rejected_tokens, comparable = answer_tokens(prepared.tokens, scorer.truncation)
+    if not comparable.any():
+        raise CertificateError(f"max_length={max_length} leaves no pair with two answers that differ. Set a larger one.")
+    columns = {}
+    for role, source in sources.items():
+        scored = scorer.score(source, {split: prepared.seen}, tokenizer)[split]
+        for side, logps, tokens in zip(("chosen", "rejected"), scored, (chosen_tokens, rejected_tokens), strict=True):
+            columns[f"{role}_{side}"] = logps / np.maximum(tokens, 1) if reduction == "mean" else logps
+    kept = np.flatnonzero(comparable)
+    rows = [[float(columns[name][at]) if name in columns else None for name in COLUMNS] for at in kept]
+    document = {
+        "reduction": reduction,
+        "gamma": gamma,
+        "beta": None,
+        "constraint": None,
+        "split": f"named as held out: {split}",
+        "model": model,
+        "ref_model": ref_model,
+        "dataset": dataset,
+        "left_out": prepared.given - len(rows),
+        "columns": list(COLUMNS),
+        "rows": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "pairs.json", document)
+    return folder
+
+
+def _folder_of(model: str) -> str:
+    if model != "demo":
+        return model
+    from ..data.demo.model import demo_model_folder
+
+    return str(demo_model_folder())

@@ -1,0 +1,1 @@
+"""DPOTrainer with exact resume, packing and guards: an engine that knows no constraint."""

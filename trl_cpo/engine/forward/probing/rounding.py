@@ -1,0 +1,69 @@
+"""How far rounding alone moves a model's numbers: what differences are judged against where arithmetic is narrow."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ...precision import float32_products
+from ..repack import backbone_of, unwrap
+
+# Where nothing else is known: weights of whole numbers are multiplied in bfloat16, as a rule.
+_NARROW = torch.finfo(torch.bfloat16).eps
+_FLOAT32_PRODUCTS = {"tf32": [torch.finfo(torch.float16).eps], "bf16": [_NARROW]}  # TF32 has float16's bits behind the point
+
+
+@contextmanager
+def watched(model: torch.nn.Module) -> Iterator[Callable[[], float]]:
+    """Tell, once the model has run in the block, the relative step between its narrowest numbers; 0 for float32.
+
+    Mixed precision is often switched on by a wrapper around the forward, so it is looked for from within.
+    """
+    parameters = list(unwrap(model).parameters())
+    device = parameters[0].device.type
+    steps = [_step(dtype) for dtype in {p.dtype for p in parameters}]
+    steps += _FLOAT32_PRODUCTS.get(float32_products(device), [])
+
+    def look(*_) -> None:
+        if torch.is_autocast_enabled(device):
+            steps.append(_step(torch.get_autocast_dtype(device)))
+
+    hook = backbone_of(model).register_forward_pre_hook(look)
+    try:
+        yield lambda: max(steps)
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def rounded_once_more(model: torch.nn.Module, step: float, seed: int) -> Iterator[None]:
+    """Within the block, what each innermost module of the backbone puts out is off by up to half a step, at random.
+
+    This is the least that a right computation in other company may do: sums taken in another order are rounded to
+    another neighbour. Running the padded batch again, reordered, would not do: on many machines it gives equal bits.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def shake(module, args, output):
+        if not (isinstance(output, torch.Tensor) and output.is_floating_point()):
+            return None
+        device = output.device
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        off = torch.rand(output.shape, generator=generators[device], device=device) - 0.5
+        return (output.float() * (1 + step * off)).to(output.dtype)
+
+    # Those that hold weights themselves count too: a mixture's experts are often one module around others.
+    inner = [m for m in backbone_of(model).modules() if not m._modules or m._parameters]
+    hooks = [module.register_forward_hook(shake) for module in inner]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _step(dtype: torch.dtype) -> float:
+    if dtype in (torch.float32, torch.float64):
+        return 0.0
+    return torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else _NARROW

@@ -1,0 +1,1 @@
+"""Interrupted and resumed training is uninterrupted training."""

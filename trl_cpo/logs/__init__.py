@@ -1,0 +1,1 @@
+"""The log of a run: written while it works, read afterwards, and told in words."""

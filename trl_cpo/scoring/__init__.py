@@ -1,0 +1,1 @@
+"""A model scores a set of pairs: for the audit and for certificates."""
