@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from trl import DPOConfig, TrlParser
 
-import trl_cpo.config as config_module
+import trl_cpo.engine.config as config_module
 from trl_cpo import CPOConstrainedConfig
 from trl_cpo._trl.loss import LOSS_READS
 from trl_cpo.constraints import CONSTRAINTS

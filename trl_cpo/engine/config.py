@@ -1,0 +1,130 @@
+"""The engine's DPOConfig: TRL's, and the fields of packing, batching and the start check."""
+
+import dataclasses
+import textwrap
+from dataclasses import dataclass, field
+
+import trl
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
+
+from .._trl.loss import LOSS_READS
+from ..faults import is_true_or_false, one_of
+
+logger = logging.get_logger(__name__)
+
+
+def documented(cls: type) -> type:
+    """Completes the docstring of a dataclass: its own fields under "Parameters:", each with its help."""
+    lines = []
+    for each in dataclasses.fields(cls):
+        if each.name not in vars(cls).get("__annotations__", {}):
+            continue  # a base class documents it
+        kind = each.type if isinstance(each.type, str) else getattr(each.type, "__name__", str(each.type))
+        optional = "*optional*" if each.default is None else f"*optional*, defaults to `{each.default!r}`"
+        lines.append(f"{each.name} (`{kind.removesuffix(' | None')}`, {optional}):")
+        lines += textwrap.wrap(each.metadata["help"], 110, initial_indent="    ", subsequent_indent="    ")
+    about, _, rest = (cls.__doc__ or "").partition("{parameters}")
+    cls.__doc__ = about + "Parameters:\n" + textwrap.indent("\n".join(lines), "        ") + rest
+    return cls
+
+
+@documented
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """
+    Configuration of the engine's [`~trl_cpo.engine.DPOTrainer`]: every field of [`~trl.DPOConfig`], and these.
+
+    {parameters}
+
+    Raises:
+        ValueError: naming every fault of these fields at once.
+
+    > [!NOTE]
+    > Where the machine has no bfloat16 and `bf16` was not set, training is in float32, where TRL's config raises.
+    """
+
+    prefix_sharing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute each pair's prompt once and pack pairs without padding: the same log-probabilities to float "
+            "rounding, in less time and memory. Default: wherever a constraint is on and a probe of the model finds it exact; "
+            "plain DPO runs TRL's own forward, bit for bit. True: always, refusing models that cannot be packed. False: never."
+        },
+    )
+    balance_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Deal the pairs of each optimizer step to processes and micro-batches so that each computes about as "
+            "many tokens. The pairs of a step, and its loss, stay those of a plain shuffle."
+        },
+    )
+    tokens_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Token budget for an average optimizer step over all processes; each step takes as many shuffled pairs as "
+            "fit, in place of per_device_train_batch_size. A pair costs its prompt once and both answers. Losses are scaled "
+            "so that every pair weighs the same over an epoch."
+        },
+    )
+    check_reference: bool = field(
+        default=True,
+        metadata={
+            "help": "Check on the first micro-batch, without a ref_model, that policy and reference agree up to rounding; "
+            "otherwise stop before the first step and list likely causes."
+        },
+    )
+
+    def __post_init__(self):
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        faults = self.faults()
+        if faults:
+            count = "" if len(faults) == 1 else f" ({len(faults)} faults)"
+            raise ValueError(f"{type(self).__name__}{count}: " + "\n".join(faults))
+        if self.bf16 is None and not self.fp16 and not self._has_bf16():
+            logger.warning_once(
+                "This machine has no bfloat16 support: training in float32 (bf16=False). On a GPU without bfloat16, "
+                "fp16=True gives mixed precision."
+            )
+            self.bf16 = False
+        super().__post_init__()
+
+    def faults(self) -> list[str]:
+        """What is wrong with these fields, one sentence each."""
+        faults = is_true_or_false("prefix_sharing", self.prefix_sharing, optional=True)
+        faults += is_true_or_false("balance_tokens", self.balance_tokens)
+        faults += is_true_or_false("check_reference", self.check_reference)
+        budget = self.tokens_per_step
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+            faults.append(f"tokens_per_step must be a whole number ≥ 1, or None; got {budget!r}.")
+        faults += [one_of("loss_type", name, LOSS_READS) for name in self.loss_type if name not in LOSS_READS]
+        return faults + self._order_faults()
+
+    def _order_faults(self) -> list[str]:
+        faults = []
+        asked = {"balance_tokens": self.balance_tokens is True, "tokens_per_step": isinstance(self.tokens_per_step, int)}
+        orders = [f"{name}={getattr(self, name)}" for name, given in asked.items() if given]
+        if orders and self.train_sampling_strategy != "random":
+            faults.append(
+                f"{orders[0]} orders the training pairs itself; got train_sampling_strategy="
+                f"{self.train_sampling_strategy!r} beside it. Leave one of them out."
+            )
+        if self.tokens_per_step is not None and self.auto_find_batch_size:
+            faults.append(
+                "auto_find_batch_size=True looks for a number of pairs, and tokens_per_step sets none. Leave one of them out."
+            )
+        return faults
+
+    @property
+    def packs(self) -> bool | None:
+        """Whether to pack: True always, False never, None where a probe of the model finds it exact.
+
+        Plain DPO is TRL's bit for bit, so packing has to be asked for.
+        """
+        return bool(self.prefix_sharing)
+
+    def _has_bf16(self) -> bool:
+        # On the CPU TRL's config uses bfloat16 only when told `use_cpu`; then it is left alone.
+        if self.use_cpu:
+            return True
+        return is_torch_bf16_gpu_available() or is_torch_xla_available()
