@@ -108,7 +108,7 @@ class TestState:
     def test_what_a_training_saw_that_was_broken_off_within_a_step_is_of_no_step(self):
         state = DualState(RULE)
         state.observe(torch.tensor([9.0, 9.0]))
-        DualAscent(state).on_train_begin(None, None, None)
+        state.begin()
         state.step()
         assert state.multiplier == RULE.start and state.flush() == {}
 

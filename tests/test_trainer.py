@@ -330,7 +330,7 @@ class OneToken:
 
 def through_the_trainer(trainer, name, knobs, logps, dtype):
     """Loss, target and both gradients as the trainer's compute_loss gives them for one pair of four log-probabilities."""
-    trainer._constraint, trainer._knobs, trainer.beta = CONSTRAINTS[name], knobs, knobs.beta
+    trainer._form, trainer._knobs, trainer.beta = CONSTRAINTS[name], knobs, knobs.beta
     policy = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in logps[:2]]
     inputs = {
         "input_ids": torch.tensor([[1, 1], [1, 2]]),  # answers that differ: of equal ones nothing is asked

@@ -116,8 +116,8 @@ class CPOConstrainedConfig(DPOConfig):
         return faults
 
     @property
-    def packs(self) -> bool | None:
-        return self.prefix_sharing if self.constraint != "none" else super().packs
+    def is_plain_dpo(self) -> bool:
+        return self.constraint == "none"
 
     @property
     def knobs(self) -> Knobs:

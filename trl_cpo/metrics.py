@@ -66,6 +66,9 @@ class MetricLedger:
     Sums stay on the device until `means` is asked for: adding a batch does not wait for it.
     """
 
+    #: A resumed run that finds none counts from its start, which is said of all logs together.
+    starts_anew = ""
+
     def __init__(self):
         self._sums: list[Tensor] = []
         # What a resumed run had counted before it was interrupted: rows of sums, float64.
@@ -112,6 +115,12 @@ class MetricLedger:
         self._resumed = torch.tensor([state["sums"][name] for name in METRICS], dtype=torch.float64).T.contiguous()
         self.count = int(state["count"])
         self.left_out.update(state["left_out"])
+
+    def begin(self) -> None:
+        """Start of training: drop pairs counted since the last log of another run."""
+        self.clear()
+
+    reset = begin
 
     def clear(self) -> None:
         """Forgets what was added."""

@@ -45,6 +45,9 @@ class DualState:
     the same λ; `step` updates it. The rest counts for the log: the window is what was seen since the last `flush`.
     """
 
+    #: Said where a checkpoint that is resumed from holds no multiplier.
+    starts_anew = "the multiplier starts from dual_init"
+
     def __init__(self, rule: DualRule):
         self.rule = rule
         #: Pairs of a mean step, where steps hold different numbers of pairs.
@@ -60,7 +63,7 @@ class DualState:
         self._window = {"violation": 0.0, "pairs": 0, "steps": 0, "held": 0}
 
     def begin(self) -> None:
-        """Begins a training: what one that was broken off within a step had observed is of no step."""
+        """Start of training: drop violations left from a run interrupted mid-step."""
         self._seen = []
 
     def observe(self, signal: Tensor) -> None:
@@ -123,9 +126,6 @@ class DualAscent(TrainerCallback):
 
     def __init__(self, dual: DualState):
         self._dual = dual
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._dual.begin()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._dual.step()

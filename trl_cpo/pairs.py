@@ -69,6 +69,22 @@ def completion_lengths(completion_mask: Tensor) -> Tensor:
     return completion_mask.sum(dim=1).clamp(min=1)
 
 
+def degenerate_pairs(input_ids: Tensor, completion_mask: Tensor) -> Tensor:
+    """Which pairs of a collated batch compare no two answers: one has no scored token, or their tokens are the same.
+
+    Args:
+        input_ids: (2B, T), rows [chosen; rejected], padded and truncated.
+        completion_mask: (2B, T), 1 on completion tokens; a token in column 0 is never scored.
+
+    Returns:
+        (B,), bool; nothing waits for the device.
+    """
+    chosen_scored, rejected_scored = completion_mask[:, 1:].any(dim=1).chunk(2)
+    # The padding token may be the one that ends an answer, so equal ids alone do not make equal answers.
+    same_ids, same_mask = (torch.eq(*rows.chunk(2)).all(dim=1) for rows in (input_ids, completion_mask))
+    return ~(chosen_scored & rejected_scored) | (same_ids & same_mask)
+
+
 def sequence_logps(per_token_logps: Tensor, completion_mask: Tensor, ld_alpha: float | None = None) -> Tensor:
     """The summed log-probability of each completion, in nats, as DPOTrainer sums it.
 

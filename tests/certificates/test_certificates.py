@@ -423,7 +423,7 @@ def test_pairs_that_compare_no_two_answers_do_not_meet_gamma(tmp_path, tokenizer
     told = {name: config[name] for name in ("gamma", "beta", "constraint")}
     made = pairs_document(
         trainer.evaluated_pairs["eval"],
-        comparable=trainer.evaluated_comparable["eval"],
+        degenerate=trainer.evaluated_degenerate["eval"],
         reduction="sum",
         split="test",
         start_is_reference=False,

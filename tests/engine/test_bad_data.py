@@ -16,6 +16,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.data import validation as checks
 from trl_cpo.engine import guards
+from trl_cpo.pairs import PairLogps, degenerate_pairs
 
 from helpers.tiny import make_model, pair_rows, pairs_dataset, training_options
 
@@ -247,10 +248,10 @@ def test_preparation_and_batch_agree_on_what_compares_nothing(rows, max_length, 
     if not any(row["prompt_ids"] + row["chosen_ids"] + row["rejected_ids"] for row in rows):
         return  # TRL's collator makes float tensors of nothing
     batch = collated(rows, max_length, keep)
-    by_batch = guards.comparable(batch["input_ids"], batch["completion_mask"]).tolist()
-    found = checks.incomparable_rows(Dataset.from_list(rows), max_length, keep)
+    by_batch = degenerate_pairs(batch["input_ids"], batch["completion_mask"]).tolist()
+    found = checks.degenerate_rows(Dataset.from_list(rows), max_length, keep)
     assert not set(found["same answers"]) & set(found["nothing scored"])
-    assert sorted(found["same answers"] + found["nothing scored"]) == [i for i, ok in enumerate(by_batch) if not ok]
+    assert sorted(found["same answers"] + found["nothing scored"]) == [i for i, bad in enumerate(by_batch) if bad]
     scored = batch["completion_mask"][:, 1:].sum(dim=1).view(2, -1).T.tolist()
     for row, lengths in zip(rows, scored, strict=True):
         for name, length in zip(("chosen_ids", "rejected_ids"), lengths, strict=True):
@@ -261,7 +262,7 @@ def test_the_padding_token_may_be_the_one_that_ends_an_answer():
     row = {"prompt_ids": [5], "chosen_ids": [6, 2], "rejected_ids": [6]}
     batch = collated([row], None, "keep_start")
     assert torch.equal(*batch["input_ids"])
-    assert guards.comparable(batch["input_ids"], batch["completion_mask"]).tolist() == [True]
+    assert degenerate_pairs(batch["input_ids"], batch["completion_mask"]).tolist() == [False]
 
 
 def with_bad_rows(tokenizer):
@@ -312,17 +313,17 @@ def test_the_constraint_asks_nothing_of_pairs_that_compare_nothing(make, tokeniz
     batch["completion_mask"][5 + 2, 0] = 0
     trainer.model.train()
     seen = {}
-    original = trainer._count
+    original = trainer.on_batch
 
-    def count(pairs, target, *rest):
-        seen["pairs"], seen["target"] = pairs.detach(), target
-        return original(pairs, target, *rest)
+    def on_batch(gathered):
+        seen["pairs"], seen["target"] = PairLogps.from_rows(gathered.logps), gathered.targets
+        return original(gathered)
 
-    trainer._count = count
+    trainer.on_batch = on_batch
     loss = trainer.compute_loss(trainer.model, batch)
     pairs, target = seen["pairs"], seen["target"]
     good = torch.tensor([True, False, False, False, True])
-    form_of = trainer._constraint
+    form_of = trainer._form
     asked = torch.where(good, form_of.target(pairs, trainer._knobs), pairs.ref_gap)
     assert torch.equal(target, asked)
     assert not torch.equal(asked, pairs.ref_gap) or not form_of.moves_target

@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.engine import guards
+from trl_cpo.engine import guards, start_check
+from trl_cpo.engine.start_check import StartCheck, exemption
 from trl_cpo.pairs import PairLogps
 
 from helpers.paths import PROCESSES
@@ -27,14 +28,14 @@ LORA = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 def seen(monkeypatch):
     """Every measurement that the check of the start makes, as the largest number of tolerances apart."""
     values = []
-    measure = guards.StartCheck.apart
+    measure = StartCheck.deviation
 
     def spy(*args):
         apart = measure(*args)
         values.append(apart.max().item())
         return apart
 
-    monkeypatch.setattr(guards.StartCheck, "apart", spy)
+    monkeypatch.setattr(StartCheck, "deviation", spy)
     return values
 
 
@@ -214,35 +215,35 @@ def test_noise_does_not_excuse_another_reference(make, tmp_path):
 
 def test_excuses():
     must = dict(wanted=True, reference_given=False, reads_reference=True, adapter=None)
-    assert guards.excuse(**must) is None
-    assert guards.excuse(**must | {"adapter": LoraConfig()}) is None
+    assert exemption(**must) is None
+    assert exemption(**must | {"adapter": LoraConfig()}) is None
     for change in (
         {"wanted": False},
         {"reference_given": True},
         {"reads_reference": False},
         {"adapter": LoraConfig(init_lora_weights=False)},
     ):
-        assert guards.excuse(**must | change)
+        assert exemption(**must | change)
 
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 4000), excess=st.floats(0.01, 50), side=st.integers(0, 1), mean=st.booleans())
 def test_the_distance_is_in_tolerances_and_the_same_for_sums_and_means(n, excess, side, mean):
     """A difference of `excess · c √n` nats in the sum is `excess` tolerances, in whichever answer it stands."""
-    check = guards.StartCheck(None, half_precision=False)
-    difference = excess * guards.FULL_PRECISION_TOLERANCE * n**0.5
+    check = StartCheck(None, half_precision=False)
+    difference = excess * start_check.FULL_PRECISION_TOLERANCE * n**0.5
     moved = torch.zeros(2, dtype=torch.float64)
     moved[side] = difference / n if mean else difference
     zero = torch.zeros(1, dtype=torch.float64)
     pairs = PairLogps(moved[:1], moved[1:], zero, zero)
     mask = torch.ones(2, n, dtype=torch.long)
-    apart = check.apart(pairs, mask, "mean" if mean else "sum")
+    apart = check.deviation(pairs, mask, "mean" if mean else "sum")
     assert apart.shape == (1,) and abs(apart.item() - excess) <= 1e-6 * excess
 
 
 def test_a_coarser_precision_has_a_coarser_tolerance_that_still_sees_another_model():
     """Another model of the same size is several nats per token away: hundreds of tolerances at 30 tokens."""
-    assert guards.FULL_PRECISION_TOLERANCE < guards.HALF_PRECISION_TOLERANCE < 1
+    assert start_check.FULL_PRECISION_TOLERANCE < start_check.HALF_PRECISION_TOLERANCE < 1
 
 
 def test_at_rest_leaves_modes_and_random_states_as_they_were():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.engine import guards
+from trl_cpo.engine import start_check
 from trl_cpo.engine.precision import float32_products
 from trl_cpo.engine.reference import table_of
 
@@ -64,4 +64,4 @@ def test_a_trainer_under_it_has_another_table_and_the_tolerance_of_fewer_digits(
     coarse = trainer()
     assert table_of(exact).folder != table_of(coarse).folder
     tolerances = [each._start_check._tolerance for each in (exact, coarse)]
-    assert tolerances == [guards.FULL_PRECISION_TOLERANCE, guards.HALF_PRECISION_TOLERANCE]
+    assert tolerances == [start_check.FULL_PRECISION_TOLERANCE, start_check.HALF_PRECISION_TOLERANCE]

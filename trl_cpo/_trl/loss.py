@@ -1,6 +1,6 @@
-"""The seam: everything that this project knows about the inside of TRL's DPOTrainer.
+"""The loss seam: DPOTrainer's own loss, with the reference's gap moved to a target margin, observed from outside.
 
-What it rests on, in TRL 1.16, and the identity tests hold (tests/test_identity.py):
+It rests on how TRL's `compute_loss` is built inside, which the identity tests hold (tests/test_identity.py):
 
 - `compute_loss` calls its `model` argument once (and once more, afterwards, for `return_outputs=True`) with
   `fused_lm_head=True` and reads per-token values off what comes back;
@@ -10,6 +10,7 @@ What it rests on, in TRL 1.16, and the identity tests hold (tests/test_identity.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from trl import DPOTrainer
 from trl import __version__ as trl_version
 
-from ..pairs import PairLogps, completion_lengths, sequence_logps
+from ..pairs import PairLogps, completion_lengths, degenerate_pairs, sequence_logps
 
 #: What each of DPOTrainer's loss types reads: the difference of summed log-ratios ("sum") or of their means per token
 #: ("mean"), one side's log-ratio by itself ("one side"), or no reference at all ("no reference").
@@ -39,12 +40,30 @@ LOSS_READS = {
     "aot_unpaired": "one side",
 }
 
-
 #: The loss type that is `sigmoid` over means per token instead of sums.
 MEAN_OF = {"sigmoid": "sigmoid_norm"}
 
 
-class _ObservedModel:
+@dataclass(frozen=True)
+class ObservedLoss:
+    """What DPOTrainer's loss gave for a batch of B pairs, and the log-probabilities that it used.
+
+    Attributes:
+        loss: scalar, nats: the mean pair loss at the targets, plus the mean of what was added.
+        outputs: what `return_outputs=True` gave beside it; empty without.
+        pairs: log-probabilities, (B,) each, the policy's with their graph.
+        target: target margins t, (B,), nats.
+        degenerate: (B,), bool: pairs that compare no two answers.
+    """
+
+    loss: Tensor
+    outputs: tuple
+    pairs: PairLogps
+    target: Tensor
+    degenerate: Tensor
+
+
+class _Observed:
     """Stands in for `model` in DPOTrainer's loss: the first call goes through `forward`, and what it gave is reported."""
 
     def __init__(self, model: Callable, forward: Callable, report: Callable[[Any], None]):
@@ -72,38 +91,38 @@ def observed_loss(
     inputs: dict[str, Tensor],
     *,
     forward: Callable,
-    reduction: str,
-    target_of: Callable[[PairLogps], Tensor] | None,
+    reduction: str = "sum",
+    target_of: Callable[[PairLogps], Tensor] | None = None,
+    added_loss: Callable[[PairLogps], Tensor | None] | None = None,
     return_outputs: bool = False,
     **kwargs,
-) -> tuple[Any, PairLogps, Tensor]:
-    """DPOTrainer's own loss with the reference's gap moved to a target margin, and the log-probabilities it used.
+) -> ObservedLoss:
+    """DPOTrainer's own loss at a target margin, `mean_i ℓ(δ_i; t_i) + mean_i added_i`.
 
     DPO's loss at the target t is DPO's loss against a reference whose gap is t, so the rejected side of the reference
-    is lowered by `(t − δ_ref)` (times the completion's length where the loss averages per token) on the way in, and the
+    is lowered by `t − δ_ref` (times the response's length where the loss averages per token) on the way in, and the
     logged `rewards/*` are put back to the true reference on the way out. No forward is run that DPOTrainer would not
-    run, and in its order.
+    run, and in its order. Degenerate pairs keep DPO's target, and nothing is added to them.
 
     Args:
         trainer: the trainer whose loss it is.
-        compute_loss: the bound `compute_loss` of DPOTrainer.
+        compute_loss: the bound `compute_loss` of TRL's DPOTrainer.
         model: the policy, wrapped as the training loop has it.
         inputs: a collated batch; it is not changed.
         forward: what computes the policy's log-probabilities in place of `model`; may be `model`.
         reduction: "sum" or "mean", how the returned log-probabilities are reduced over tokens.
         target_of: gives the target margins (B,) of a batch, in nats of `reduction`; None leaves DPO's loss untouched.
+        added_loss: gives what is added to each pair's loss, (B,), or None.
         return_outputs: passed on, as are `kwargs`.
-
-    Returns:
-        What `compute_loss` returned; the pairs, the policy's with their graph; the targets (B,).
 
     Raises:
         RuntimeError: DPOTrainer did not call `model` the way this module rests on.
     """
     inputs = dict(inputs)
     mask = inputs["completion_mask"]
+    degenerate = degenerate_pairs(inputs["input_ids"], mask)
     chosen_lengths, rejected_lengths = completion_lengths(mask).chunk(2)
-    seen: dict[str, Tensor | PairLogps] = {}
+    seen: dict[str, Any] = {}
 
     def reduced(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         return (chosen / chosen_lengths, rejected / rejected_lengths) if reduction == "mean" else (chosen, rejected)
@@ -112,9 +131,7 @@ def observed_loss(
         # Called after the policy's forward, where DPOTrainer would run the reference: with dropout left on, running it
         # before would draw the random numbers in another order.
         if not precomputed:
-            # Not `or`: a compiled model has no truth value.
-            reference_model = trainer.model if trainer.ref_model is None else trainer.ref_model
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = trainer.compute_ref_log_probs(reference_model, inputs)
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = _live_reference_logps(trainer, inputs)
         reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         policy = sequence_logps(outputs.log_probs, mask, trainer.ld_alpha).chunk(2)
         pairs = PairLogps(*reduced(*policy), *reduced(*reference))
@@ -122,12 +139,12 @@ def observed_loss(
         if target_of is None:
             return
         with torch.no_grad():
-            seen["target"] = target_of(pairs.detach())
+            seen["target"] = torch.where(degenerate, pairs.ref_gap, target_of(pairs.detach()))
             seen["log_ratios"] = torch.stack([policy[0] - reference[0], policy[1] - reference[1]], dim=1)
             shift = seen["target"] - pairs.ref_gap
             inputs["ref_rejected_logps"] = reference[1] - (shift * rejected_lengths if reduction == "mean" else shift)
 
-    observed = _ObservedModel(model, forward, report)
+    observed = _Observed(model, forward, report)
     precomputed = trainer.precompute_ref_logps
     trainer.precompute_ref_logps = True
     try:
@@ -141,13 +158,21 @@ def observed_loss(
         )
     if "log_ratios" in seen:
         _restore_rewards(trainer, seen["log_ratios"])
-    return result, seen["pairs"], seen["target"]
+    loss, *others = result if return_outputs else (result,)
+    added = None if added_loss is None else added_loss(seen["pairs"])
+    if added is not None:
+        loss = loss + torch.where(degenerate, 0.0, added).mean()
+    return ObservedLoss(loss, tuple(others), seen["pairs"], seen["target"], degenerate)
 
 
 def reference_logps(trainer: DPOTrainer, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The reference's summed log-probabilities of a batch, chosen and rejected, (B,), nats: precomputed or computed now."""
     if trainer.precompute_ref_logps:
         return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+    return _live_reference_logps(trainer, inputs)
+
+
+def _live_reference_logps(trainer: DPOTrainer, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     # Not `or`: a compiled model has no truth value.
     return trainer.compute_ref_log_probs(trainer.model if trainer.ref_model is None else trainer.ref_model, inputs)
 

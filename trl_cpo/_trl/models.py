@@ -9,8 +9,6 @@ from transformers import AutoConfig, AutoProcessor
 from trl import DPOTrainer
 from trl.models.utils import prepare_deepspeed
 
-from ..engine.precision import float32_products
-
 
 def model_id(model) -> str:
     """The name or folder that a model was loaded from."""
@@ -88,15 +86,6 @@ def release_reference_engine(trainer: DPOTrainer) -> None:
     if engine is not None:
         engine.destroy()
         trainer._precompute_engine = None
-
-
-def in_half_precision(trainer: DPOTrainer) -> bool:
-    """Whether any part of the model is computed in fewer digits than float32's: half precision, TF32, 4 or 8 bits."""
-    model = trainer.model
-    quantized = getattr(model, "is_quantized", False) or any(p.dtype in (torch.uint8, torch.int8) for p in model.parameters())
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    coarse = float32_products(trainer.accelerator.device.type) != "ieee"
-    return trainer.accelerator.mixed_precision != "no" or coarse or quantized or half
 
 
 def how_the_reference_is_had(trainer: DPOTrainer) -> dict[str, Any]:

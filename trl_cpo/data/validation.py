@@ -118,7 +118,7 @@ def visible_span(prompt: int, completion: int, max_length: int | None, keep: str
     return first, end, end - first - (prompt_left == 0 and end > first)
 
 
-def incomparable_rows(dataset: Dataset, max_length: int | None, keep: str) -> dict[str, list[int]]:
+def degenerate_rows(dataset: Dataset, max_length: int | None, keep: str) -> dict[str, list[int]]:
     """The numbers of a tokenized dataset's rows that compare no two answers once truncated, by what is wrong with them.
 
     "same answers": their tokens are equal; "nothing scored": of one answer, no token that is scored is left. Both lists
@@ -141,18 +141,18 @@ def incomparable_rows(dataset: Dataset, max_length: int | None, keep: str) -> di
     return found
 
 
-def incomparable_message(
-    found: dict[str, list[int]], *, name: str, total: int, dropped: int, max_length: int | None, constrained: bool
+def degenerate_message(
+    found: dict[str, list[int]], *, name: str, total: int, dropped: int, max_length: int | None, left_out_by: str | None
 ) -> str | None:
     """The sentences for pairs that teach nothing, or None where there are none.
 
     Args:
-        found: what `incomparable_rows` gave of the prepared dataset.
+        found: what `degenerate_rows` gave of the prepared dataset.
         name: what the dataset is called.
         total: rows before preparation.
         dropped: rows that DPOTrainer dropped in preparation.
         max_length: what they were truncated to.
-        constrained: whether a constraint is on.
+        left_out_by: who leaves such pairs out of account; None: nobody does.
     """
     same, unscored = found["same answers"], found["nothing scored"]
     parts = []
@@ -164,8 +164,9 @@ def incomparable_message(
         parts.append(f"{len(unscored)} have an answer without a scored token, after truncation ({_rows(unscored)})")
     if not parts:
         return None
-    who = "The constraint and the cpo/ metrics leave" if constrained else "The cpo/ metrics leave"
-    kept = f" {who} such pairs out, DPO's own loss does not; cpo/incomparable_pairs counts them." if same or unscored else ""
+    kept = ""
+    if left_out_by is not None and (same or unscored):
+        kept = f" {left_out_by} such pairs out, DPO's own loss does not; cpo/incomparable_pairs counts them."
     counted = " Rows are counted from 0" + (", without the dropped ones." if dropped else ".") if same or unscored else ""
     return (
         f"Of the {total} pairs of the {name} dataset, {'; '.join(parts)}.{kept}{counted} Take them out, or set a larger "

@@ -116,12 +116,17 @@ class DPOConfig(trl.DPOConfig):
         return faults
 
     @property
+    def is_plain_dpo(self) -> bool:
+        """Whether the loss is DPO's own, so that the trainer must be TRL's bit for bit."""
+        return True
+
+    @property
     def packs(self) -> bool | None:
         """Whether to pack: True always, False never, None where a probe of the model finds it exact.
 
-        Plain DPO is TRL's bit for bit, so packing has to be asked for.
+        Plain DPO is TRL's bit for bit, so there packing has to be asked for.
         """
-        return bool(self.prefix_sharing)
+        return bool(self.prefix_sharing) if self.is_plain_dpo else self.prefix_sharing
 
     def _has_bf16(self) -> bool:
         # On the CPU TRL's config uses bfloat16 only when told `use_cpu`; then it is left alone.

@@ -6,71 +6,67 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..pairs import PairLogps, completion_lengths
-
-#: Nats per √token by which the same model's log-probability of the same response may differ between two forwards; in
-#: float32, and where any part of it is computed in fewer digits (bfloat16, float16, TF32, 4 or 8 bits).
-FULL_PRECISION_TOLERANCE = 1e-3
-HALF_PRECISION_TOLERANCE = 0.5
+from .._trl.loss import ObservedLoss
+from ..pairs import PairLogps
 
 #: Micro-batches in a row with numbers that are not finite after which a float16 run is stopped all the same: the loss
 #: scaler mends an overflow of gradients within a few, and none of the forward.
 FLOAT16_PATIENCE = 20
 
 
-def comparable(input_ids: Tensor, completion_mask: Tensor) -> Tensor:
-    """Which pairs of a collated batch compare two answers: both have a scored token, and their tokens differ.
-
-    Args:
-        input_ids: (2B, T), rows [chosen; rejected], padded and truncated.
-        completion_mask: (2B, T), 1 on completion tokens; a token in column 0 is never scored.
-
-    Returns:
-        (B,), bool; nothing waits for the device.
-    """
-    chosen_scored, rejected_scored = completion_mask[:, 1:].any(dim=1).chunk(2)
-    # The padding token may be the one that ends an answer, so equal ids alone do not make equal answers.
-    same_ids, same_mask = (torch.eq(*rows.chunk(2)).all(dim=1) for rows in (input_ids, completion_mask))
-    return chosen_scored & rejected_scored & ~(same_ids & same_mask)
-
-
 @dataclass(frozen=True)
-class BatchCheck:
-    """What a gathered batch holds, known on every process alike, for one wait for the device.
+class GatheredBatch:
+    """What a batch of pairs gave on all processes, known on every one of them alike.
 
-    Args:
-        logps: (N, 4), as `PairLogps.rows` makes them, of all processes.
-        comparable: (N,), bool, as `comparable` says.
+    Attributes:
+        logps: (N, 4), as `PairLogps.rows` makes them, nats.
+        targets: (N,), the target margin of each pair, nats.
+        degenerate: (N,), bool: pairs that compare no two answers.
         losses: (N,), the loss of each pair's micro-batch.
+        sound: whether every log-probability and every loss is finite.
+        reference_sound: whether every log-probability of the reference is finite.
+        all_counted: whether every pair counts: finite and not degenerate.
     """
 
     logps: Tensor
-    comparable: Tensor
+    targets: Tensor
+    degenerate: Tensor
     losses: Tensor
-    #: Whether every log-probability and every loss is finite; every log-probability of the reference; and whether
-    #: `counted` holds of every pair.
     sound: bool
     reference_sound: bool
     all_counted: bool
 
     @classmethod
-    def of(cls, logps: Tensor, comparable: Tensor, losses: Tensor) -> "BatchCheck":
-        comparable = comparable.bool()
-        finite = logps.isfinite()
-        known = finite.all() & losses.isfinite().all(), finite[:, 2:].all(), (finite.all(dim=1) & comparable).all()
-        return cls(logps, comparable, losses, *torch.stack(known).tolist())
+    def of(cls, observed: ObservedLoss, gather: Callable[[Tensor], Tensor]) -> "GatheredBatch":
+        """Gathers a batch over all processes: one collective, and one wait for the device."""
+        pairs = observed.pairs.detach()
+        loss = observed.loss.detach().expand(len(observed.target))
+        marks = torch.stack([observed.target, observed.degenerate, loss], dim=1)
+        logps, marks = gather(torch.cat([pairs.rows(), marks], dim=1)).split([4, 3], dim=1)
+        targets, degenerate, losses = marks.unbind(dim=1)
+        degenerate, finite = degenerate.bool(), logps.isfinite()
+        known = (
+            finite.all() & losses.isfinite().all(),
+            finite[:, 2:].all(),
+            (finite.all(dim=1) & ~degenerate).all(),
+        )
+        return cls(logps, targets, degenerate, losses, *torch.stack(known).tolist())
 
     @property
     def finite(self) -> Tensor:
         """(N,), bool: pairs whose four log-probabilities are finite."""
         return self.logps.isfinite().all(dim=1)
 
-    def counted(self, rows: Tensor) -> Tensor:
-        """Of (N, ...) rows those of pairs that metrics and multiplier count: finite, and comparable."""
-        return rows if self.all_counted else rows[self.finite & self.comparable]
+    def counted(self) -> tuple[PairLogps, Tensor]:
+        """Log-probabilities and targets of the pairs that metrics and multiplier count: finite, and not degenerate."""
+        if self.all_counted:
+            return PairLogps.from_rows(self.logps), self.targets
+        counted = self.finite & ~self.degenerate
+        return PairLogps.from_rows(self.logps[counted]), self.targets[counted]
 
     def left_out(self) -> dict[str, int]:
         """How many pairs `counted` leaves out, by reason; empty if none."""
@@ -78,38 +74,78 @@ class BatchCheck:
             return {}
         counts = {
             "nonfinite_pairs": int((~self.finite).sum()),
-            "incomparable_pairs": int((self.finite & ~self.comparable).sum()),
+            "incomparable_pairs": int((self.finite & self.degenerate).sum()),
         }
         return {name: count for name, count in counts.items() if count}
 
 
-def not_finite_message(check: BatchCheck, *, step: int, per_process: int, beginning: Callable[[int], str], rank: int) -> str:
+class BatchGuard:
+    """Stops a training before a batch whose numbers are not finite reaches the weights.
+
+    Under fp16 the loss scaler skips such steps, so a few in a row are left to it (`FLOAT16_PATIENCE`).
+    """
+
+    def __init__(self, accelerator: Accelerator, decode: Callable[[Any], str]):
+        self._accelerator = accelerator
+        self._decode = decode
+        self._unsound = 0  # micro-batches in a row
+
+    def gathered(self, observed: ObservedLoss, inputs: dict[str, Tensor], *, training: bool, step: int) -> GatheredBatch:
+        """The batch of all processes, each of which has to call this.
+
+        Args:
+            observed: what the loss gave on this process.
+            inputs: the collated batch.
+            training: whether weights will move by it. Rows repeated to fill the last batch are trained on, so they
+                count in training; in evaluation they do not.
+            step: the optimizer step it is for, from 1.
+
+        Raises:
+            FloatingPointError: in training, a log-probability or the loss is not finite; names pairs and remedy.
+        """
+        gather = self._accelerator.gather if training else self._accelerator.gather_for_metrics
+        batch = GatheredBatch.of(observed, gather)
+        if not training:
+            return batch
+        self._unsound = 0 if batch.sound else self._unsound + 1
+        if batch.sound or self._is_patient(batch):
+            return batch
+        text_of = _texts(inputs["input_ids"], inputs.get("attention_mask"), self._decode)
+        rank, pairs = self._accelerator.process_index, len(inputs["input_ids"]) // 2
+        raise FloatingPointError(not_finite_message(batch, step=step, per_process=pairs, text_of=text_of, rank=rank))
+
+    def _is_patient(self, batch: GatheredBatch) -> bool:
+        half = self._accelerator.mixed_precision == "fp16"
+        return half and batch.reference_sound and self._unsound < FLOAT16_PATIENCE
+
+
+def not_finite_message(batch: GatheredBatch, *, step: int, per_process: int, text_of: Callable[[int], str], rank: int) -> str:
     """The sentences for numbers that are not finite: which pairs and which model, what usually causes it, what to do.
 
     Args:
-        check: of a batch that is not `sound`.
+        batch: one that is not `sound`.
         step: the optimizer step it was for, from 1.
-        per_process: pairs that each process brought to `check`.
-        beginning: gives the text of pair i of this process's micro-batch.
+        per_process: pairs that each process brought to it.
+        text_of: gives the text of pair i of this process's micro-batch.
         rank: this process.
     """
-    bad = (~check.finite).nonzero().flatten().tolist()
+    bad = (~batch.finite).nonzero().flatten().tolist()
     if not bad:
         return (
-            f"The loss of step {step} is not finite ({check.losses[~check.losses.isfinite()][0].item()}), though every "
+            f"The loss of step {step} is not finite ({batch.losses[~batch.losses.isfinite()][0].item()}), though every "
             "log-probability is: the loss itself overflowed. Nothing of this step has reached the weights. Lower beta or "
             "the weight of the constraint, or use a loss_type that does not grow exponentially (discopop, forward_kl and "
             "alpha_divergence do)."
         )
     lines = []
     for index in bad[:5]:
-        policy, reference = (part.isfinite().all().item() for part in check.logps[index].chunk(2))
+        policy, reference = (part.isfinite().all().item() for part in batch.logps[index].chunk(2))
         whose = "the policy's" if reference else "the reference's" if policy else "the policy's and the reference's"
         process, position = divmod(index, per_process)
-        text = f", {beginning(position)!r}" if process == rank else ""
+        text = f", {text_of(position)!r}" if process == rank else ""
         lines.append(f"pair {position} of the micro-batch of process {process} ({whose}{text})")
     more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
-    if check.reference_sound:
+    if batch.reference_sound:
         remedy = (
             "Nothing of this step has reached the weights, but a step before may have broken them: a learning rate that is "
             "too high and an overflow in float16 are the usual causes. Resume from the last checkpoint with a lower "
@@ -124,7 +160,7 @@ def not_finite_message(check: BatchCheck, *, step: int, per_process: int, beginn
     return f"Step {step}: log-probabilities that are NaN or infinite: {'; '.join(lines)}{more}. {remedy}"
 
 
-def texts(input_ids: Tensor, attention_mask: Tensor | None, decode: Callable[[Any], str], length: int = 80) -> Callable:
+def _texts(input_ids: Tensor, attention_mask: Tensor | None, decode: Callable[[Any], str], length: int = 80) -> Callable:
     """What gives the beginning of the text of pair i of a collated batch, as its chosen row has it."""
 
     def beginning(pair: int) -> str:
@@ -135,91 +171,6 @@ def texts(input_ids: Tensor, attention_mask: Tensor | None, decode: Callable[[An
         return text[:length] + ("…" if len(text) > length else "")
 
     return beginning
-
-
-class StartCheck:
-    """Whether a run starts at its reference, as DPO's does: looked at once, on the first micro-batch of the first step.
-
-    There the log-probabilities of both are at hand, so looking costs nothing. `excused` says why the two may differ;
-    None: they may not.
-
-    Where they may not, a response of n tokens passes with `|s_θ − s_ref| ≤ c √n`, in nats. On SmolLM2-135M-Instruct, 12
-    pairs with answers of 17 to 60 tokens, on a CPU, one model's log-probabilities in padded batches of 4 differed from those
-    in batches of 1 or 12, or packed, by at most this many nats per √n: 1.1e-5 in float32, 1.2e-5 in 4 bits computing in
-    float32 and 0.023 in bfloat16, 0.096 under bfloat16 autocast, 0.084 with bfloat16 weights. Every weight moved at random
-    by a part of its matrix's standard deviation came to 4.7e-4 (1e-5 of it), 4.7e-3 (1e-4), 0.047 (1e-3) and 0.41 (1e-2) in
-    float32: so c sees a change of 1e-4 of the weights in float32, and of a few hundredths in half precision.
-    """
-
-    def __init__(self, excused: str | None, half_precision: bool):
-        self._due = excused is None
-        self._tolerance = HALF_PRECISION_TOLERANCE if half_precision else FULL_PRECISION_TOLERANCE
-
-    def due(self, step: int) -> bool:
-        """Whether this is the batch to look at, `step` optimizer steps into the run. True at most once."""
-        due, self._due = self._due, False
-        return due and step == 0
-
-    def apart(self, pairs: PairLogps, completion_mask: Tensor, reduction: str) -> Tensor:
-        """By how many tolerances policy and reference differ, (B,), the worse answer of each pair; up to 1 is rounding."""
-        policy, reference = pairs.rows().chunk(2, dim=1)
-        lengths = torch.stack(completion_lengths(completion_mask).chunk(2), dim=1)
-        scale = lengths.sqrt() if reduction == "mean" else lengths.rsqrt()  # a mean times n, over √n
-        return ((policy - reference).abs() * scale).amax(dim=1) / self._tolerance
-
-    def message(self, apart: Tensor, causes: list[str]) -> str:
-        """The sentences for a start that is not the reference, from what `apart` gave, of all processes."""
-        worst = apart.max().item() * self._tolerance
-        return (
-            f"The policy does not start at its reference: {int((apart > 1).sum())} of the {len(apart)} pairs of the first "
-            f"micro-batch have other log-probabilities under the one than under the other, by up to {worst:.3g} nats "
-            f"per √token, where rounding makes at most {self._tolerance:g}. Training has not begun. Usual causes here:\n"
-            + "".join(f"- {cause}\n" for cause in causes)
-            + "If policy and reference are meant to differ, pass the reference as ref_model, or set check_reference=False."
-        )
-
-
-def excuse(*, wanted: bool, reference_given: bool, reads_reference: bool, adapter: Any) -> str | None:
-    """Why a run need not start at its reference; None if it must. `adapter` is the PEFT config of a new adapter, or None."""
-    if not wanted:
-        return "check_reference=False"
-    if reference_given:
-        return "ref_model was given"
-    if not reads_reference:
-        return "the loss reads no reference"
-    if getattr(adapter, "is_prompt_learning", False):
-        return "prompt learning starts away from the model without its adapter, which is the reference"
-    if getattr(adapter, "init_lora_weights", True) is False:
-        return "init_lora_weights=False starts the adapter away from the model without it, which is the reference"
-    return None
-
-
-def causes_of_another_start(*, precomputed: bool, adapter: Any, is_peft: bool, source: str) -> list[str]:
-    """What can make policy and reference differ at the start, likeliest first, one sentence or two each."""
-    causes = []
-    if precomputed:
-        causes.append(
-            "the precomputed ref_chosen_logps and ref_rejected_logps are stale or another model's, tokenizer's or chat "
-            "template's: drop these columns and the cache, and compute them again."
-        )
-    start = getattr(adapter, "init_lora_weights", True)
-    if isinstance(start, str) and start != "gaussian":
-        causes.append(
-            f"init_lora_weights={start!r} changes the model under the adapter, and the reference is that model without "
-            "the adapter: use the default start, or pass ref_model."
-        )
-    elif is_peft:
-        causes.append(
-            "the adapter does not start at zero, or the adapter 'ref', which is the reference of a PeftModel, is not a copy "
-            "of the one trained: pass the model without an adapter and a peft_config, or the PeftModel as it was loaded."
-        )
-    elif not precomputed:
-        causes.append(
-            f"the model object is no longer what {source!r} holds, and the reference is loaded from there: save the model, "
-            "and pass the folder's name, or pass a copy as ref_model."
-        )
-    causes.append("weights changed between making the trainer and train(): make the trainer last.")
-    return causes
 
 
 @contextlib.contextmanager
@@ -272,8 +223,3 @@ class FiniteWeights(TrainerCallback):
                 f"After step {step} trained weights are NaN or infinite: its gradient was. {remedy}, with a lower learning_rate, "
                 "or with bf16 in place of fp16."
             )
-
-
-def is_patient(unsound_in_a_row: int, mixed_precision: str, check: BatchCheck) -> bool:
-    """Whether numbers that are not finite are left to the loss scaler, which skips the step: float16, and not for long."""
-    return mixed_precision == "fp16" and check.reference_sound and unsound_in_a_row < FLOAT16_PATIENCE

@@ -53,7 +53,7 @@ def pairs_document(
     constraint: str,
     split: str,
     start_is_reference: bool,
-    comparable: "Tensor | None" = None,
+    degenerate: "Tensor | None" = None,
 ) -> dict[str, Any]:
     """What pairs.json holds: one row a held-out pair, in dataset order, its log-probabilities in nats.
 
@@ -64,9 +64,9 @@ def pairs_document(
         reduction: "sum" (nats per response) or "mean" (nats per token).
         gamma, beta, constraint, split: of the run.
         start_is_reference: whether the policy before training was the reference; otherwise its columns are null.
-        comparable: (n,), bool, which pairs compare two answers (`trl_cpo.engine.guards.comparable`); None: all.
+        degenerate: (n,), bool, pairs that compare no two answers; None: none is.
     """
-    kept = pairs.rows() if comparable is None else pairs.rows()[comparable]
+    kept = pairs.rows() if degenerate is None else pairs.rows()[~degenerate]
     left_out = len(pairs.gap) - len(kept)
     rows = [[*row, *(row[2:] if start_is_reference else (None, None))] for row in kept.double().cpu().tolist()]
     return {

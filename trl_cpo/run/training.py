@@ -170,7 +170,7 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
             output_dir / "pairs.json",
             pairs_document(
                 trainer.evaluated_pairs["eval"],
-                comparable=trainer.evaluated_comparable["eval"],
+                degenerate=trainer.evaluated_degenerate["eval"],
                 reduction=args.logps_reduction,
                 gamma=args.gamma,
                 beta=args.beta,

@@ -618,8 +618,12 @@ def test_a_checkpoint_of_plain_trl_is_resumed_as_trl_does(tmp_path, tokenizer, s
 @pytest.mark.parametrize(
     ("first", "then", "words"),
     [
-        (DUAL, dict(constraint="clip"), "constraint was 'lagrangian' and is 'clip'.* multiplier in it .* is not used"),
-        (dict(constraint="clip"), DUAL, "(?s)was 'clip' and is 'lagrangian'.* no multiplier, which starts from dual_init"),
+        (DUAL, dict(constraint="clip"), "constraint was 'lagrangian' and is 'clip'.* dual state in it is not used"),
+        (
+            dict(constraint="clip"),
+            DUAL,
+            "(?s)was 'clip' and is 'lagrangian'.* it holds no dual state: the multiplier starts from dual_init",
+        ),
         (dict(constraint="clip"), dict(constraint="clip", gamma=2.0), "gamma was 0.5 and is 2.0. Training goes on"),
         (dict(constraint="clip", save_only_model=True), dict(constraint="clip"), "optimizer and the schedule start anew"),
     ],
@@ -676,7 +680,7 @@ def test_a_multiplier_that_the_checkpoint_does_not_hold_starts_anew(tmp_path, to
     trainer._dual.multiplier = 5.0
     with pytest.warns(UserWarning) as caught:
         trainer._resumption.prepare(True)
-    assert "no multiplier, which starts from dual_init" in " ".join(str(w.message) for w in caught)
+    assert "it holds no dual state: the multiplier starts from dual_init" in " ".join(str(w.message) for w in caught)
     assert trainer._dual.multiplier == 0.0
 
 

@@ -5,11 +5,12 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import trl
 from accelerate.utils import gather_object
 from safetensors.torch import load_model, save_model
 from transformers import TrainerCallback
@@ -22,15 +23,39 @@ from .settings import data_facts, settings_of
 _REFERENCE_FILE = "synchronised_reference.safetensors"
 
 
+#: What a checkpoint's state file holds by itself; every other key is something stateful.
+_OWN_KEYS = {"format", "run", "settings", "data", "stream", "seconds", "processes", "files"}
+
+
+class Stateful(Protocol):
+    """Something that counts while training, and that a resumed training takes up where it was."""
+
+    #: What happens to it where a checkpoint does not hold it, in words for a warning; empty to say nothing.
+    starts_anew: str
+
+    def begin(self) -> None:
+        """Start of training: drop what a run interrupted mid-step left."""
+
+    def reset(self) -> None:
+        """Back to the start of a run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step or log depends on, as plain numbers that JSON holds exactly."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave. Raises `ValueError` where that cannot be."""
+
+
 class Resumption(TrainerCallback):
     """Writes a trainer's checkpoints, and restores what transformers and TRL lose between one and the next `train`.
 
-    That is: the loss, the metrics and the tokens counted since the last log; what the final summary is made of; the dual
-    state; a reference that `sync_ref_model` moves. Everything else transformers restores.
+    That is: the loss, the metrics and the tokens counted since the last log; what the final summary is made of; a reference
+    that `sync_ref_model` moves; and what the trainer's `stateful` gives. Everything else transformers restores.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: trl.DPOTrainer, stateful: Mapping[str, "Stateful"]):
         self._trainer = trainer
+        self._stateful = dict(stateful)
         self._state: dict[str, Any] | None = None
         self._folder: Path | None = None
         self._begun = 0.0
@@ -49,7 +74,7 @@ class Resumption(TrainerCallback):
 
         Raises:
             CheckpointError: it is not whole, there is none, or it is another one, on one of the processes at least.
-            ValueError: the dual state in it cannot be taken up.
+            ValueError: something of `stateful` in it cannot be taken up.
         """
         self._state = self._folder = None
         if given is None or given is False:
@@ -78,8 +103,8 @@ class Resumption(TrainerCallback):
                 "resume_from_checkpoint=True for the newest that all of them have."
             )
         self._folder, self._state = Path(given), checkpoints.read_state(given)
-        if self._dual is not None and self._state is not None and self._state["dual"] is not None:
-            self._dual.load_state_dict(self._state["dual"])
+        # Also said now, before the model is touched, where one of these cannot be taken up.
+        self._load_stateful()
         if self._trainer.args.process_index == 0:
             for note in self._cautions():
                 warnings.warn(f"Resuming from {given}: {note}", stacklevel=3)
@@ -89,8 +114,7 @@ class Resumption(TrainerCallback):
         state, notes = self._state, []
         if state is None:
             lost = "the loss, the metrics and num_tokens counted since its last log, and train_loss, start from zero"
-            if self._dual is not None:
-                lost += ", and the multiplier from dual_init"
+            lost += "".join(f", and {own.starts_anew}" for own in self._stateful.values() if own.starts_anew)
             return [f"it was not written by trl-cpo. {lost[0].upper()}{lost[1:]}, as they do in TRL."]
         if not (self._folder / "scheduler.pt").exists() and not (self._folder / "latest").exists():
             notes.append("it holds weights alone (save_only_model). The optimizer and the schedule start anew.")
@@ -105,11 +129,13 @@ class Resumption(TrainerCallback):
         changed = [f"{name} was {was!r} and is {given!r}" for name, was, given in differ]
         if changed:
             notes.append(f"{'; '.join(changed)}. Training goes on under the new settings; it is another run than before.")
-        if self._dual is not None and state["dual"] is None:
-            notes.append("it holds no multiplier, which starts from dual_init.")
-            self._dual.reset()
-        elif self._dual is None and state["dual"] is not None:
-            notes.append(f"the multiplier in it ({state['dual']['multiplier']:g}) is not used.")
+        for name, own in self._stateful.items():
+            if state.get(name) is None and own.starts_anew:
+                notes.append(f"it holds no {name} state: {own.starts_anew}.")
+                own.reset()
+        for name in sorted(state.keys() - _OWN_KEYS - self._stateful.keys()):
+            if state[name] is not None:
+                notes.append(f"the {name} state in it is not used.")
         if self._syncs_reference and not (self._folder / _REFERENCE_FILE).exists():
             notes.append("it holds no reference. The synchronised reference starts from the one given.")
         return notes
@@ -119,7 +145,8 @@ class Resumption(TrainerCallback):
         self._begun, self.earlier_seconds = time.time(), 0.0
         self._put_off = self._within_epoch = False
         trainer, saved = self._trainer, self._state
-        trainer._ledgers["train"].clear()
+        for own in self._stateful.values():
+            own.begin()
         self._run = (saved or {}).get("run") or gather_object([uuid.uuid4().hex])[0]
         if saved is None:
             saves = args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint
@@ -128,9 +155,7 @@ class Resumption(TrainerCallback):
             return
         load_loop_state(trainer, saved["processes"])
         self.earlier_seconds = saved["seconds"]
-        trainer._ledgers["train"].load_state_dict(saved["metrics"])
-        if self._dual is not None and saved["dual"] is not None:
-            self._dual.load_state_dict(saved["dual"])
+        self._load_stateful()
         if self._syncs_reference and (self._folder / _REFERENCE_FILE).exists():
             load_model(trainer.accelerator.unwrap_model(trainer.ref_model), self._folder / _REFERENCE_FILE)
 
@@ -222,8 +247,7 @@ class Resumption(TrainerCallback):
                     "settings": self._settings(),
                     "data": self._data_facts(),
                     "stream": self._stream_place(),
-                    "dual": None if self._dual is None else self._dual.state_dict(),
-                    "metrics": trainer._ledgers["train"].state_dict(),
+                    **{name: own.state_dict() for name, own in self._stateful.items()},
                     "seconds": self.earlier_seconds + time.time() - self._begun,
                     "processes": states,
                 },
@@ -263,9 +287,11 @@ class Resumption(TrainerCallback):
         if self._trainer.args.should_save:
             state.save_to_json(str(staged / checkpoints.TRAINER_STATE_FILE))
 
-    @property
-    def _dual(self):
-        return self._trainer._dual
+    def _load_stateful(self) -> None:
+        for name, own in self._stateful.items():
+            saved = None if self._state is None else self._state.get(name)
+            if saved is not None:
+                own.load_state_dict(saved)
 
     @property
     def _syncs_reference(self) -> bool:

@@ -1,0 +1,318 @@
+"""DPOTrainer with exact resume, packing and guards."""
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import Tensor
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+
+from .._trl.datasets import TOKENIZED_COLUMNS, train_dataloader, with_reference_logps
+from .._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
+from .._trl.models import how_the_reference_is_had, model_id
+from .._trl.upstream import check_upstream
+from ..data import validation
+from ..pairs import PairLogps
+from .batching import BalancedSampler, TokenBudget, pair_tokens
+from .config import DPOConfig
+from .forward.sharing import PrefixSharing
+from .guards import BatchGuard, GatheredBatch, at_rest
+from .precision import in_half_precision
+from .preflight import preflight
+from .quantized import keep_trainable
+from .reference import ReferenceTables
+from .resume.trainer import ResumableTrainer
+from .shutdown import end_gently
+from .start_check import StartCheck, causes_of_another_start, exemption
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+class DPOTrainer(ResumableTrainer):
+    """
+    TRL's DPOTrainer with exact resume, a packed forward, and guards. It knows no constraint.
+
+    With the fields of [`DPOConfig`] at their defaults it is TRL's, bit for bit. A method on top of it overrides
+    `compute_loss` by a call of `guarded_loss` with its own target and added term, `set_up` for what it needs, `on_batch`
+    to count, and `stateful` for what a checkpoint has to hold.
+    What it overrides of TRL and transformers, and why, is listed in `trl_cpo._trl.upstream`.
+
+    Args: those of [`~trl.DPOTrainer`], with `args` a [`DPOConfig`].
+
+    Raises:
+        ImportError: the installed TRL or transformers is not one that this package knows.
+        TypeError: `args` is TRL's own config.
+        ProcessesDisagree: the processes of a distributed run were started with other settings or data.
+        ValueError: the dataset is empty or lacks a column, the tokenizer cannot pad or end a text, or `ref_model` has
+            another vocabulary or is no model.
+    """
+
+    #: The configuration that `args` must be, and what a run's folder is called after where there is none.
+    config_class: type[DPOConfig] = DPOConfig
+    run_suffix = "DPO"
+    #: Who leaves degenerate pairs out of account, as a warning about them says it; None: nobody.
+    leaves_out_degenerate: str | None = None
+
+    args: DPOConfig
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+    ):
+        check_upstream()
+        args = self._config(args, model)
+        # Not handed on as `callbacks`: those of the user come first.
+        own_callbacks = self.set_up(args)
+        processing_class = preflight(
+            args,
+            model=model,
+            ref_model=ref_model,
+            datasets={"train_dataset": train_dataset, "eval_dataset": eval_dataset},
+            processing_class=processing_class,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        end_gently()
+        self._order: BalancedSampler | TokenBudget | None = None
+        self._sharing = PrefixSharing(args.packs, args.max_length, speaks=args.process_index == 0, compiled=args.torch_compile)
+        #: What `precompute_ref_log_probs` computed or found; `trl_cpo.engine.reference.table_of` reads it.
+        self.reference_tables = ReferenceTables()
+        #: By metric prefix ("eval", or "eval_<name>" with several sets), the log-probabilities of every pair of that set's
+        #: latest evaluation: gathered over processes, each pair once, in the order in which the set was gone through, on
+        #: the CPU; and which of these pairs are degenerate, (n,), bool.
+        self.evaluated_pairs: dict[str, PairLogps] = {}
+        self.evaluated_degenerate: dict[str, Tensor] = {}
+        self._evaluated: list[tuple[Tensor, Tensor]] = []
+        self._adapter = peft_config
+        exempt = exemption(
+            wanted=args.check_reference,
+            reference_given=ref_model is not None,
+            reads_reference=any(LOSS_READS[loss_type] != "no reference" for loss_type in args.loss_type),
+            adapter=peft_config,
+        )
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self.reference_tables.weights_may_change()
+        self._guard = BatchGuard(self.accelerator, self.processing_class.decode)
+        self._start_check = StartCheck(exempt, in_half_precision(self.model, self.accelerator))
+        for callback in own_callbacks:
+            self.add_callback(callback)
+        if args.tokens_per_step is not None:
+            self.get_train_dataloader()  # says now what is wrong with the budget
+        keep_trainable(self.model)
+        # Sharded models can run only once training has wrapped them; the first batch probes those.
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self._sharing.of(self.model)
+
+    @classmethod
+    def _config(cls, args, model) -> DPOConfig:
+        if args is None:
+            name = model if isinstance(model, str) else model_id(model)
+            return cls.config_class(f"{name.split('/')[-1]}-{cls.run_suffix}")
+        if not isinstance(args, cls.config_class):
+            raise TypeError(
+                f"args must be a {cls.config_class.__name__} of trl_cpo, got {type(args).__module__.split('.')[0]}'s "
+                f"{type(args).__name__}. It takes the same fields, and more."
+            )
+        return args
+
+    # What a method on top of this adds
+
+    def set_up(self, args: DPOConfig) -> list[TrainerCallback]:
+        """Called once, before anything is loaded. Gives callbacks to add after those of the user."""
+        return []
+
+    def on_batch(self, batch: GatheredBatch) -> None:
+        """Called with every batch of training and evaluation, as all processes together have it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss, guarded, through the packed forward where it is in use."""
+        return self.guarded_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def guarded_loss(
+        self,
+        model,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        *,
+        reduction: str = "sum",
+        target_of: Callable[[PairLogps], Tensor] | None = None,
+        added_loss: Callable[[PairLogps], Tensor | None] | None = None,
+    ):
+        """DPO's loss of a batch at a target margin, plus what is added to it; checked on all processes.
+
+        `mean_i ℓ(δ_i; t_i) + mean_i added_i`, in nats (`trl_cpo._trl.loss.observed_loss`). WPO weights and
+        `loss_weights` act on the first term alone. Under `tokens_per_step` what is trained on is this times the pairs
+        here over those of a mean micro-batch.
+
+        Raises:
+            FloatingPointError: in training, a log-probability or the loss is not finite.
+            ValueError: on the first micro-batch of a run, the policy is not its reference.
+        """
+        observed = observed_loss(
+            self,
+            super().compute_loss,
+            model,
+            inputs,
+            forward=self._sharing.of(model),
+            reduction=reduction,
+            target_of=target_of,
+            added_loss=added_loss,
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+        )
+        training, step = self.model.training, self.state.global_step
+        batch = self._guard.gathered(observed, inputs, training=training, step=step + 1)
+        self.on_batch(batch)
+        loss = observed.loss
+        if not training:
+            self._evaluated.append((batch.logps, batch.degenerate))
+        elif isinstance(self._order, TokenBudget):
+            loss = loss * (len(observed.target) / self._order.mean_pairs)
+        if training and batch.sound and self._start_check.due(step):
+            self._check_start(model, inputs, observed.pairs, reduction)
+        return (loss, *observed.outputs) if return_outputs else loss
+
+    def _check_start(self, model, inputs, pairs: PairLogps, reduction: str) -> None:
+        """Raises `ValueError`, on all processes, if the policy does not start at its reference."""
+        mask = inputs["completion_mask"]
+        deviation = self.accelerator.gather(self._start_check.deviation(pairs.detach(), mask, reduction))
+        if not (deviation > 1).any():
+            return
+        # Live dropout and noise on embeddings make the two differ in training alone.
+        with at_rest(model, self.ref_model):
+            logps = policy_logps(self, self._sharing.of(model), inputs), reference_logps(self, inputs)
+        deviation = self._start_check.deviation(PairLogps(*logps[0], *logps[1]), mask, "sum")
+        deviation = self.accelerator.gather(deviation)
+        if (deviation > 1).any():
+            causes = causes_of_another_start(adapter=self._adapter, **how_the_reference_is_had(self))
+            raise ValueError(self._start_check.message(deviation, causes))
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """TRL's, keeping the log-probabilities of every pair in `evaluated_pairs`."""
+        self._evaluated = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._evaluated:
+            logps, degenerate = (torch.cat(parts).cpu() for parts in zip(*self._evaluated, strict=True))
+            self.evaluated_pairs[metric_key_prefix] = PairLogps.from_rows(logps)
+            self.evaluated_degenerate[metric_key_prefix] = degenerate
+            self._evaluated = []
+        return output
+
+    # The reference, and the forward
+
+    def compute_ref_log_probs(self, model, inputs):
+        """The reference's log-probabilities of a batch, through the packed forward where it is in use."""
+        keep_trainable(model)  # a precomputed reference runs before the trainer is whole
+        return super().compute_ref_log_probs(self._sharing.of(model), inputs)
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if not isinstance(dataset, Dataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        # Asked for, and not found: sharded models cannot be probed before they are wrapped.
+        packed = self._sharing.wanted is not False
+        as_dpo_trainer = not packed and self.args.is_plain_dpo
+        table = self.reference_tables.table(self, dataset, name, batch_size, packed=packed, as_dpo_trainer=as_dpo_trainer)
+        return with_reference_logps(dataset, table.chosen_logps, table.rejected_logps)
+
+    # The data
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        # Evaluation sets given to `evaluate` are seen here first.
+        validation.check_preference_dataset(dataset, f"the {dataset_name} dataset")
+        given = dataset
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        validation.check_not_all_dropped(dataset, dataset_name, args.max_length)
+        # A streamed set is seen row by row; `guarded_loss` counts there.
+        if isinstance(dataset, Dataset) and args.process_index == 0:
+            message = validation.degenerate_message(
+                validation.degenerate_rows(dataset, args.max_length, args.truncation_mode),
+                name=dataset_name,
+                total=len(given),
+                dropped=len(given) - len(dataset),
+                max_length=args.max_length,
+                left_out_by=self.leaves_out_degenerate,
+            )
+            if message:
+                warnings.warn(message, stacklevel=2)
+        return dataset
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.args.balance_tokens:
+            return super()._get_train_sampler(train_dataset)
+        costs, micro_batch = self._costs(train_dataset), self.args.train_batch_size
+        self._order = BalancedSampler(costs, micro_batch=micro_batch, **self._dealing())
+        return self._order
+
+    def get_train_dataloader(self):
+        """TRL's, or under `tokens_per_step` one whose micro-batches `TokenBudget` forms."""
+        if self.args.tokens_per_step is None:
+            return super().get_train_dataloader()
+        self._order = TokenBudget(self._costs(), tokens=self.args.tokens_per_step, **self._dealing())
+        return train_dataloader(self, self._order)
+
+    @property
+    def mean_pairs(self) -> float | None:
+        """Pairs of a mean optimizer step, over all processes, where steps hold different numbers of them."""
+        order = self._order
+        return order.mean_pairs * order.micro_batches if isinstance(order, TokenBudget) else None
+
+    def _costs(self, train_dataset: Dataset | None = None) -> list[int]:
+        """Tokens that every training pair costs."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = zip(*(map(len, dataset[name]) for name in TOKENIZED_COLUMNS), strict=True)
+        cut = dict(max_length=self.args.max_length, truncation_mode=self.args.truncation_mode)
+        return [pair_tokens(*parts, **cut) for parts in lengths]
+
+    def _dealing(self) -> dict[str, int]:
+        args = self.args
+        return {
+            "micro_batches": args.world_size * args.gradient_accumulation_steps,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+        }
+
+    def _run_epoch(self, *args, **kwargs):
+        if self._order is not None:
+            # Where a resumed epoch skips batches and there are several processes, Accelerate does not reach the sampler.
+            self._order.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)

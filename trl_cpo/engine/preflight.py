@@ -1,0 +1,59 @@
+"""All that can be found wrong before anything is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import is_conversational
+
+from .._trl.models import config_of, load_processing_class
+from ..data.validation import check_lengths_known, check_preference_dataset, check_tokenizer, check_vocabularies
+from .config import DPOConfig
+from .processes import check_agreement, check_launch, facts_of
+
+
+def preflight(
+    args: DPOConfig,
+    *,
+    model: Any,
+    ref_model: Any,
+    datasets: Mapping[str, Any],
+    processing_class: Any,
+    quantization_config: Any,
+    peft_config: Any,
+) -> Any:
+    """Looks at a trainer's arguments, cheapest first, and gives the tokenizer or processor to use.
+
+    Args:
+        datasets: "train_dataset" and "eval_dataset", each a dataset, a dictionary of datasets, or None.
+        processing_class: None to load the model's own.
+
+    Raises:
+        ProcessesDisagree: the processes of this run were started with other settings or data.
+        TypeError: `ref_model` is no model.
+        ValueError: the launch, a dataset, the tokenizer or the reference's vocabulary does not fit.
+    """
+    check_launch(args)
+    configs = {
+        "model": lambda: config_of(model, args),
+        "ref_model": getattr(ref_model, "config", None),
+        "peft_config": peft_config,
+        "quantization_config": quantization_config,
+    }
+    # First of all: what is the same on every process passes or fails the checks that follow on every process.
+    check_agreement(lambda: facts_of(args, configs=configs, datasets=datasets))
+    for name, dataset in datasets.items():
+        if dataset is not None:
+            check_preference_dataset(dataset, name)
+    if ref_model is not None:
+        check_vocabularies(config_of(model, args), ref_model)
+    if processing_class is None:
+        processing_class = load_processing_class(model, args)
+    train_dataset = datasets["train_dataset"]
+    if isinstance(train_dataset, (Dataset, IterableDataset)) and isinstance(processing_class, PreTrainedTokenizerBase):
+        check_tokenizer(processing_class, is_conversational(next(iter(train_dataset))))
+    for option in ("balance_tokens", "tokens_per_step"):
+        if getattr(args, option):
+            check_lengths_known(train_dataset, option)
+    return processing_class
