@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from helpers.checkout import tracked_files
 from helpers.paths import ROOT
 
 HOOKS = {
@@ -14,16 +15,6 @@ HOOKS = {
     for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     for hook in repo["hooks"]
 }
-
-
-def tracked() -> list[str]:
-    """Every file that git tracks, or will once added."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: nothing says which files belong to the project")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
-    )
-    return [name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
 
 
 @pytest.mark.parametrize("command", [["format", "--check", "."], ["check", "."]], ids=" ".join)
@@ -56,7 +47,7 @@ def finds(hook: dict, content: bytes) -> bool:
 
 @pytest.mark.parametrize("name", ["trailing-space", "end-of-file"])
 def test_text_files_are_clean(name):
-    texts = {file: content for file in tracked() if b"\0" not in (content := (ROOT / file).read_bytes()) and content}
+    texts = {file: content for file in tracked_files() if b"\0" not in (content := (ROOT / file).read_bytes()) and content}
     assert len(texts) > 100
     assert [file for file, content in texts.items() if finds(HOOKS[name], content)] == []
 
