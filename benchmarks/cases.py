@@ -171,8 +171,8 @@ def gpu(setting: Setting, memory: bool) -> dict:
 def cases(model: str, pairs: str, batches: int, gpu_shape: str, max_length: int = 512) -> dict:
     """Name to (function, setting, target in words)."""
     base = Setting(model=model, pairs=pairs, batches=batches, max_length=max_length)
-    # Without gradient checkpointing, though it is TRL's default, but for one case and on a GPU. A padded batch of 8 × 512 with SmolLM2's
-    # vocabulary then needs more than 20 GB on a CPU, where TRL's head scores every position: so of batches of 8 those are
+    # Gradient checkpointing, TRL's default, is on in one case and on a GPU only. Without it a padded batch of 8 × 512 needs
+    # more than 20 GB on a CPU, as TRL's head scores every position of SmolLM2's vocabulary. So of the batches of 8 those are
     # taken that fit, which have the least padding to save. Batches of 4 fit into 24 GB as they come.
     eight = reduced(base, padded_tokens=PADDED_TOKENS)
     # For batches of 16 every row is cut to what fits (32 rows of 143 tokens; the tests' are shorter still).

@@ -39,7 +39,7 @@ def interleaved(arms: Mapping[str, Callable[[Any], Any]], batches: Sequence[Any]
     names = list(arms)
     for number, batch in enumerate(batches):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            seconds[name].append(synchronised(lambda name=name: arms[name](batch)))
+            seconds[name].append(synchronised(lambda name=name, batch=batch: arms[name](batch)))
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""`constraint="lagrangian"`: the multiplier's arithmetic, DPO where it must be DPO, and the known solution of a small problem."""
+"""`constraint="lagrangian"`: the multiplier's arithmetic, DPO where it must be DPO, the known solution of a small problem."""
 
 import math
 

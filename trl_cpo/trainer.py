@@ -57,7 +57,8 @@ class CPOConstrainedTrainer(DPOTrainer):
         "id": "2605.20834",
         "citation": textwrap.dedent("""\
             @inproceedings{yang2026conditional,
-                title     = {{Conditional Equivalence of DPO and RLHF: Implicit Assumption, Failure Modes, and Provable Alignment}},
+                title     = {{Conditional Equivalence of DPO and RLHF: Implicit Assumption, Failure Modes, and
+                             Provable Alignment}},
                 author    = {Zhiqin Yang and Yonggang Zhang and Wei Xue and Dong Fang and Bo Han and Yike Guo},
                 year      = 2026,
                 booktitle = {International Conference on Machine Learning},

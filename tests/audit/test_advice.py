@@ -37,7 +37,10 @@ def pairs_of(ref_gap, chosen_tokens=None, rejected_tokens=None, **more) -> Score
     return ScoredPairs(base + gap, base, chosen, rejected, **more)
 
 
-def audited(pairs, settings=Settings(0.1, 1.0), preflight=CLEAN, **more):
+SETTINGS = Settings(0.1, 1.0)
+
+
+def audited(pairs, settings=SETTINGS, preflight=CLEAN, **more):
     row = {"prompt": "Why?", "chosen": [{"role": "assistant", "content": "yes\x1b[31m"}], "rejected": "no"}
     return audited_set("train", pairs, settings, preflight=preflight, rows=range(len(pairs)), text_of=lambda at: row, **more)
 

@@ -62,7 +62,10 @@ def test_gradient_at_the_reference_and_at_zero():
     """DPO pulls with β/2 everywhere at its reference; misaligned pairs that reach 0 are pulled with β σ(βδ_ref) (Prop. 3.4)."""
     ref_gap = np.array([-20.0, -10.0, 3.0, 0.5] * 5)
     found = gradient(ref_gap, ref_gap, Settings(beta=0.1, gamma=1.0))
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
     now, zero = found["dpo"]["now"], found["dpo"]["at_zero"]
     assert now["misaligned_pull"] == now["other_pull"] == 0.5 and now["misaligned_share"]["value"] == 0.5
     arrived = (sigmoid(-2.0) + sigmoid(-1.0)) / 2

@@ -15,9 +15,10 @@ from trl_cpo.scoring.scorer import ROW, AuditError, Scorer, base_of_adapter, end
 from helpers.tiny import make_tokenizer, pairs_dataset
 
 WORD = 40  # a token that is no special one
+WHOLE = Truncation(None)
 
 
-def look(tokenizer, prompt, chosen, rejected, *, alone=None, truncation=Truncation(None), rows=None):
+def look(tokenizer, prompt, chosen, rejected, *, alone=None, truncation=WHOLE, rows=None):
     pairs = TokenPairs(prompt, chosen, rejected, rows if rows is not None else list(range(len(prompt))))
     document = examine(
         pairs,
@@ -176,7 +177,10 @@ def test_a_tokenizer_and_a_template_that_both_add_bos(tokenizer):
 def test_a_template_without_an_end_and_one_that_renders_prompts_apart(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert "no_end" in findings(prepared(tokenizer, list(pairs_dataset(4, conversational=True))))
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>think{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>think{% endif %}"
+    )
     document = prepared(tokenizer, list(pairs_dataset(4, conversational=True)))
     (one,) = [found for found in document["findings"] if found["finding"] == "prompt_not_prefix"]
     assert one["count"] == one["of"] == 4 and one["left_out"].startswith("<|im_start|>think")

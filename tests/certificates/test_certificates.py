@@ -89,7 +89,7 @@ def random_run(rng):
     """Rows and configuration of a random case: ordinary, extreme, and on the boundary by construction."""
     gamma = rng.choice([0.0, 1.0, rng.uniform(0, 5), 1e-300, 0.1, 1e6])
     config = {
-        "constraint": rng.choice([name for name in CONSTRAINTS]),
+        "constraint": rng.choice(list(CONSTRAINTS)),
         "beta": rng.choice([0.1, 2.5, rng.uniform(1e-4, 30)]),
         "gamma": gamma,
         "tau": rng.uniform(0.1, 50),
@@ -123,8 +123,9 @@ def test_no_certificate_is_violated(tmp_path):
         try:
             made = document(kind=kind, at_least=0.0, files={}, **read_evidence(*contents(rows, **config), kind, bar))
         except CertificateError as error:
-            assert kind == "loss" and "overflows" in str(error)
-            continue
+            if kind == "loss" and "overflows" in str(error):
+                continue
+            raise
         gamma, numbers, count = made["asked"]["gamma"], made["evidence"]["numbers"], len(rows)
         gaps = [Fraction(row[0]) - Fraction(row[1]) for row in rows]
         meeting = sum(gap >= Fraction(gamma) for gap in gaps)

@@ -276,7 +276,7 @@ def with_bad_rows(tokenizer):
 def test_preparation_counts_them_once_and_says_which_and_why(make, tokenizer):
     rows = with_bad_rows(tokenizer).to_list()
     rows.append({"prompt": "the fox " * 80, "chosen": "a", "rejected": "b"})
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="pairs of the train dataset") as warned:
         make({"constraint": "clip"}, train_dataset=Dataset.from_list(rows))
     messages = [str(w.message) for w in warned if "pairs of the train dataset" in str(w.message)]
     assert len(messages) == 1

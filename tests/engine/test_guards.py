@@ -251,10 +251,15 @@ def test_at_rest_leaves_modes_and_random_states_as_they_were():
     model[1].eval()
     modes = [m.training for m in model.modules()]
     state = torch.get_rng_state()
-    with pytest.raises(KeyError), guards.at_rest(model, None):
-        assert not any(m.training for m in model.modules()) and not torch.is_grad_enabled()
-        torch.rand(3)
-        raise KeyError
+
+    def score_and_fail():
+        with guards.at_rest(model, None):
+            assert not any(m.training for m in model.modules()) and not torch.is_grad_enabled()
+            torch.rand(3)
+            raise KeyError("on the way")
+
+    with pytest.raises(KeyError, match="on the way"):
+        score_and_fail()
     assert [m.training for m in model.modules()] == modes and torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -81,7 +81,7 @@ def hold(condition: torch.Tensor | bool, what: str, *shown) -> None:
 
 
 def objective(rng: random.Random, draws: int) -> None:
-    """ℓ ≥ 0, finite, never rising with the gap (but in its last digits); ℓ ≤ log 2 exactly where δ ≥ t; the inverse gives the gap back."""
+    """ℓ ≥ 0 and finite; ℓ falls with the gap, up to rounding; ℓ ≤ log 2 exactly where δ ≥ t; the inverse gives the gap back."""
     for generator, n in chunks(rng, draws):
         dtype, beta = rng.choice(DTYPES), log_uniform(rng, 1e-4, 1e3)
         signs = torch.randint(0, 2, (2, n), generator=generator) * 2 - 1

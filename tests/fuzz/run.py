@@ -1,4 +1,4 @@
-"""Fuzzing at length: `python tests/fuzz/run.py --draws 1000000 [--seed N] [--only NAME ...]`; exit code 1 at the first failure."""
+"""Fuzz at length: `python tests/fuzz/run.py --draws 1000000 [--seed N] [--only NAME ...]`; exit code 1 at a failure."""
 
 import argparse
 import random

@@ -258,10 +258,16 @@ def interrupt(folder: Path, model: str, variant: dict, processes: int, rng: rand
     group, children = start(folder, model, variant, processes)
     if moment == "writing":
         after = rng.randrange(45)  # of the 10 or so that each checkpoint has, over the first few checkpoints
-        ready = lambda: traced(folder)[begun:].count("writing") > after
+
+        def ready():
+            return traced(folder)[begun:].count("writing") > after
+
         pause = rng.uniform(0, 0.02)
     else:
-        ready = lambda: any(word.startswith("begun") for word in traced(folder)[begun:])
+
+        def ready():
+            return any(word.startswith("begun") for word in traced(folder)[begun:])
+
         pause = rng.uniform(0, seconds)
     end = time.monotonic() + 300
     while not ready():

@@ -39,7 +39,7 @@ def test_public_names():
     assert "trl.trainer.dpo_trainer.DPOTrainer" in in_fresh_process(code)
     assert set(trl_cpo.__all__) <= set(dir(trl_cpo))
     with pytest.raises(AttributeError, match="nothing_here"):
-        trl_cpo.nothing_here
+        _ = trl_cpo.nothing_here
 
 
 #: Which modules of the package each module may import, at its top or inside its functions. Drawn in docs/design.md.

@@ -160,7 +160,8 @@ def test_a_models_own_code_is_not_run_unless_trusted(evil_folder, tmp_path, monk
     try:
         CPOConstrainedTrainer(model=str(folder), args=args, train_dataset=pairs_dataset(4)).train()
     except ValueError as error:
-        assert "trust_remote_code" in str(error)
+        if "trust_remote_code" not in str(error):
+            raise
     assert not marker.exists()
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pair_rows(8)))
     command = [
@@ -192,7 +193,8 @@ opened = set()
 def watch(event, args):
     if event == "open":
         path, mode, flags = args
-        if isinstance(path, int) or not (set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+        writes = set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if isinstance(path, int) or not writes:
             return
         opened.add(os.path.abspath(os.fsdecode(path)))
     elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.symlink", "os.link", "os.chmod", "shutil.rmtree"):
@@ -306,5 +308,5 @@ def test_an_evaluation_sets_name_is_no_path(tmp_path, tokenizer, model_folder):
         args=CPOConstrainedConfig(**training_options(tmp_path / "out", precompute_ref_log_probs=True, max_steps=1)),
     )
     trainer.train()
-    assert not [path for path in tmp_path.rglob("*evil*")] and not list(tmp_path.parent.glob("*evil*"))
+    assert not list(tmp_path.rglob("*evil*")) and not list(tmp_path.parent.glob("*evil*"))
     assert {path.name for path in tmp_path.iterdir()} <= {"data", "cache", "out"}

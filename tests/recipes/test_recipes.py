@@ -232,17 +232,23 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_folder_that_was_made_for_nothing_is_taken_away(tmp_path):
     """Only what was made, only where it is still empty; a run that goes well, or was killed, keeps it."""
-    with pytest.raises(ValueError), making(tmp_path / "a" / "b"):
-        assert (tmp_path / "a" / "b").is_dir()
-        raise ValueError
+
+    def fail_while_making(folder, *files):
+        with making(folder):
+            assert folder.is_dir()
+            for file in files:
+                file.write_text("x")
+            raise ValueError("on the way")
+
+    with pytest.raises(ValueError, match="on the way"):
+        fail_while_making(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ValueError), making(tmp_path / "mine"):
-        raise ValueError
+    with pytest.raises(ValueError, match="on the way"):
+        fail_while_making(tmp_path / "mine")
     assert (tmp_path / "mine").is_dir()
-    with pytest.raises(ValueError), making(tmp_path / "c" / "d"):
-        (tmp_path / "c" / "kept").write_text("x")
-        raise ValueError
+    with pytest.raises(ValueError, match="on the way"):
+        fail_while_making(tmp_path / "c" / "d", tmp_path / "c" / "kept")
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["kept"]
     with making(tmp_path / "e"):
         pass

@@ -637,7 +637,8 @@ addEventListener("load", () => {
     images: [...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight, i.getBoundingClientRect().width]),
     tables: [...document.querySelectorAll("table")].map(t => [t.className, t.rows.length, t.getBoundingClientRect().right]),
     width: [root.scrollWidth, root.clientWidth, innerWidth],
-    wide: [...document.querySelectorAll("body *")].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map(e => e.tagName),
+    wide: [...document.querySelectorAll("body *")]
+      .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map(e => e.tagName),
     background: getComputedStyle(document.body).backgroundColor,
     requests: performance.getEntriesByType("resource").map(r => r.name.slice(0, 40)).filter(n => !n.startsWith("data:")),
     dark: matchMedia("(prefers-color-scheme: dark)").matches,

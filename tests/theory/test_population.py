@@ -54,7 +54,7 @@ def test_population_gaps_minimise_the_loss(name):
     moved = 0
     for index in range(len(P)):
         found = minimize_scalar(
-            lambda gap: both_labels(CONSTRAINTS[name], index, gap),
+            lambda gap, index=index: both_labels(CONSTRAINTS[name], index, gap),
             bounds=(-300, 300),
             method="bounded",
             options={"xatol": 1e-10},

@@ -112,10 +112,11 @@ def _main(numbers: dict, settings: dict):
     half, tenth, depth = escape["ratio"]["50%"], escape["ratio"]["90%"], escape["beta_depth"]
     if tenth["value"] < AS_FAST:
         return "dpo_as_fast", (
-            f"{interval(misaligned)} of pairs start misaligned, but not deeply for β = {beta:g} (βD is {depth['50%']['value']:.2g} "
-            f"at the median, {depth['90%']['value']:.2g} on the worst tenth): DPO takes {times(half['value'])} times clip's time "
-            f"to δ = 0 on the median of them, at most {times(tenth['value'])} times on nine of ten. In speed DPO is as good. What "
-            "it lacks is the meaning of its loss: at its target these pairs still prefer the rejected answer. Train with "
+            f"{interval(misaligned)} of pairs start misaligned, but not deeply for β = {beta:g} "
+            f"(βD is {depth['50%']['value']:.2g} at the median, {depth['90%']['value']:.2g} on the worst tenth): "
+            f"DPO takes {times(half['value'])} times clip's time to δ = 0 on the median of them, "
+            f"at most {times(tenth['value'])} times on nine of ten. In speed DPO is as good. What it lacks is "
+            "the meaning of its loss: at its target these pairs still prefer the rejected answer. Train with "
             "constraint='none', and if cpo/in_undesirable_region does not fall, use constraint='clip'."
         )
     needs = (
@@ -127,9 +128,10 @@ def _main(numbers: dict, settings: dict):
         means = numbers["misaligned"]["mean"]
         return "constrain_means", (
             f"{needs}. But by sums this is length (rank correlation {numbers['length']['sum']['correlation']['value']:+.2f}): "
-            f"a constraint on sums would ask for the long answer to be as likely as the short one, which on the worst tenth of "
-            f"these pairs is at least {depth['90%']['value'] / beta:.0f} nats to make up. Do not constrain sums here. Per token "
-            f"{interval(means)} are misaligned; audit that with --logps-reduction mean, and train with it if you constrain."
+            "a constraint on sums would ask for the long answer to be as likely as the short one, which on the worst tenth of "
+            f"these pairs is at least {depth['90%']['value'] / beta:.0f} nats to make up. Do not constrain sums here. "
+            f"Per token {interval(means)} are misaligned; audit that with --logps-reduction mean, and train with it if you "
+            "constrain."
         )
     pull = [numbers["gradient"][name]["at_zero"]["misaligned_pull"] for name in ("dpo", "clip")]
     by_means = "" if settings["reduction"] == "sum" else f", logps_reduction='mean', beta={beta:g}"
@@ -167,8 +169,8 @@ def _policy(numbers: dict):
     region, accuracy, prefers = (policy[k] for k in ("in_undesirable_region", "beats_reference", "prefers_chosen"))
     if region["low"] > WORTH_A_WORD:
         return "in_region", (
-            f"{interval(region)} of pairs are in U: the policy beats the reference on them and still prefers the rejected answer. "
-            f"Its reward accuracy of {percent(accuracy['value'])} goes with preferring the chosen answer on "
+            f"{interval(region)} of pairs are in U: the policy beats the reference on them and still prefers the rejected "
+            f"answer. Its reward accuracy of {percent(accuracy['value'])} goes with preferring the chosen answer on "
             f"{percent(prefers['value'])}."
         )
     return "out_of_region", (
@@ -197,8 +199,8 @@ def _length(numbers: dict, settings: dict):
         means = numbers["length"]["mean"]["misaligned_where_chosen_is"]
         still = "follows it too" if _apart(means["longer"], means["shorter"]) else "does not show it"
         says += (
-            f" The mean per token {still} ({interval(means['longer'])} and {interval(means['shorter'])}). A sum falls with every "
-            "token, so part of what a constraint on sums pushes against is length."
+            f" The mean per token {still} ({interval(means['longer'])} and {interval(means['shorter'])}). A sum falls "
+            "with every token, so part of what a constraint on sums pushes against is length."
         )
     return "length", says
 

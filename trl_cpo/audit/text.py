@@ -89,7 +89,8 @@ def _standing(numbers: dict) -> list[str]:
     lines = [
         "",
         f"Where the reference stands ({numbers['pairs']} pairs scored)",
-        f"  misaligned, δ_ref < 0      sum {interval(low['sum'])}   mean {interval(low['mean'])}   both {interval(low['both'])}",
+        f"  misaligned, δ_ref < 0      sum {interval(low['sum'])}   mean {interval(low['mean'])}   "
+        f"both {interval(low['both'])}",
         f"  δ_ref, 10 % / median / 90 %   sum {_spread(numbers['ref_gap']['sum'])} nats   "
         f"mean {_spread(numbers['ref_gap']['mean'])} nats per token",
     ]
@@ -197,9 +198,8 @@ def _slices(audited: dict, settings: dict) -> list[str]:
         line = f"  {name:<34}{one['pairs']:>7}{interval(low['sum']):>25}{interval(low['mean']):>25}"
         line += f"{'-' if ratio is None else times(ratio):>10}"
         lines.append(line + (f"{percent(one['policy']['in_undesirable_region']['value']):>9}" if region else ""))
-    if rest := len(audited["slices"]) - _MOST_SLICES:
-        if rest > 0:
-            lines.append(f"  … and {rest} more with --json")
+    if (rest := len(audited["slices"]) - _MOST_SLICES) > 0:
+        lines.append(f"  … and {rest} more with --json")
     return lines
 
 

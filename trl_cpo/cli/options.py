@@ -148,10 +148,8 @@ def _scalar(value: Any, action: argparse.Action, kinds: set) -> Any:
     if isinstance(value, bool) and bool in kinds:
         return value
     if isinstance(value, bool) and str in kinds:
-        word = "no" if value is False else "yes"
-        raise ValueError(
-            f"must be text; YAML reads {word}, {'off' if value is False else 'on'} and {value} as a truth value: put the word in quotes"
-        )
+        words = "no, off and False" if value is False else "yes, on and True"
+        raise ValueError(f"must be text; YAML reads {words} as a truth value: put the word in quotes")
     try:
         converted = action.type(str(value)) if action.type else value
     except (ValueError, TypeError, argparse.ArgumentTypeError):

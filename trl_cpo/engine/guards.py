@@ -1,4 +1,4 @@
-"""What the numbers of a batch must be before they may move weights: finite, of two answers that differ, begun at the reference."""
+"""Checks on a batch before it may move weights: finite numbers, two answers that differ, a start at the reference."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -220,6 +220,6 @@ class FiniteWeights(TrainerCallback):
                 broken += (~held.isfinite()).any().to(self._device)
         if self._gather(broken).any():
             raise FloatingPointError(
-                f"After step {step} trained weights are NaN or infinite: its gradient was. {remedy}, with a lower learning_rate, "
-                "or with bf16 in place of fp16."
+                f"After step {step} trained weights are NaN or infinite: its gradient was. {remedy}, with a lower "
+                "learning_rate, or with bf16 in place of fp16."
             )

@@ -388,9 +388,14 @@ def test_live_dropout_is_not_in_the_table(tmp_path, cache):
 
 def test_random_states_are_put_back_after_an_error():
     model, before = make_model(), random.getstate()
-    with pytest.raises(RuntimeError), undisturbed(model):
-        random.random()
-        raise RuntimeError
+
+    def draw_and_fail():
+        with undisturbed(model):
+            random.random()
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        draw_and_fail()
     assert random.getstate() == before and model.training
 
 
@@ -558,7 +563,7 @@ def test_by_length_every_row_is_in_one_batch_and_shards_do_not_depend_on_the_bat
 def test_the_digest_of_weights_sees_every_byte_name_type_and_shape():
     base = make_model()
     digests = {weights_digest(base)}
-    for name, weight in base.named_parameters():
+    for weight in base.parameters():
         with torch.no_grad():
             flat = weight.reshape(-1).view(torch.int32)
             flat[-1] ^= 1

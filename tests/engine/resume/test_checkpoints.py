@@ -570,7 +570,10 @@ def test_the_old_checkpoint_goes_when_the_new_one_is_in_place(tmp_path, tokenize
 
 def test_uploads_are_of_the_checkpoint_in_place(tmp_path, tokenizer, small_model, monkeypatch):
     pushed = []
-    push = lambda self, folder: pushed.append((folder, fault_of(folder)))
+
+    def push(self, folder):
+        pushed.append((folder, fault_of(folder)))
+
     monkeypatch.setattr(CPOConstrainedTrainer, "_push_from_checkpoint", push)
     trainer = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=2)
     trainer.args.push_to_hub = True
@@ -632,7 +635,7 @@ def test_a_checkpoint_of_plain_trl_is_resumed_as_trl_does(tmp_path, tokenizer, s
 def test_another_runs_checkpoint_is_taken_with_a_warning(tmp_path, tokenizer, small_model, first, then, words):
     trainer_of(tmp_path, small_model, tokenizer, max_steps=2, **first).train()
     trainer = trainer_of(tmp_path, small_model, tokenizer, **then)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="Resuming from") as caught:
         trainer.train(resume_from_checkpoint=True)
     assert re.search(words, " ".join(str(w.message) for w in caught))
     assert trainer.state.global_step == 4
@@ -642,7 +645,7 @@ def test_whatever_else_was_changed_is_named(tmp_path, tokenizer, small_model):
     """Everything that weights depend on: losses, schedule, optimizer, data; and nothing about where results go."""
     trainer_of(tmp_path, small_model, tokenizer, constraint="clip").train()
     changed = dict(label_smoothing=0.1, adam_beta1=0.8, warmup_steps=1, max_length=500, max_steps=5)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="Resuming from") as caught:
         trainer_of(
             tmp_path, small_model, tokenizer, constraint="clip", data=pairs_dataset(6, seed=3), **changed
         )._resumption.prepare(str(tmp_path / "checkpoint-2"))
@@ -678,7 +681,7 @@ def test_a_multiplier_that_the_checkpoint_does_not_hold_starts_anew(tmp_path, to
     trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=2).train()
     trainer = trainer_of(tmp_path, small_model, tokenizer, **DUAL)
     trainer._dual.multiplier = 5.0
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="Resuming from") as caught:
         trainer._resumption.prepare(True)
     assert "it holds no dual state: the multiplier starts from dual_init" in " ".join(str(w.message) for w in caught)
     assert trainer._dual.multiplier == 0.0

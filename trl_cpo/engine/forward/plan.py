@@ -117,11 +117,8 @@ def fill_rows(sizes: list[int], row_length: int | None) -> list[list[int]]:
     rows: list[list[int]] = []
     room: list[int] = []
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        for row, free in enumerate(room):
-            if sizes[item] <= free:
-                break
-        else:
-            row = len(rows)
+        row = next((at for at, free in enumerate(room) if sizes[item] <= free), len(rows))
+        if row == len(rows):
             rows.append([])
             room.append(length)
         rows[row].append(item)

@@ -268,8 +268,8 @@ class Resumption(TrainerCallback):
 
     def _refuse_to_keep_half(self, name: str, staged: Path) -> None:
         """Raises `CheckpointError`, on all processes, if what was written on one of them could not be resumed from."""
-        fault = checkpoints.fault_within(staged) if self._trainer.args.should_save else None
-        for rank, fault in enumerate(gather_object([fault])):
+        mine = checkpoints.fault_within(staged) if self._trainer.args.should_save else None
+        for rank, fault in enumerate(gather_object([mine])):
             if fault is not None:
                 raise checkpoints.CheckpointError(
                     f"{name} was written, and could not be resumed from: on process {rank}, {fault}. It is left in {staged}. "
