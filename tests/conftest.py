@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from helpers.tiny import make_model, make_tokenizer
+from helpers.tiny import make_model, make_tokenizer, pairs_dataset
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,6 +48,31 @@ def ref_model_folder(tmp_path_factory, tokenizer_session) -> str:
     make_model(seed=7).save_pretrained(folder)
     tokenizer_session.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory, tokenizer_session) -> str:
+    """The same with one layer, for tests that train and save often."""
+    folder = tmp_path_factory.mktemp("small")
+    make_model(num_hidden_layers=1).save_pretrained(folder)
+    tokenizer_session.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def plain(model_folder, tokenizer):
+    """Full fine-tuning from a folder; the reference is TRL's own."""
+
+    def build(**extra):
+        return dict(
+            model=model_folder,
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
+            eval_dataset=pairs_dataset(6, seed=5),
+            **extra,
+        )
+
+    return build
 
 
 def demo_cache_of(basetemp, is_worker: bool):

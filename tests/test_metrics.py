@@ -10,16 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import make_trainer, pairs_by_hand
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.metrics import METRICS, MetricLedger, PairView, per_pair
 from trl_cpo.pairs import PairLogps
 
+from helpers.by_hand import make_trainer, pairs_by_hand
 from helpers.paths import PROCESSES, ROOT
 from helpers.tiny import make_model, pairs_dataset, training_options
 
-# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
+# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of tests/data/test_validation.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
 
 

@@ -13,17 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_checkpoints import DUAL, assert_same_end, no_model_cards, small_model, trainer_of  # noqa: F401
 from transformers import TrainerCallback
 
 from trl_cpo.engine.interruption import Interruption, TrainingInterrupted
 from trl_cpo.engine.resume.checkpoints import fault_of, newest_checkpoint
 from trl_cpo.logs.run_log import read_log
 
+from helpers.checkpoint_runs import DUAL, assert_same_end, trainer_of
 from helpers.paths import PROCESSES
 from helpers.tiny import pair_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:constraint=:UserWarning"), pytest.mark.usefixtures("no_model_cards")]
 ALONE = SimpleNamespace(is_local_main_process=True)  # as much of an Accelerator as a signal asks for
 SCRIPT = PROCESSES / "interrupt_together.py"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_packed_parallel import WRAPPINGS
 
+from helpers.launching import WRAPPINGS
 from helpers.paths import PROCESSES, ROOT
 from helpers.tiny import pair_rows
 

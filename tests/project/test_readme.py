@@ -11,10 +11,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-from test_hh_example import hh_rows
 
 from helpers.paths import ROOT
-from helpers.tiny import pairs_dataset
+from helpers.tiny import hh_rows, pairs_dataset
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.M | re.S)

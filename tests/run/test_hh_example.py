@@ -13,20 +13,10 @@ from trl_cpo.logs.run_log import read_log
 from trl_cpo.run.arguments import PairArguments, PolicyConfig
 
 from helpers.paths import ROOT
-from helpers.tiny import pair_rows
+from helpers.tiny import hh_rows
 
 SCRIPT = ROOT / "examples" / "hh_rlhf.py"
 TINY = ["--use_cpu", "--bf16", "False", "--max_steps", "2", "--logging_steps", "1", "--max_length", "128"]
-
-
-def hh_rows(n, seed):
-    return [
-        {
-            "chosen": f"\n\nHuman: {row['prompt']}\n\nAssistant: {row['chosen'].strip()}",
-            "rejected": f"\n\nHuman: {row['prompt']}\n\nAssistant: {row['rejected'].strip()}",
-        }
-        for row in pair_rows(n, seed)
-    ]
 
 
 @pytest.fixture(scope="module")
