@@ -1,5 +1,6 @@
 """Fixtures that all tests share. Nothing is downloaded."""
 
+import gc
 import os
 import shutil
 
@@ -84,6 +85,15 @@ def demo_cache_of(basetemp, is_worker: bool):
 def demo_cache(tmp_path_factory) -> str:
     """A cache folder shared by all test processes, so that the embedded model is converted once in a test run."""
     return str(demo_cache_of(tmp_path_factory.getbasetemp(), "PYTEST_XDIST_WORKER" in os.environ))
+
+
+def pytest_collection_finish():
+    """Leaves what the libraries made when they were imported out of garbage collections.
+
+    Accelerate collects at the start of every training, and went through millions of such objects: half of a tiny training.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session):
