@@ -140,7 +140,9 @@ def test_two_processes_log_what_one_does(tmp_path, model_folder, ref_model_folde
     results = []
     for processes, batch in ((1, 4), (2, 2)):
         out = tmp_path / f"{processes}.json"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
         arguments = [str(script), model_folder, ref_model_folder, str(batch), str(tmp_path / f"run{processes}"), str(out)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command + arguments, capture_output=True, text=True, timeout=300, env=environment)

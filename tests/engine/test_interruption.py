@@ -201,6 +201,7 @@ def started(folder, *command, launch=0):
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["one", "launcher"])
 def test_two_processes_end_at_the_same_step(tmp_path, small_model, who):
     """The signal reaches the second process alone, in an epoch's last step; or the launcher, which signals process groups.
@@ -226,6 +227,7 @@ def test_two_processes_end_at_the_same_step(tmp_path, small_model, who):
         assert seen[0]["step"] == 2 and seen[0]["logged"] == [2]  # put off until the epoch's log was in it
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_143_and_goes_on(tmp_path, small_model):
     rows = tmp_path / "pairs.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(40)))

@@ -17,6 +17,7 @@ from helpers.launching import WRAPPINGS, launcher
 from helpers.paths import PROCESSES
 from helpers.tiny import pair_rows
 
+pytestmark = pytest.mark.slow
 SCRIPT = PROCESSES / "train_packed_parallel.py"
 STEPS, TRAIN_PAIRS, EVAL_PAIRS, BATCH = 3, 12, 6, 4
 

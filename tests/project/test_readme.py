@@ -59,6 +59,7 @@ def test_python(number, tmp_path, monkeypatch, model_folder):
     assert scope["trainer"].args.constraint != "none"
 
 
+@pytest.mark.slow
 def test_the_demo(tmp_path, demo_cache):
     """The README's first command, cut to one step, from another folder."""
     command = COMMANDS[0].replace("run.sh", shlex.quote(str(ROOT / "run.sh")))
@@ -80,6 +81,7 @@ def test_the_demo(tmp_path, demo_cache):
     assert record["before"]["eval_cpo/reference_misaligned"] > 0
 
 
+@pytest.mark.slow
 def test_the_test_command(tmp_path):
     assert COMMANDS[1] == "bash run.sh test"
     out = shell(f"{COMMANDS[1]} tests/test_constraints.py -k golden", ROOT, NO_INSTALL="1", VENV=sys.prefix)
@@ -96,6 +98,7 @@ def test_the_install_command():
     assert origin["dir_info"]["editable"] and origin["url"] == ROOT.as_uri()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS[3:])
 def test_the_script(command, tmp_path, model_folder):
     assert "examples/hh_rlhf.py" in command

@@ -770,10 +770,12 @@ def kill_and_resume(*options) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_killed_three_times_with_one_process():
     assert "3 of 3 equal" in kill_and_resume("--times", 3, "--seed", 7)
 
 
+@pytest.mark.slow
 def test_killed_once_with_two_processes():
     """Under DDP, with λ, accumulation and balanced batches, while a checkpoint is being written."""
     assert "1 of 1 equal" in kill_and_resume("--times", 1, "--processes", 2, "--seed", 7, "--variant", 3)
