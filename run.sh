@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then does one thing:
 #   bash run.sh demo [options of examples/hh_rlhf.py]   the main job on the embedded model and pairs
-#   bash run.sh test [options of pytest]                the tests
+#   bash run.sh test [--slow] [options of pytest]       the fast tests, or the slow ones
 # The virtual environment is .venv in this folder; VENV=folder puts it elsewhere. A second run reuses it. With
 # NO_INSTALL=1 the environment is taken as it is, for those who manage their own.
 set -euo pipefail
@@ -52,8 +52,13 @@ demo)
 test)
     need_environment test
     cd "$root"
+    part='not slow'
+    if [ "${1:-}" = --slow ]; then
+        part=slow
+        shift
+    fi
     # One thread a test process: several threads each would fight for the same cores.
-    OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -n "$(cores)" "$@"
+    OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -n "$(cores)" -m "$part" "$@"
     ;;
 *)
     sed -n '2,6p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'

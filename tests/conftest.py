@@ -1,11 +1,12 @@
 """Fixtures that all tests share. Nothing is downloaded."""
 
+import gc
 import os
 import shutil
 
 import pytest
 
-from helpers.tiny import make_model, make_tokenizer
+from helpers.tiny import make_model, make_tokenizer, pairs_dataset
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,6 +51,31 @@ def ref_model_folder(tmp_path_factory, tokenizer_session) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory, tokenizer_session) -> str:
+    """The same with one layer, for tests that train and save often."""
+    folder = tmp_path_factory.mktemp("small")
+    make_model(num_hidden_layers=1).save_pretrained(folder)
+    tokenizer_session.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def plain(model_folder, tokenizer):
+    """Full fine-tuning from a folder; the reference is TRL's own."""
+
+    def build(**extra):
+        return dict(
+            model=model_folder,
+            processing_class=tokenizer,
+            train_dataset=pairs_dataset(),
+            eval_dataset=pairs_dataset(6, seed=5),
+            **extra,
+        )
+
+    return build
+
+
 def demo_cache_of(basetemp, is_worker: bool):
     # A worker's own folder lies inside the one that all workers of the run share.
     return (basetemp.parent if is_worker else basetemp) / "trl_cpo_cache"
@@ -59,6 +85,15 @@ def demo_cache_of(basetemp, is_worker: bool):
 def demo_cache(tmp_path_factory) -> str:
     """A cache folder shared by all test processes, so that the embedded model is converted once in a test run."""
     return str(demo_cache_of(tmp_path_factory.getbasetemp(), "PYTEST_XDIST_WORKER" in os.environ))
+
+
+def pytest_collection_finish():
+    """Leaves what the libraries made when they were imported out of garbage collections.
+
+    Accelerate collects at the start of every training, and went through millions of such objects: half of a tiny training.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session):

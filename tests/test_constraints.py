@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from trl_cpo.pairs import PairLogps
 
 from helpers.paths import TESTS
 
-GOLDEN = json.loads((TESTS / "golden" / "margin_forms.json").read_text())["cases"]
+GOLDEN_FILE = TESTS / "golden" / "margin_forms.json"
+GOLDEN = json.loads(GOLDEN_FILE.read_text())["cases"]
 MARGIN_FORMS = [name for name, form in CONSTRAINTS.items() if form.moves_target or name == "none"]
 SIDES = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 KNOBS = Knobs(beta=0.5, gamma=0.7, tau=3.0, alpha=0.5, penalty_weight=0.4, logps_reduction="mean")
@@ -51,6 +53,17 @@ def test_golden_values(name, dtype, tolerance):
             scale = max(1.0, abs(value), case["beta"]) if dtype == torch.float32 else max(1.0, abs(value))
             assert got[key].dtype == dtype
             assert abs(got[key].item() - value) <= tolerance * scale, (key, case)
+
+
+def test_the_golden_file_is_what_its_generator_makes():
+    """Every value again, with 50 digits, from the inputs in the file."""
+    maker = runpy.run_path(str(GOLDEN_FILE.with_name("make_margin_forms.py")))
+    made = maker["document_of"](maker["inputs"]({"cases": GOLDEN}))["cases"]
+    assert len(made) == len(GOLDEN) == 64
+    for case, again in zip(GOLDEN, made, strict=True):
+        assert case.keys() == again.keys() and case["expect"].keys() == again["expect"].keys()
+        for name, values in case["expect"].items():
+            assert values == pytest.approx(again["expect"][name], rel=1e-15, abs=0), name
 
 
 @pytest.mark.parametrize("name", CONSTRAINTS)

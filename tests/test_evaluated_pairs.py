@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from test_trainer import make_trainer, pairs_by_hand
 
 from trl_cpo.pairs import PairLogps
 from trl_cpo.run.record import COLUMNS, pairs_document, write_json
 
+from helpers.by_hand import make_trainer, pairs_by_hand
 from helpers.tiny import pairs_dataset
 
-# The cautions for knobs that a form does not use are the subject of test_mistakes.py.
+# The cautions for knobs that a form does not use are the subject of tests/data/test_validation.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
 
 

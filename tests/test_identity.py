@@ -1,20 +1,18 @@
 """With the constraint off, CPOConstrainedTrainer is the installed DPOTrainer: losses, gradients, metrics and weights `==`."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo._trl.loss import LOSS_READS
 
-from helpers.tiny import make_model, pairs_dataset, training_options
+from helpers.identity import check
+from helpers.tiny import make_lora, make_model, make_moe, pairs_dataset, training_options
 
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 LOSSES = [
     "sigmoid",
     "hinge",
@@ -32,81 +30,6 @@ LOSSES = [
     "sft",
     "sigmoid_norm",
 ]
-TIMINGS = ("_runtime", "_per_second")
-
-
-class GradientRecorder(TrainerCallback):
-    """Keeps a copy of every gradient before each optimizer step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        self.steps.append(grads)
-
-
-def run(trainer_class, config_class, output_dir, build, options, config_extra):
-    torch.manual_seed(0)
-    args = config_class(**training_options(output_dir, **options), **config_extra)
-    recorder = GradientRecorder()
-    trainer = trainer_class(args=args, callbacks=[recorder], **build())
-    trainer.train()
-    evaluated = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    return SimpleNamespace(
-        logs=trainer.state.log_history, gradients=recorder.steps, weights=weights, evaluated=evaluated, trainer=trainer
-    )
-
-
-def comparable(record: dict) -> dict:
-    return {k: v for k, v in record.items() if "cpo/" not in k and not k.endswith(TIMINGS)}
-
-
-def assert_same_run(theirs, ours):
-    assert len(theirs.logs) == len(ours.logs) > 0
-    for a, b in zip(theirs.logs, ours.logs, strict=True):
-        assert comparable(a) == comparable(b)
-    assert comparable(theirs.evaluated) == comparable(ours.evaluated)
-    assert len(theirs.gradients) == len(ours.gradients) > 0
-    for a, b in zip(theirs.gradients, ours.gradients, strict=True):
-        assert a.keys() == b.keys() and a
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    assert theirs.weights.keys() == ours.weights.keys()
-    assert all(torch.equal(theirs.weights[name], ours.weights[name]) for name in theirs.weights)
-    # The run must have moved something, or equality would say little.
-    assert any(torch.count_nonzero(g) for g in theirs.gradients[-1].values())
-
-
-def check(tmp_path, build, options=None, ours_only=None, theirs_only=None):
-    options = options or {}
-    theirs = run(DPOTrainer, DPOConfig, tmp_path / "theirs", build, options, theirs_only or {})
-    ours = run(
-        CPOConstrainedTrainer,
-        CPOConstrainedConfig,
-        tmp_path / "ours",
-        build,
-        options,
-        {"constraint": "none", **(ours_only or {})},
-    )
-    assert_same_run(theirs, ours)
-    return theirs, ours
-
-
-@pytest.fixture
-def plain(model_folder, tokenizer):
-    """Full fine-tuning from a folder; the reference is TRL's own."""
-
-    def build(**extra):
-        return dict(
-            model=model_folder,
-            processing_class=tokenizer,
-            train_dataset=pairs_dataset(),
-            eval_dataset=pairs_dataset(6, seed=5),
-            **extra,
-        )
-
-    return build
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -192,7 +115,7 @@ def test_streaming_dataset(tmp_path, model_folder, tokenizer):
     "options", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}, {"use_weighting": True}], ids=str
 )
 def test_lora(tmp_path, plain, options):
-    check(tmp_path, lambda: plain(peft_config=LORA), options)
+    check(tmp_path, lambda: plain(peft_config=make_lora()), options)
 
 
 def test_full_fine_tuning_with_live_dropout(tmp_path, tokenizer):
@@ -225,7 +148,7 @@ def test_lora_with_live_dropout_draws_the_same_random_numbers(tmp_path, tokenize
 def test_an_adapter_trained_further(tmp_path, tokenizer, model_folder):
     adapter = tmp_path / "adapter"
     torch.manual_seed(0)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LORA).save_pretrained(adapter)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), make_lora()).save_pretrained(adapter)
 
     def build():
         base = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -242,32 +165,11 @@ def test_an_adapter_trained_further(tmp_path, tokenizer, model_folder):
     assert ours.logs[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
 
 
-def moe(seed: int) -> Qwen3MoeForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        decoder_sparse_step=1,
-        initializer_range=0.2,
-        router_aux_loss_coef=0.1,
-        output_router_logits=True,
-    )
-    return Qwen3MoeForCausalLM(config)
-
-
 def test_mixture_of_experts_with_its_auxiliary_loss(tmp_path, tokenizer):
     def build():
         return dict(
-            model=moe(0),
-            ref_model=moe(1),
+            model=make_moe(0),
+            ref_model=make_moe(1),
             processing_class=tokenizer,
             train_dataset=pairs_dataset(),
             eval_dataset=pairs_dataset(6, seed=5),

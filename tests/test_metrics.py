@@ -10,16 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import make_trainer, pairs_by_hand
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.metrics import METRICS, MetricLedger, PairView, per_pair
 from trl_cpo.pairs import PairLogps
 
+from helpers.by_hand import make_trainer, pairs_by_hand
 from helpers.paths import PROCESSES, ROOT
 from helpers.tiny import make_model, pairs_dataset, training_options
 
-# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
+# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of tests/data/test_validation.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
 
 
@@ -140,7 +140,9 @@ def test_two_processes_log_what_one_does(tmp_path, model_folder, ref_model_folde
     results = []
     for processes, batch in ((1, 4), (2, 2)):
         out = tmp_path / f"{processes}.json"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
         arguments = [str(script), model_folder, ref_model_folder, str(batch), str(tmp_path / f"run{processes}"), str(out)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command + arguments, capture_output=True, text=True, timeout=300, env=environment)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_identity import LORA, check, plain  # noqa: F401
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
@@ -15,7 +14,8 @@ from trl_cpo.multiplier import SIGNALS, DualAscent, DualRule, DualState
 from trl_cpo.objective import pair_loss
 from trl_cpo.theory.lagrangian import population_lagrangian
 
-from helpers.tiny import pairs_dataset, training_options
+from helpers.identity import check
+from helpers.tiny import make_lora, pairs_dataset, training_options
 
 # The cautions are the subject of test_cautions.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=.lagrangian.:UserWarning")
@@ -183,7 +183,7 @@ def test_without_a_bound_or_a_step_it_is_dpo(tmp_path, plain, off):
 def test_without_a_bound_it_is_dpo_with_lora(tmp_path, plain):
     check(
         tmp_path,
-        lambda: plain(peft_config=LORA),
+        lambda: plain(peft_config=make_lora()),
         ours_only={"constraint": "lagrangian", "gamma": 1.0, "prefix_sharing": False, "epsilon": math.inf},
     )
 

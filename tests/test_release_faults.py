@@ -1,20 +1,19 @@
 """Faults of the authors' release, each as a test that this trainer passes (listed in docs/constraints.md).
 
-1, precomputed references: test_constrained_loss.py. 4, softplus at 1e4: test_constraints.py. 5, no full logits, no extra
+1, precomputed references: test_trainer.py. 4, softplus at 1e4: test_constraints.py. 5, no full logits, no extra
 forward: test_identity.py and here. 6, a test that calls the code: all of them.
 """
 
 import pytest
 import torch
 from peft import LoraConfig
-from test_identity import moe
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.constraints import CONSTRAINTS
 
-from helpers.tiny import make_model, pairs_dataset, training_options
+from helpers.tiny import make_model, make_moe, pairs_dataset, training_options
 
-# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
+# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of tests/data/test_validation.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
 
 
@@ -46,12 +45,12 @@ def test_auxiliary_loss_of_a_mixture_of_experts_is_counted_once(tmp_path, tokeni
     """Fault 3: loss with a coefficient minus loss without is coefficient × aux_loss, under a constraint too."""
     losses, aux = {}, None
     for coefficient in (0.0, 0.1):
-        model = moe(0)
+        model = make_moe(0)
         args = CPOConstrainedConfig(
             **training_options(tmp_path, router_aux_loss_coef=coefficient), constraint="softplus", gamma=0.5
         )
         trainer = CPOConstrainedTrainer(
-            model=model, ref_model=moe(1), args=args, processing_class=tokenizer, train_dataset=pairs_dataset()
+            model=model, ref_model=make_moe(1), args=args, processing_class=tokenizer, train_dataset=pairs_dataset()
         )
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         losses[coefficient] = trainer.compute_loss(trainer.model, inputs).item()

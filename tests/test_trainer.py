@@ -13,45 +13,16 @@ from trl import DPOConfig, DPOTrainer
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.constraints import CONSTRAINTS, Knobs
 
+from helpers.by_hand import ALPHA, BETA, GAMMA, SMOOTHING, TAU, WEIGHT, make_trainer, pairs_by_hand
 from helpers.paths import TESTS
 from helpers.tiny import make_model, pairs_dataset, training_options
 
-# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
+# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of tests/data/test_validation.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
-
-BETA, GAMMA, TAU, ALPHA, WEIGHT, SMOOTHING = 0.3, 0.4, 1.5, 0.5, 0.7, 0.1
-
-
-def make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, **options):
-    knobs = dict(beta=BETA, gamma=GAMMA, tau=TAU, alpha=ALPHA, penalty_weight=WEIGHT, dual_init=WEIGHT, dual_max=1.0)
-    args = CPOConstrainedConfig(**{**training_options(tmp_path), **knobs, **options})
-    return CPOConstrainedTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_folder),
-        ref_model=AutoModelForCausalLM.from_pretrained(ref_model_folder),
-        args=args,
-        processing_class=tokenizer,
-        train_dataset=pairs_dataset(),
-        eval_dataset=pairs_dataset(6, seed=5),
-    )
 
 
 def a_batch(trainer):
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-
-
-def log_probs_by_hand(model, inputs, ld_alpha=None):
-    """Per row, a plain Python sum of float64 token log-probabilities; no fused head, no masks of TRL's."""
-    with torch.no_grad():
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.double()
-    rows = logits.log_softmax(dim=-1)
-    count = len(inputs["input_ids"])
-    answers = [[t for t in range(inputs["input_ids"].size(1)) if inputs["completion_mask"][r, t]] for r in range(count)]
-    sums = []
-    for r, positions in enumerate(answers):
-        shorter = min(len(positions), len(answers[(r + count // 2) % count]))
-        weights = [1.0 if ld_alpha is None or i < shorter else ld_alpha for i in range(len(positions))]
-        sums.append(sum(w * rows[r, t - 1, inputs["input_ids"][r, t]].item() for w, t in zip(weights, positions, strict=True)))
-    return sums, [len(positions) for positions in answers]
 
 
 def target_by_hand(name, ref_chosen, ref_rejected):
@@ -94,16 +65,6 @@ def pair_loss_by_hand(loss_type, z):
         blend = sigmoid(x / 0.05)
         return -log_sigmoid(x) * (1 - blend) + math.exp(-x) * blend
     raise AssertionError(loss_type)
-
-
-def pairs_by_hand(trainer, inputs, ld_alpha=None):
-    """Per pair: policy and reference log-probabilities, reduced as the config says."""
-    policy, lengths = log_probs_by_hand(trainer.model, inputs, ld_alpha)
-    reference, _ = log_probs_by_hand(trainer.ref_model, inputs, ld_alpha)
-    if trainer.args.logps_reduction == "mean":
-        policy, reference = ([s / n for s, n in zip(x, lengths, strict=True)] for x in (policy, reference))
-    half = len(policy) // 2
-    return list(zip(policy[:half], policy[half:], reference[:half], reference[half:], strict=True))
 
 
 def loss_by_hand(trainer, inputs, loss_type, ld_alpha=None):

@@ -13,17 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_checkpoints import DUAL, assert_same_end, no_model_cards, small_model, trainer_of  # noqa: F401
 from transformers import TrainerCallback
 
 from trl_cpo.engine.interruption import Interruption, TrainingInterrupted
 from trl_cpo.engine.resume.checkpoints import fault_of, newest_checkpoint
 from trl_cpo.logs.run_log import read_log
 
+from helpers.checkpoint_runs import DUAL, assert_same_end, trainer_of
 from helpers.paths import PROCESSES
 from helpers.tiny import pair_rows
 
-pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:constraint=:UserWarning"), pytest.mark.usefixtures("no_model_cards")]
 ALONE = SimpleNamespace(is_local_main_process=True)  # as much of an Accelerator as a signal asks for
 SCRIPT = PROCESSES / "interrupt_together.py"
 
@@ -201,6 +201,7 @@ def started(folder, *command, launch=0):
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["one", "launcher"])
 def test_two_processes_end_at_the_same_step(tmp_path, small_model, who):
     """The signal reaches the second process alone, in an epoch's last step; or the launcher, which signals process groups.
@@ -226,6 +227,7 @@ def test_two_processes_end_at_the_same_step(tmp_path, small_model, who):
         assert seen[0]["step"] == 2 and seen[0]["logged"] == [2]  # put off until the epoch's log was in it
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_143_and_goes_on(tmp_path, small_model):
     rows = tmp_path / "pairs.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(40)))

@@ -4,8 +4,6 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig
-from test_identity import moe
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
@@ -13,10 +11,9 @@ from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.constraints import CONSTRAINTS
 from trl_cpo.engine.forward import NotPackable, PackedPairForward
 
-from helpers.tiny import make_model, pairs_dataset, training_options
+from helpers.tiny import make_lora, make_model, make_moe, pairs_dataset, training_options
 
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
 @pytest.fixture
@@ -85,7 +82,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_dpo_trains_as_dpotrainer_does(make, options, lora):
     """Every logged number and the weights, against TRL's own padded training."""
-    extra = {"peft_config": LORA} if lora else {}
+    extra = {"peft_config": make_lora()} if lora else {}
     theirs = numbers(make(DPOTrainer, DPOConfig, options, **extra))
     ours = make(options={**options, "constraint": "none", "prefix_sharing": True}, **extra)
     assert in_use(ours)
@@ -111,7 +108,7 @@ def test_mixture_of_experts(make):
     runs = []
     for sharing in (False, True):
         options = {"constraint": "clip", "prefix_sharing": sharing}
-        trainer = make(options=options, model=moe(0), ref_model=moe(1))
+        trainer = make(options=options, model=make_moe(0), ref_model=make_moe(1))
         assert in_use(trainer) == sharing
         runs.append(numbers(trainer))
     assert runs[0][0][0]["aux_loss"] > 0
@@ -143,7 +140,7 @@ def test_the_probe_leaves_random_numbers_and_order_alone(make):
     """The examples come in the same order, and the weights start the same, with and without the probe."""
     seen = []
     for sharing in (False, True):
-        trainer = make(options={"constraint": "clip", "prefix_sharing": sharing}, peft_config=LORA)
+        trainer = make(options={"constraint": "clip", "prefix_sharing": sharing}, peft_config=make_lora())
         trainer.train()
         batch = next(iter(trainer.get_train_dataloader()))
         seen.append((batch["input_ids"], torch.rand(3)))

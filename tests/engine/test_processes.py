@@ -219,6 +219,7 @@ def machines():
             ip("netns", "del", name)
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_one_and_a_lost_network_ends_both(tmp_path, model_folder, machines):
     timeout = 20
     job = {"do": "train", "model": model_folder, "folder": str(tmp_path), "timeout": timeout}
@@ -266,6 +267,7 @@ def test_two_machines_train_as_one_and_a_lost_network_ends_both(tmp_path, model_
                 process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, ends_well", [("as-it-is", False), ("gently", True)])
 def test_a_thread_of_gloo_that_is_late_does_not_kill_a_process_at_its_end(how, ends_well):
     """Without the pause PyTorch 2.13 aborts, after all was done; once it does not, trl_cpo/engine/shutdown.py can go."""

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_packed_parallel import WRAPPINGS
 
+from helpers.launching import WRAPPINGS
 from helpers.paths import PROCESSES, ROOT
 from helpers.tiny import pair_rows
 
+pytestmark = pytest.mark.slow
 SCRIPT = PROCESSES / "train_scaling.py"
 # 7 pairs to evaluate in batches of 2 on 2 processes: the last batch is filled up with repeats, which must not count.
 STEPS, TRAIN_PAIRS, EVAL_PAIRS, BATCH = 4, 16, 7, 4

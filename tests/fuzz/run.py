@@ -1,14 +1,21 @@
 """Fuzz at length: `python tests/fuzz/run.py --draws 1000000 [--seed N] [--only NAME ...]`; exit code 1 at a failure."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for fuzz
+
+# isort: split
+
 import argparse
 import random
-import sys
 import tempfile
 import time
 import warnings
 
 import torch
-from fuzz_targets import TARGETS
+
+from fuzz.targets import TARGETS
 
 
 def run(name: str, draws: int, seed: int, folder: str) -> str:

@@ -2,13 +2,14 @@
 
 import random
 
-import fuzz_targets
 import pytest
-from fuzz_targets import OWN_FIELDS, TARGETS
-from run import run
 
 from trl_cpo import CPOConstrainedConfig
 from trl_cpo.objective import pair_loss
+
+from fuzz import targets
+from fuzz.run import run
+from fuzz.targets import OWN_FIELDS, TARGETS
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -22,9 +23,9 @@ def test_ten_thousand_draws(name, tmp_path):
 
 def test_a_planted_fault_is_found(monkeypatch):
     """A thousandth of a nat too little: the fuzzer must not be blind."""
-    monkeypatch.setattr(fuzz_targets, "pair_loss", lambda gap, target, beta: pair_loss(gap, target, beta=beta) - 1e-3)
+    monkeypatch.setattr(targets, "pair_loss", lambda gap, target, beta: pair_loss(gap, target, beta=beta) - 1e-3)
     with pytest.raises(AssertionError):
-        fuzz_targets.objective(random.Random(0), 2000)
+        targets.objective(random.Random(0), 2000)
 
 
 @pytest.mark.parametrize(

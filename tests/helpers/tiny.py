@@ -10,8 +10,9 @@ import random
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 torch.set_num_threads(1)
 disable_progress_bars()
@@ -99,6 +100,17 @@ def pairs_dataset(n: int = 12, seed: int = 0, conversational: bool = False) -> D
     return Dataset.from_list(rows)
 
 
+def hh_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
+    """The same pairs as dialogues of HH-RLHF."""
+    return [
+        {
+            "chosen": f"\n\nHuman: {row['prompt']}\n\nAssistant: {row['chosen'].strip()}",
+            "rejected": f"\n\nHuman: {row['prompt']}\n\nAssistant: {row['rejected'].strip()}",
+        }
+        for row in pair_rows(n, seed)
+    ]
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -138,6 +150,34 @@ def make_model(seed: int = 0, **overrides) -> LlamaForCausalLM:
         pad_token_id=2,
     )
     return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
+
+
+def make_moe(seed: int = 0) -> Qwen3MoeForCausalLM:
+    """A mixture of four experts with its auxiliary loss, of the same tokenizer."""
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        initializer_range=0.2,
+        router_aux_loss_coef=0.1,
+        output_router_logits=True,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def make_lora(**changes) -> LoraConfig:
+    """Adapters that are not the usual zeros, so that policy and reference differ from the first step."""
+    settings = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return LoraConfig(**{**settings, **changes})
 
 
 def training_options(output_dir, **overrides) -> dict:

@@ -1,8 +1,8 @@
 """
 Kills training with SIGKILL at random moments, resumes it until it is done, and compares it with training left alone.
 
-    python tests/kill_and_resume.py --times 20
-    python tests/kill_and_resume.py --times 20 --processes 2
+    python tests/processes/kill_and_resume.py --times 20
+    python tests/processes/kill_and_resume.py --times 20 --processes 2
 
 Each time a tiny model is trained under another constraint, in full or with LoRA, with the reference computed as it goes or
 beforehand, and killed one to three times: every other first kill comes while a checkpoint is being written (files are then
@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers
 
 import argparse
 import io
-import json
 import os
 import random
 import shutil
@@ -39,7 +38,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import safetensors.torch
 import torch
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging
 
@@ -47,7 +45,8 @@ from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.engine.resume import checkpoints
 from trl_cpo.logs.run_log import RunLog, read_log
 
-from helpers.tiny import make_model, make_tokenizer, pairs_dataset, training_options
+from helpers.comparisons import differences, without_timings
+from helpers.tiny import make_lora, make_model, make_tokenizer, pairs_dataset, training_options
 
 STEPS, SAVE_STEPS, KEPT = 14, 2, 2
 VARIANTS = [
@@ -60,7 +59,6 @@ VARIANTS = [
     dict(constraint="none", lora=True, precompute_ref_log_probs=True, eval_strategy="epoch"),
     dict(constraint="inverse_logp", sync_ref_model=True, ref_model_sync_steps=3),
 ]
-TIMINGS = ("_runtime", "_per_second")
 
 
 class Trace:
@@ -132,8 +130,6 @@ def train(folder: Path, model: str, variant: dict, rank: int, trace: Trace) -> N
     slow_writes(trace)
     options = {k: v for k, v in variant.items() if k != "lora"}
     policy = AutoModelForCausalLM.from_pretrained(model)
-    # Not the usual zeros: policy and reference differ from the first step.
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     arguments = training_options(
         folder / "run",
         max_steps=STEPS,
@@ -154,7 +150,7 @@ def train(folder: Path, model: str, variant: dict, rank: int, trace: Trace) -> N
         processing_class=make_tokenizer(),
         train_dataset=pairs_dataset(11),
         eval_dataset=pairs_dataset(3, seed=5) if "eval_strategy" in options else None,
-        peft_config=lora if variant.get("lora") else None,
+        peft_config=make_lora() if variant.get("lora") else None,
         callbacks=[Steps(trace), RunLog(folder / "log.jsonl")],
     )
     if os.environ.get("WORLD_SIZE", "1") != str(trainer.accelerator.num_processes):
@@ -306,54 +302,6 @@ def check_resumed(folder: Path, newest: Path | None, before: int) -> None:
     begun = [int(word.split()[-1]) for word in traced(folder)[before:] if word.startswith("begun at ")]
     expected = 0 if newest is None else int(newest.name.split("-")[1])
     assert begun == [expected], f"resumed from {begun} and not from {expected}"
-
-
-def without_timings(record: dict) -> dict:
-    return {k: v for k, v in record.items() if not k.endswith(TIMINGS)}
-
-
-def same(a, b) -> bool:
-    """Equality to the last bit, through nested containers and tensors."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return bool((a == b).all()) if hasattr(a, "all") else a == b
-
-
-def differences(ours: Path, theirs: Path) -> list[str]:
-    """The files of two checkpoints that differ in anything but times."""
-    names = {str(path.relative_to(folder)) for folder in (ours, theirs) for path in folder.rglob("*") if path.is_file()}
-    different = []
-    for name in sorted(names):
-        a, b = ours / name, theirs / name
-        if not a.exists() or not b.exists():
-            different.append(f"{name} (on one side only)")
-        elif name == "training_args.bin" or name.endswith(".md"):
-            continue  # they name the output folder
-        elif a.suffix in (".pt", ".pth"):
-            loaded = [torch.load(file, weights_only=False) for file in (a, b)]
-            if not same(*loaded):
-                different.append(name)
-        elif name == "trainer_state.json":
-            states = [json.loads(file.read_text()) for file in (a, b)]
-            for state in states:
-                state["log_history"] = [without_timings(record) for record in state["log_history"]]
-                state["best_model_checkpoint"] = state["best_model_checkpoint"] and Path(state["best_model_checkpoint"]).name
-            if states[0] != states[1]:
-                different.append(name)
-        elif name == checkpoints.STATE_FILE:
-            states = [json.loads(file.read_text()) for file in (a, b)]
-            for state in states:
-                del state["seconds"], state["run"]
-                state["files"].pop("training_args.bin")
-            if states[0] != states[1]:
-                different.append(name)
-        elif a.read_bytes() != b.read_bytes():
-            different.append(name)
-    return different
 
 
 def check_equal(folder: Path, alone: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run by test_parallel.py in two processes: the second is late for the last collective, so that a thread of gloo lets go of
+"""Run by test_processes.py in two processes: the second is late for the last collective, so that a thread of gloo lets go of
 its tensor when Python is about to shut down in the first.
 
     leave_together.py gently | as-it-is

@@ -1,4 +1,4 @@
-"""Run by test_scores.py: tables of a reference under whatever launched it; each process writes what it has.
+"""Run by test_tables.py: tables of a reference under whatever launched it; each process writes what it has.
 
     score_in_processes.py '{"kind": "ddp", "folder": ..., "data": ..., "runs": [...]}'
 

@@ -52,5 +52,5 @@ if trainer.is_world_process_zero():
     }
     with open(out, "w") as file:
         json.dump(record, file)
-with open(f"{out}.printed.{os.environ['RANK']}", "w") as file:
+with open(f"{out}.printed.{os.environ.get('RANK', 0)}", "w") as file:
     file.write(printed.getvalue())

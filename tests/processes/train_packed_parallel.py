@@ -12,53 +12,31 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers
 
 # isort: split
 
+from helpers.process_job import read_job
+
+JOB = read_job()
+
+# isort: split
+
 import gc
 import json
 import logging
 import os
-import sys
 from contextlib import nullcontext
 from unittest.mock import patch
 
-JOB = json.loads(sys.argv[1])
-KIND = JOB["kind"]
-
-if KIND.startswith("zero"):
-    import deepspeed
-
-    # An operator for shared memory that would be compiled at first use; without it the same numbers come through gloo.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-if KIND == "fsdp2":
-    # Accelerate shards only on the kinds of devices it takes for GPUs, and on others quietly runs plain DDP.
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    import torch.distributed
-    from accelerate.state import DistributedType, PartialState
-
-    torch.distributed.init_process_group("gloo")
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-
-import torch
 from accelerate.state import AcceleratorState
 from datasets import load_dataset
-from peft import LoraConfig
-from transformers import BitsAndBytesConfig, set_seed
+from transformers import set_seed
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.engine.forward import PackedPairForward, segments
 
-from helpers.tiny import make_tokenizer, training_options
+from helpers.parallel_runs import nf4, wrapping
+from helpers.tiny import make_lora, make_tokenizer, training_options
 
 # Steps of plain gradient descent without clipping: its weights tell the size of the gradients, which Adam hides.
 OPTIONS = dict(optim="sgd", learning_rate=0.02, max_grad_norm=0.0, constraint="clip", gamma=0.3)
-
-
-def lora() -> LoraConfig:
-    # Not the usual zeros: policy and reference differ from the first step.
-    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-
-
-def nf4() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
 
 def attend_in_first_layer_only(module, *args, attend=segments.segment_attention, **kwargs):
@@ -101,21 +79,6 @@ class Calls(logging.Handler):
         logger.removeHandler(self)
 
 
-def wrapping(trainer) -> dict:
-    """How the trained model is spread over the processes, as seen from the model itself."""
-    weights = list(trainer.model.parameters())
-    return {
-        "processes": trainer.accelerator.num_processes,
-        "distributed_type": trainer.accelerator.distributed_type.value,
-        "wrapper": type(trainer.model_wrapped).__name__,
-        "zero_stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
-        "partitioned": sum(hasattr(w, "ds_id") for w in weights),
-        "dtensors": sum(type(w.data).__name__ == "DTensor" for w in weights),
-        "quantized": sum(type(w).__name__ == "Params4bit" for w in weights),
-        "packed": isinstance(trainer._sharing.of(trainer.model_wrapped), PackedPairForward),
-    }
-
-
 def train(run: dict) -> dict:
     """One training of JOB, and an evaluation after it.
 
@@ -146,7 +109,7 @@ def train(run: dict) -> dict:
             train_dataset=data["train"],
             eval_dataset=data["test"],
             quantization_config=nf4() if run.get("nf4") else None,
-            peft_config=lora() if run.get("lora") else None,
+            peft_config=make_lora() if run.get("lora") else None,
         )
         trainer.train()
         seen = wrapping(trainer)

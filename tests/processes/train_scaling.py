@@ -2,7 +2,7 @@
 
     train_scaling.py '{"kind": "zero3", "model": ..., "data": ..., "folder": ..., "batch": 2, "runs": [...]}'
 
-The job's form, and what is done to run DeepSpeed and FSDP2 on a CPU, are those of train_packed_parallel.py.
+The job's form is that of train_packed_parallel.py.
 """
 
 import sys
@@ -12,14 +12,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers
 
 # isort: split
 
+from helpers.process_job import read_job
+
+JOB = read_job()
+
+# isort: split
+
 import gc
 import json
 import os
 from pathlib import Path
 
-from processes.train_packed_parallel import JOB, lora, nf4, wrapping  # first: it prepares the process for its kind
-
-# isort: split
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_peft_model
 from datasets import load_dataset
@@ -27,7 +30,8 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 
-from helpers.tiny import make_tokenizer, training_options
+from helpers.parallel_runs import nf4, wrapping
+from helpers.tiny import make_lora, make_tokenizer, training_options
 
 # Plain gradient descent without clipping: its weights tell the size of the gradients, which Adam hides.
 OPTIONS = dict(optim="sgd", learning_rate=0.01, max_grad_norm=0.0, gamma=0.3, max_steps=4)
@@ -76,7 +80,7 @@ def make_trainer(run: dict, place: Path, **more) -> CPOConstrainedTrainer:
         train_dataset=data["train"],
         eval_dataset=data["test"],
         quantization_config=nf4() if run.get("nf4") else None,
-        peft_config=lora() if run.get("lora") else None,
+        peft_config=make_lora() if run.get("lora") else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Run by test_parallel.py in several processes: trainers that must or must not agree, and processes that die.
+"""Run by test_processes.py in several processes: trainers that must or must not agree, and processes that die.
 
 train_together.py '{"do": "disagree" | "train", "model": ..., "folder": ..., ...}'
 """

@@ -21,6 +21,7 @@ def run(tmp_path, model_folder, *options):
     return {record["case"]: record for record in json.loads(out.read_text())}, done.stdout
 
 
+@pytest.mark.slow
 def test_times(tmp_path, model_folder):
     names = ["constraint-cost", "packed-lora-8", "packed-full-8", "reference-pass-8", "release-4", "equal-4to1"]
     names += ["gpu-lora-short", "gpu-full-long"]
@@ -34,6 +35,7 @@ def test_times(tmp_path, model_folder):
     assert records["packed-full-8"]["lowest"] <= records["packed-full-8"]["highest"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process is read from Linux")
 def test_memory(tmp_path, model_folder):
     records, table = run(tmp_path, model_folder, "--cases", "packed-full-8")

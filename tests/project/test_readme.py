@@ -11,10 +11,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-from test_hh_example import hh_rows
 
 from helpers.paths import ROOT
-from helpers.tiny import pairs_dataset
+from helpers.tiny import hh_rows, pairs_dataset
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.M | re.S)
@@ -60,6 +59,7 @@ def test_python(number, tmp_path, monkeypatch, model_folder):
     assert scope["trainer"].args.constraint != "none"
 
 
+@pytest.mark.slow
 def test_the_demo(tmp_path, demo_cache):
     """The README's first command, cut to one step, from another folder."""
     command = COMMANDS[0].replace("run.sh", shlex.quote(str(ROOT / "run.sh")))
@@ -81,6 +81,7 @@ def test_the_demo(tmp_path, demo_cache):
     assert record["before"]["eval_cpo/reference_misaligned"] > 0
 
 
+@pytest.mark.slow
 def test_the_test_command(tmp_path):
     assert COMMANDS[1] == "bash run.sh test"
     out = shell(f"{COMMANDS[1]} tests/test_constraints.py -k golden", ROOT, NO_INSTALL="1", VENV=sys.prefix)
@@ -97,6 +98,7 @@ def test_the_install_command():
     assert origin["dir_info"]["editable"] and origin["url"] == ROOT.as_uri()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS[3:])
 def test_the_script(command, tmp_path, model_folder):
     assert "examples/hh_rlhf.py" in command

@@ -8,7 +8,6 @@ from dataclasses import fields
 import pytest
 import torch
 import yaml
-from test_hh_example import hh_rows
 
 from trl_cpo.cli import main
 from trl_cpo.cli.errors import UserError
@@ -17,6 +16,8 @@ from trl_cpo.cli.train import command_line_names
 from trl_cpo.files.outputs import making
 from trl_cpo.recipes import names, recipe
 from trl_cpo.run.record import strict, write_json
+
+from helpers.tiny import hh_rows
 
 #: What keeps a run on the CPU and small; a recipe's own values stand for all else.
 ON_CPU = ["--use_cpu", "--bf16", "False"]

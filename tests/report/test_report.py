@@ -649,6 +649,7 @@ addEventListener("load", () => {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH, nor TRL_CPO_BROWSER")
 @pytest.mark.parametrize("which", ["several", "twelve", "broken"])
 def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which):

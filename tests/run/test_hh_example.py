@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,20 +14,11 @@ from trl_cpo.logs.run_log import read_log
 from trl_cpo.run.arguments import PairArguments, PolicyConfig
 
 from helpers.paths import ROOT
-from helpers.tiny import pair_rows
+from helpers.tiny import hh_rows
 
 SCRIPT = ROOT / "examples" / "hh_rlhf.py"
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of what a user's CPU lacks, and of knobs
 TINY = ["--use_cpu", "--bf16", "False", "--max_steps", "2", "--logging_steps", "1", "--max_length", "128"]
-
-
-def hh_rows(n, seed):
-    return [
-        {
-            "chosen": f"\n\nHuman: {row['prompt']}\n\nAssistant: {row['chosen'].strip()}",
-            "rejected": f"\n\nHuman: {row['prompt']}\n\nAssistant: {row['rejected'].strip()}",
-        }
-        for row in pair_rows(n, seed)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +33,27 @@ def hh_file(tmp_path_factory):
     return str(path)
 
 
-def run(cwd, *options, launch=0, program=(str(SCRIPT),), check=True):
-    """The script, in `launch` processes of accelerate's or in one of its own."""
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """What the script calls, in this process: starting Python and its libraries is most of the time of a launch."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options, check=True):
+        code = main(["train", *map(str, options)])
+        said = capsys.readouterr()
+        if check:
+            assert code == 0, said.err[-4000:]
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return run
+
+
+def launched(cwd, *options, processes=0, program=(str(SCRIPT),), check=True):
+    """The script, in `processes` of accelerate's or in one of its own."""
     head = [sys.executable]
-    if launch:
-        head += ["-m", "accelerate.commands.launch", "--num_processes", str(launch), "--num_machines", "1"]
-        head += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if launch > 1 else [])]
+    if processes:
+        head += ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
+        head += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else [])]
     done = subprocess.run(
         [*head, *program, *map(str, options)],
         cwd=cwd,
@@ -60,11 +67,12 @@ def run(cwd, *options, launch=0, program=(str(SCRIPT),), check=True):
     return done
 
 
+@pytest.mark.slow
 def test_accelerate_launch_with_lora_twice(tmp_path, model_folder, hh_file):
     """Progress, a report of refused rows, a summary, files where it says; a second run goes beside the first."""
     options = ["--model_name_or_path", model_folder, "--dataset_name", hh_file, "--use_peft", *TINY]
     options += ["--lora_target_modules", "q_proj", "v_proj", "--constraint", "softplus", "--gamma", "0.5"]
-    done = run(tmp_path, *options, launch=1)
+    done = launched(tmp_path, *options, processes=1)
     out = done.stdout
     for words in (
         "[1/4]",
@@ -103,7 +111,7 @@ def test_accelerate_launch_with_lora_twice(tmp_path, model_folder, hh_file):
     assert (folder / "adapter_model.safetensors").exists() and "2605.20834" in (folder / "README.md").read_text()
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     # The second as `trl-cpo train`, in two processes: one folder, each held-out pair once, every line said once.
-    out = run(tmp_path, *options, launch=2, program=("-m", "trl_cpo", "train")).stdout
+    out = launched(tmp_path, *options, processes=2, program=("-m", "trl_cpo", "train")).stdout
     assert out.count("outputs/pairs-softplus-2/metrics.json") == out.count("[4/4]") == out.count("[end, step 2]") == 1
     record = json.loads((tmp_path / "outputs" / "pairs-softplus-2" / "metrics.json").read_text())
     pairs = json.loads((tmp_path / "outputs" / "pairs-softplus-2" / "pairs.json").read_text())
@@ -112,7 +120,7 @@ def test_accelerate_launch_with_lora_twice(tmp_path, model_folder, hh_file):
     assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_full_fine_tuning_with_precomputed_reference_and_plain_dpo(tmp_path, model_folder, hh_file):
+def test_full_fine_tuning_with_precomputed_reference_and_plain_dpo(run, tmp_path, model_folder, hh_file):
     test_file = tmp_path / "data"
     test_file.mkdir()
     for split, seed in (("train", 1), ("test", 2)):
@@ -120,25 +128,25 @@ def test_full_fine_tuning_with_precomputed_reference_and_plain_dpo(tmp_path, mod
     options = ["--model_name_or_path", model_folder, "--dataset_name", test_file, "--constraint", "none", *TINY]
     options += ["--precompute_ref_log_probs", "--logps_reduction", "mean", "--output_dir", "mine"]
     options += ["--per_device_train_batch_size", "4", "--max_test_pairs", "5"]
-    out = run(tmp_path, *options).stdout
+    out = run(*options).stdout
     assert "5 held-out pairs, constraint none" in out and "nats per token" in out
     assert (tmp_path / "mine" / "model.safetensors").exists()
-    done = run(tmp_path, *options, check=False)
+    done = run(*options, check=False)
     assert done.returncode != 0 and "already holds files" in done.stderr and "mine-2 is free" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_goes_on_from_its_latest_checkpoint(tmp_path, model_folder, hh_file):
+def test_a_run_goes_on_from_its_latest_checkpoint(run, tmp_path, model_folder, hh_file):
     """Stopped after one step of two, and killed while it saved the final model; before both, before its first checkpoint."""
     options = ["--model_name_or_path", model_folder, "--dataset_name", hh_file, "--constraint", "clip", *TINY]
     options += ["--output_dir", "mine", "--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "1"]
     mine = tmp_path / "mine"
     (mine / "_unfinished" / "checkpoint-1").mkdir(parents=True)
     (mine / "log.jsonl").write_text('{"step": 0, "eval_lo')
-    out = run(tmp_path, *options, "--max_steps", "1", "--resume_from_checkpoint", "latest").stdout
+    out = run(*options, "--max_steps", "1", "--resume_from_checkpoint", "latest").stdout
     assert "holds no whole checkpoint yet: starting from the beginning" in out and "step     1/1 train" in out
     (mine / "checkpoint-2").mkdir()  # half-written, as plain TRL leaves them
-    out = run(tmp_path, *options, "--resume_from_checkpoint", "latest").stdout
+    out = run(*options, "--resume_from_checkpoint", "latest").stdout
     assert "step     2/2 train" in out and "step     1/2 train" not in out and "eval" in out
     assert json.loads((tmp_path / "mine" / "metrics.json").read_text())["before"]["step"] == 0
     weights, log = (mine / "model.safetensors").read_bytes(), read_log(mine / "log.jsonl")
@@ -146,7 +154,7 @@ def test_a_run_goes_on_from_its_latest_checkpoint(tmp_path, model_folder, hh_fil
     assert [line["step"] for line in log if "loss" in line] == [1, 2] and len(log) == 7  # the first run ended, at step 1
     (mine / "metrics.json").unlink()
     (mine / "model.safetensors").write_bytes(weights[:1000])
-    run(tmp_path, *options, "--resume_from_checkpoint", "latest")
+    run(*options, "--resume_from_checkpoint", "latest")
     assert (mine / "model.safetensors").read_bytes() == weights
 
     def numbers(line):
@@ -155,23 +163,23 @@ def test_a_run_goes_on_from_its_latest_checkpoint(tmp_path, model_folder, hh_fil
     again = json.loads((mine / "metrics.json").read_text())
     assert numbers(again["after"]) == numbers(record["after"]) and numbers(again["before"]) == numbers(record["before"])
     assert list(map(numbers, read_log(mine / "log.jsonl"))) == list(map(numbers, log))
-    done = run(tmp_path, *TINY, "--output_dir", "other", "--resume_from_checkpoint", "latest", check=False)
+    done = run(*TINY, "--output_dir", "other", "--resume_from_checkpoint", "latest", check=False)
     assert "no whole checkpoint-* folder in other" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_stream_is_counted_as_it_is_read(tmp_path, model_folder, hh_file):
+def test_a_stream_is_counted_as_it_is_read(run, tmp_path, model_folder, hh_file):
     data = tmp_path / "data"
     data.mkdir()
     for split, count in (("train", 12), ("test", 7)):
         rows = hh_rows(count, count) + [{"chosen": "no dialogue", "rejected": "none"}]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = run(tmp_path, "--model_name_or_path", model_folder, "--dataset_name", data, "--dataset_streaming", *TINY).stdout
+    out = run("--model_name_or_path", model_folder, "--dataset_name", data, "--dataset_streaming", *TINY).stdout
     assert "7 held-out pairs" in out and "test: 8 rows: 7 kept, 1 refused" in out
 
 
-def test_a_misspelt_split_is_not_replaced_by_training_pairs(tmp_path, model_folder, hh_file):
+def test_a_misspelt_split_is_not_replaced_by_training_pairs(run, model_folder, hh_file):
     options = ["--model_name_or_path", model_folder, "--dataset_name", hh_file, *TINY]
-    done = run(tmp_path, *options, "--dataset_test_split", "validaton", check=False)
+    done = run(*options, "--dataset_test_split", "validaton", check=False)
     assert done.returncode != 0 and "has no split 'validaton'" in done.stderr
 
 
@@ -197,9 +205,9 @@ def test_mistakes_end_in_a_sentence(tmp_path, options, expected, monkeypatch, ca
     assert not (tmp_path / "outputs").exists()
 
 
-def test_unknown_key_in_a_config_file(tmp_path):
+def test_unknown_key_in_a_config_file(run, tmp_path):
     (tmp_path / "c.yaml").write_text("gamma: 1.0\ngammma: 2.0\n")
-    done = run(tmp_path, "--config", "c.yaml", check=False)
+    done = run("--config", "c.yaml", check=False)
     assert done.returncode != 0 and "gammma" in done.stderr
 
 
@@ -209,6 +217,6 @@ def test_plain_defaults_are_the_real_thing():
 
 
 def test_help_is_there(tmp_path):
-    out = run(tmp_path, "--help").stdout
+    out = launched(tmp_path, "--help").stdout
     for option in ("--constraint", "--gamma", "--logps_reduction", "--use_peft", "--precompute_ref_log_probs"):
         assert option in out

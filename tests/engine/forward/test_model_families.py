@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_packed_exactness import assert_same_gradients, assert_same_outputs, gradients
 
 from trl_cpo.engine.forward import packed_forward, probe
 from trl_cpo.engine.forward.adapter import PackedPairForward
@@ -10,6 +9,7 @@ from trl_cpo.engine.forward.mask import FULL, LayerKind
 from trl_cpo.engine.forward.probing.static_checks import PLAIN_FAMILIES, static_reason
 
 from helpers.families import SETTINGS, tiny_model
+from helpers.forward_checks import assert_same_gradients, assert_same_outputs, gradients
 from helpers.pair_batches import HARD_SIZES, model_inputs, random_pairs
 
 # Family, and what the probe says of it: the attention it is exact with, or words of the reason it is refused for.

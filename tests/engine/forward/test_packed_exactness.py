@@ -10,44 +10,15 @@ from trl.trainer.utils import add_fused_lm_head
 
 from trl_cpo.engine.forward import PackedPairForward
 
-from helpers.families import OUTPUTS, tiny_model
+from helpers.families import tiny_model
+from helpers.forward_checks import ATTENTIONS, assert_same_gradients, assert_same_outputs, gradients
 from helpers.pair_batches import COLLATOR, HARD_SIZES, PAIRS, model_inputs, random_pairs
-
-ATTENTIONS = ["dense", "segments"]
 
 
 @pytest.fixture(scope="module")
 def models():
     """One model a kind of attention, so that switching one does not touch the other."""
     return {attention: tiny_model("llama") for attention in ATTENTIONS}
-
-
-def assert_same_outputs(padded, packed, tolerance=1e-4):
-    for name in (*OUTPUTS, "loss", "label_mask"):
-        one, other = getattr(padded, name), getattr(packed, name)
-        assert one.shape == other.shape and one.dtype == other.dtype, name
-        if one.is_floating_point():
-            torch.testing.assert_close(other, one, atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
-        else:
-            assert torch.equal(one, other), name
-
-
-def gradients(model, outputs, seed=0):
-    """Gradients of a random combination of log-probs and entropies, so that no two tokens weigh the same."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(2, *outputs.log_probs.shape, generator=generator)
-    model.zero_grad()
-    (outputs.log_probs * weights[0] + outputs.entropy * weights[1]).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(one, other, relative=1e-4):
-    assert one.keys() == other.keys()
-    # Some gradients are zero but for rounding, which the largest of the model sets.
-    rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in one.values())
-    for name, gradient in one.items():
-        bound = relative * float(gradient.abs().max()) + rounding
-        torch.testing.assert_close(other[name], gradient, rtol=0, atol=bound, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

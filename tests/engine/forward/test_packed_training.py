@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from test_packed_exactness import ATTENTIONS, assert_same_gradients, assert_same_outputs, gradients
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -18,6 +17,7 @@ from trl_cpo.engine.forward import PackedPairForward, packed_forward
 from trl_cpo.engine.forward.segments import NAME
 
 from helpers.families import tiny_config, tiny_model
+from helpers.forward_checks import ATTENTIONS, assert_same_gradients, assert_same_outputs, gradients
 from helpers.pair_batches import HARD_SIZES, model_inputs, random_pairs
 
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from test_packed_exactness import assert_same_outputs
 
 from trl_cpo.engine.forward import NotPackable, PackedPairForward, packed_forward, probe
 from trl_cpo.engine.forward import adapter as adapter_module
@@ -21,6 +20,7 @@ from trl_cpo.engine.forward.probing.rounding import watched
 from trl_cpo.engine.forward.probing.static_checks import static_reason
 
 from helpers.families import tiny_model
+from helpers.forward_checks import assert_same_outputs
 from helpers.pair_batches import HARD_SIZES, model_inputs, random_pairs
 
 

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.numpy import load, save
-from test_packed_parallel import launcher
 from tokenizers import normalizers
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoModelForCausalLM
@@ -30,11 +29,11 @@ from trl_cpo.engine.reference.filling import _check, as_columns
 from trl_cpo.engine.reference.layout import Layout
 from trl_cpo.engine.reference.store import COLUMNS, MANIFEST, ScoreStore
 
+from helpers.launching import launcher
 from helpers.paths import PROCESSES
-from helpers.tiny import CHAT_TEMPLATE, make_model, make_tokenizer, pair_rows, pairs_dataset, training_options
+from helpers.tiny import CHAT_TEMPLATE, make_lora, make_model, make_tokenizer, pair_rows, pairs_dataset, training_options
 
 SCRIPT = PROCESSES / "score_in_processes.py"
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 PAIRS = 11
 #: A shard of these tests: two batches of 2.
 SHARD = 4
@@ -128,7 +127,7 @@ def test_the_same_again_runs_no_forward(tmp_path, cache, calls):
     for options in (
         {},
         {"per_device_train_batch_size": 4, "learning_rate": 1.0, "beta": 0.1, "constraint": "softplus", "gamma": 2.0},
-        {"more": {"peft_config": LORA}},
+        {"more": {"peft_config": make_lora()}},
         {"model": make_model(1), "more": {"ref_model": make_model()}},
     ):
         again = table(tmp_path / "elsewhere", **options)
@@ -159,7 +158,7 @@ def nudged():
 def trained_adapter(seed=5, **settings):
     model = make_model()
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(**{**LORA.to_dict(), **settings}))
+    return get_peft_model(model, make_lora(**settings))
 
 
 CHAT = dict(dataset=pairs_dataset(PAIRS, conversational=True))
@@ -207,7 +206,7 @@ def test_batches_as_dpo_trainer_forms_them_are_keyed_by_their_size(tmp_path, cac
 def test_new_sets_and_old_ones_are_evaluated_before_and_after_training(tmp_path, cache, calls):
     """TRL refuses a set that has the columns already."""
     sets = {"a": pairs_dataset(3, seed=7), "b": pairs_dataset(5, seed=8)}
-    trainer = trainer_of(tmp_path, more={"eval_dataset": sets, "peft_config": LORA}, per_device_eval_batch_size=2)
+    trainer = trainer_of(tmp_path, more={"eval_dataset": sets, "peft_config": make_lora()}, per_device_eval_batch_size=2)
     assert [len(table_of(trainer, name)) for name in ("train", "a", "b")] == [PAIRS, 3, 5]
     before = {name: values(table_of(trainer, name)) for name in sets}
     trainer.train()
@@ -461,6 +460,7 @@ def test_two_processes_are_one_and_a_killed_run_is_continued(tmp_path, cache, ca
     assert np.array_equal(values(continued), values(whole)) and continued.folder == killed
 
 
+@pytest.mark.slow
 def test_sharded_weights_that_change_at_the_same_path_are_seen(tmp_path, cache, model_folder, ref_model_folder):
     """ZeRO-3: each process holds parts, of which there is nothing to see before they are gathered."""
     same = str(tmp_path / "zero")
@@ -608,7 +608,7 @@ def test_the_digest_of_weights_reads_past_the_first_piece(monkeypatch):
 
 def test_an_adapter_that_is_off_does_not_count_and_one_that_is_on_does():
     plain = weights_digest(make_model())
-    adapted = get_peft_model(make_model(), LoraConfig(**{**LORA.to_dict(), "modules_to_save": ["norm"]}))
+    adapted = get_peft_model(make_model(), make_lora(modules_to_save=["norm"]))
     assert weights_digest(adapted, ("default",)) == plain
     assert weights_digest(adapted, ("default",), keep="default") != plain
     with torch.no_grad():
@@ -618,8 +618,8 @@ def test_an_adapter_that_is_off_does_not_count_and_one_that_is_on_does():
 
 @pytest.mark.parametrize("name", ["model", "layers", "weight", "lora_A", "base_layer"])
 def test_an_adapter_may_be_called_what_a_part_of_the_model_is(name):
-    plain, settings = weights_digest(make_model()), {**LORA.to_dict(), "modules_to_save": ["norm"], "use_dora": True}
-    adapted = get_peft_model(make_model(), LoraConfig(**settings), adapter_name=name)
+    plain, settings = weights_digest(make_model()), {"modules_to_save": ["norm"], "use_dora": True}
+    adapted = get_peft_model(make_model(), make_lora(**settings), adapter_name=name)
     assert weights_digest(adapted, (name,)) == plain
     assert weights_digest(adapted, (name,), keep=name) != plain
     with torch.no_grad():

@@ -1,6 +1,5 @@
 """Checkpoints: whole or not there, and a resumed run is the uninterrupted one, number for number."""
 
-import copy
 import json
 import os
 import re
@@ -17,11 +16,10 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, skip_firs
 from datasets import IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
 from torch.utils.data import BatchSampler
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import HPSearchBackend, rotate_checkpoints
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo._trl.training_loop import load_loop_state
@@ -33,73 +31,13 @@ from trl_cpo.logs.run_log import RunLog, read_log
 from trl_cpo.metrics import METRICS, MetricLedger
 from trl_cpo.run.training import checkpoint_of
 
+from helpers.checkpoint_runs import DUAL, assert_same_end, trainer_of
+from helpers.comparisons import same, without_timings
 from helpers.paths import PROCESSES
-from helpers.tiny import make_model, pairs_dataset, training_options
-from processes.kill_and_resume import differences, same, without_timings
+from helpers.tiny import pairs_dataset
 
-# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of test_mistakes.py.
-pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
-
-DUAL = dict(constraint="lagrangian", epsilon=0.2, dual_lr=0.3, dual_max=5.0)
-LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-
-
-class StopAt(TrainerCallback):
-    """Ends training after a step, as a kill would that came between two steps."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step >= self.step
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory, tokenizer_session) -> str:
-    folder = tmp_path_factory.mktemp("small")
-    make_model(num_hidden_layers=1).save_pretrained(folder)
-    tokenizer_session.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def no_model_cards(monkeypatch):
-    """Half of what a tiny checkpoint costs, and no part of it."""
-    monkeypatch.setattr(DPOTrainer, "create_model_card", lambda *_, **__: None)
-
-
-def trainer_of(folder, model, tokenizer, *, lora=False, stop=None, plain=False, callbacks=(), data=None, **options):
-    """An epoch of three steps and one step more, saved every second step and logged every third."""
-    defaults = dict(
-        max_steps=4,
-        per_device_train_batch_size=2,
-        save_strategy="steps",
-        save_steps=2,
-        logging_steps=3,
-        lr_scheduler_type="cosine",
-    )
-    if not plain:
-        defaults["gamma"] = 0.5
-    torch.manual_seed(0)
-    return (DPOTrainer if plain else CPOConstrainedTrainer)(
-        model=AutoModelForCausalLM.from_pretrained(model),
-        args=(DPOConfig if plain else CPOConstrainedConfig)(**training_options(folder, **{**defaults, **options})),
-        processing_class=tokenizer,
-        train_dataset=pairs_dataset(6) if data is None else data,
-        eval_dataset=pairs_dataset(3, seed=5) if "eval_strategy" in options else None,
-        peft_config=copy.deepcopy(LORA) if lora else None,
-        callbacks=[*callbacks, *([StopAt(stop)] if stop else [])],
-    )
-
-
-def assert_same_end(resumed, alone):
-    checkpoint = f"checkpoint-{alone.state.global_step}"
-    logs = [[without_timings(record) for record in trainer.state.log_history] for trainer in (resumed, alone)]
-    assert logs[0] == logs[1] and len(logs[0]) > 1
-    assert resumed.state.global_step == alone.state.global_step
-    ours, theirs = (dict(trainer.model.named_parameters()) for trainer in (resumed, alone))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert not differences(*(Path(trainer.args.output_dir) / checkpoint for trainer in (resumed, alone)))
+# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of tests/data/test_validation.py.
+pytestmark = [pytest.mark.filterwarnings("ignore:constraint=:UserWarning"), pytest.mark.usefixtures("no_model_cards")]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -839,10 +777,12 @@ def kill_and_resume(*options) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_killed_three_times_with_one_process():
     assert "3 of 3 equal" in kill_and_resume("--times", 3, "--seed", 7)
 
 
+@pytest.mark.slow
 def test_killed_once_with_two_processes():
     """Under DDP, with λ, accumulation and balanced batches, while a checkpoint is being written."""
     assert "1 of 1 equal" in kill_and_resume("--times", 1, "--processes", 2, "--seed", 7, "--variant", 3)

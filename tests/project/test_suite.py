@@ -1,0 +1,55 @@
+"""The tests themselves: what they share is in tests/helpers and in conftest.py files, never in another test module."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from helpers.paths import TESTS
+
+MODULES = sorted(path for path in TESTS.rglob("*.py") if path.name != "__init__.py")
+
+
+def imports_of(source: str) -> set[str]:
+    """Dotted names of what a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def reaches_into_tests(path: Path, source: str) -> set[str]:
+    """Imports of test modules and of the programs that tests start: of all under tests/ but helpers, and fuzz within fuzz."""
+    open_to_it = {"helpers", path.parent.name} & {"helpers", "fuzz"}
+    found = set()
+    for name in imports_of(source):
+        parts = name.split(".")
+        inside = (TESTS / parts[0]).is_dir() and parts[0] not in open_to_it
+        if inside or any(part in ("", "tests", "conftest") or part.startswith("test_") for part in parts):
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_module_of_the_tests_imports_a_test_module(path):
+    assert reaches_into_tests(path, path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("from test_identity import check", {"test_identity", "test_identity.check"}),
+        ("def f():\n    import engine.test_guards", {"engine.test_guards"}),
+        ("from .test_guards import x", {".test_guards", ".test_guards.x"}),
+        ("from processes.kill_and_resume import same", {"processes.kill_and_resume", "processes.kill_and_resume.same"}),
+        ("from fuzz.targets import TARGETS", {"fuzz.targets", "fuzz.targets.TARGETS"}),
+        ("import conftest", {"conftest"}),
+        ("from helpers.tiny import make_model\nimport trl_cpo.engine", set()),
+    ],
+)
+def test_such_an_import_is_found(line, found):
+    assert reaches_into_tests(TESTS / "engine" / "test_new.py", line) == found
