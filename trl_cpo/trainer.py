@@ -40,7 +40,7 @@ from .engine import processes as parallel
 from .engine.batching import BalancedSampler, TokenBudget, pair_tokens
 from .engine.forward.sharing import PrefixSharing
 from .engine.interruption import Interruption, left_to_us
-from .engine.quantized import keep_trainable
+from .engine.model_state import evaluation_mode, keep_trainable
 from .engine.reference import ReferenceTables
 from .engine.resume.resumption import Resumption
 from .engine.shutdown import end_gently
@@ -454,7 +454,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         if not (apart > 1).any():
             return
         # Live dropout and noise on embeddings make the two differ in training alone.
-        with guards.at_rest(model, self.ref_model):
+        with evaluation_mode(model, self.ref_model):
             logps = policy_logps(self, self._sharing.of(model), inputs), reference_logps(self, inputs)
         pairs = PairLogps(*logps[0], *logps[1])
         apart = self.accelerator.gather(self._start_check.apart(pairs, mask, "sum"))

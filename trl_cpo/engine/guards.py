@@ -1,7 +1,6 @@
 """What the numbers of a batch must be before they may move weights: finite, of two answers that differ, begun at the reference."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,23 +219,6 @@ def causes_of_another_start(*, precomputed: bool, adapter: Any, is_peft: bool, s
         )
     causes.append("weights changed between making the trainer and train(): make the trainer last.")
     return causes
-
-
-@contextlib.contextmanager
-def at_rest(*models: torch.nn.Module | None) -> Iterator[None]:
-    """Holds models in evaluation mode without gradients, and leaves modes and random states as they were."""
-    modules = [module for model in models if model is not None for module in model.modules()]
-    modes = [module.training for module in modules]
-    device = next((p.device for model in models if model is not None for p in model.parameters()), torch.device("cpu"))
-    devices = [] if device.type == "cpu" else [device]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            for module in modules:
-                module.training = False
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 class FiniteWeights(TrainerCallback):
