@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
+from trl_cpo.files.atomic import write_json
+from trl_cpo.files.run_files import PAIR_COLUMNS
 from trl_cpo.pairs import PairLogps
-from trl_cpo.run.record import COLUMNS, pairs_document, write_json
+from trl_cpo.run.record import pairs_document
 
 from helpers.by_hand import make_trainer, pairs_by_hand
 from helpers.tiny import pairs_dataset
@@ -84,6 +86,6 @@ def test_the_document(tmp_path, start_is_reference):
         "beta": 2.5,
         "constraint": "softplus",
         "split": "test",
-        "columns": list(COLUMNS),
+        "columns": list(PAIR_COLUMNS),
         "rows": [[-1.0, -3.0, -5.0, -7.0, *start[0]], [-2.0, None, -6.0, -8.0, *start[1]]],
     }

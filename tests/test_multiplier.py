@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.constraints import CONSTRAINTS
-from trl_cpo.multiplier import SIGNALS, DualAscent, DualRule, DualState
+from trl_cpo.multiplier import SIGNALS, DualRule, DualState
 from trl_cpo.objective import pair_loss
 from trl_cpo.theory.lagrangian import population_lagrangian
 

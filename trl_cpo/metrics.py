@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gaps import in_undesirable_region
 from .pairs import PairLogps
 
 
@@ -30,7 +31,7 @@ METRICS: dict[str, tuple[str, Callable[[PairView], Tensor]]] = {
     "beats_reference": ("[δ_θ > δ_ref]: the reward accuracy", lambda v: v.pairs.gap > v.pairs.ref_gap),
     "in_undesirable_region": (
         "[δ_θ < 0 and δ_θ > δ_ref]: the loss has fallen, the policy still prefers the rejected response",
-        lambda v: (v.pairs.gap < 0) & (v.pairs.gap > v.pairs.ref_gap),
+        lambda v: in_undesirable_region(v.pairs.gap, v.pairs.ref_gap),
     ),
     "violation": ("max(0, γ − δ_θ)", lambda v: torch.relu(v.gamma - v.pairs.gap)),
     "violation_rate": ("[δ_θ < γ]", lambda v: v.pairs.gap < v.gamma),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-REDUCTIONS = ("sum", "mean")
+from .units import REDUCTIONS as REDUCTIONS
 
 
 def full_precision(x: Tensor) -> Tensor:

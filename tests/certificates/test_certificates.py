@@ -16,8 +16,9 @@ from trl_cpo.certificates import CertificateError, certify_run, check, document,
 from trl_cpo.certificates.evidence import read_evidence
 from trl_cpo.cli import main
 from trl_cpo.constraints import CONSTRAINTS, Knobs
+from trl_cpo.files.run_files import PAIR_COLUMNS
 from trl_cpo.pairs import PairLogps
-from trl_cpo.run.record import COLUMNS, pairs_document
+from trl_cpo.run.record import pairs_document
 
 from helpers.tiny import make_model, pair_rows, pairs_dataset, training_options
 
@@ -41,7 +42,7 @@ def contents(rows, *, split="test", after=None, **config):
     config = {**CONFIG, **config}
     told = {name: config[name] for name in ("beta", "gamma", "constraint")}
     rows = [[*row, None, None] for row in rows]
-    pairs = {"reduction": config["logps_reduction"], "split": split, "columns": list(COLUMNS), "rows": rows, **told}
+    pairs = {"reduction": config["logps_reduction"], "split": split, "columns": list(PAIR_COLUMNS), "rows": rows, **told}
     return pairs, {"config": config, "after": after or {}, "model": "m", "pairs": {"dataset_name": "d"}}
 
 

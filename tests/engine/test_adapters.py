@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.engine.quantized import keep_trainable
+from trl_cpo.engine.model_state import keep_trainable
 
 from helpers.tiny import make_model, pairs_dataset, training_options
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.engine import guards, start_check
+from trl_cpo.engine import start_check
 from trl_cpo.engine.start_check import StartCheck, exemption
 from trl_cpo.pairs import PairLogps
 
@@ -244,24 +244,6 @@ def test_the_distance_is_in_tolerances_and_the_same_for_sums_and_means(n, excess
 def test_a_coarser_precision_has_a_coarser_tolerance_that_still_sees_another_model():
     """Another model of the same size is several nats per token away: hundreds of tolerances at 30 tokens."""
     assert start_check.FULL_PRECISION_TOLERANCE < start_check.HALF_PRECISION_TOLERANCE < 1
-
-
-def test_at_rest_leaves_modes_and_random_states_as_they_were():
-    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5)))
-    model[1].eval()
-    modes = [m.training for m in model.modules()]
-    state = torch.get_rng_state()
-
-    def score_and_fail():
-        with guards.at_rest(model, None):
-            assert not any(m.training for m in model.modules()) and not torch.is_grad_enabled()
-            torch.rand(3)
-            raise KeyError("on the way")
-
-    with pytest.raises(KeyError, match="on the way"):
-        score_and_fail()
-    assert [m.training for m in model.modules()] == modes and torch.is_grad_enabled()
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Recorder(TrainerCallback):

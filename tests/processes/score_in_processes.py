@@ -33,7 +33,7 @@ from accelerate.state import AcceleratorState, PartialState
 from datasets import load_dataset
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.engine.reference import layout, store, table_of
+from trl_cpo.engine.reference import layout, table_of
 
 from helpers.tiny import make_tokenizer, training_options
 
@@ -49,7 +49,7 @@ def die_at(shard: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         rename(draft, file)
 
-    store.os.replace = renamed
+    os.replace = renamed
 
 
 def put_in_place(weights: str, model: str) -> None:

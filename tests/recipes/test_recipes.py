@@ -13,9 +13,9 @@ from trl_cpo.cli import main
 from trl_cpo.cli.errors import UserError
 from trl_cpo.cli.options import GROUPS, parse_run, read_config, run_parser
 from trl_cpo.cli.train import command_line_names
+from trl_cpo.files.atomic import strict, write_json
 from trl_cpo.files.outputs import making
 from trl_cpo.recipes import names, recipe
-from trl_cpo.run.record import strict, write_json
 
 from helpers.tiny import hh_rows
 

@@ -777,6 +777,20 @@ def test_an_interrupted_report_can_be_made_again(tmp_path, monkeypatch):
     assert {file.name for file in out.iterdir()} == {*new, CONTENTS}
 
 
+@pytest.mark.parametrize("draft", [".{}.12-0123abcd.tmp", ".{}.unfinished"], ids=["now", "earlier versions"])
+def test_drafts_of_a_killed_report_are_its_own(tmp_path, draft):
+    """A kill leaves drafts of the list, alone in the folder, or of any file of a report."""
+    out, files = tmp_path / "out", {"report.html": b"1", "a.png": b"2"}
+    out.mkdir()
+    for half_written in (CONTENTS, "a.png"):
+        (out / draft.format(half_written)).write_bytes(b"half")
+        write(out, files)
+        assert {file.name for file in out.iterdir()} == {*files, CONTENTS}
+    (out / draft.format("notes.txt")).write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="no report's"):
+        write(out, files)
+
+
 # The command
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..pairs import REDUCTIONS
 from ..scoring.scored_pairs import ScoredPairs
+from ..units import REDUCTIONS
 from .uncertainty import fraction, quantile, rank_correlation, shares
 
 #: Reward gaps Δr for which Assumption 3.1 is looked at where no scores are known, and the β (per nat of sums, and per nat

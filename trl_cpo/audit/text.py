@@ -2,6 +2,7 @@
 
 import textwrap
 
+from ..units import UNITS
 from .advice import interval, percent, times
 from .quoting import trimmed
 
@@ -12,7 +13,7 @@ _MOST_SLICES = 12
 def render(document: dict) -> str:
     """The whole text. Several sets follow one another."""
     settings, lines = document["settings"], []
-    unit = "nats per response (sums)" if settings["reduction"] == "sum" else "nats per token (means)"
+    unit = f"{UNITS[settings['reduction']]} ({settings['reduction']}s)"
     policy = "" if document["ref_model"] is None else f" against the reference {document['ref_model']}"
     lines += _wrapped(f"Audit of {document['model']}{policy} on {document['dataset']}", "")
     lines += _wrapped(

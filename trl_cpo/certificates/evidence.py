@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..constraints import CONSTRAINTS, Knobs
+from ..files.run_files import KNOWN_COLUMNS, METRICS, PAIRS
 from ..objective import pair_loss
 from ..pairs import PairLogps
+from ..units import UNITS
 from .errors import CertificateError, is_number, read_json
-from .statement import UNITS, exact
+from .statement import exact
 
 #: Settings under which the loss of a run is `−log σ(β(δ_θ − t))` and nothing else, with the value they must have.
 _PLAIN_LOSS = {
@@ -39,15 +41,13 @@ def evidence_of(folder: str | Path, kind: str, gamma: float | None) -> dict[str,
         raise CertificateError(
             f"There is no folder {folder}. Give the folder of a run, which holds pairs.json and metrics.json."
         )
-    pairs, metrics = (
-        read_json(folder / name) if (folder / name).is_file() else None for name in ("pairs.json", "metrics.json")
-    )
+    pairs, metrics = (read_json(folder / name) if (folder / name).is_file() else None for name in (PAIRS, METRICS))
     if pairs is None and metrics is None:
         raise CertificateError(
             f"{folder} holds neither pairs.json nor metrics.json, which a run writes at its end. Training losses, as in "
             "log.jsonl, certify nothing: they are of weights that changed."
         )
-    used = [name for name, content in (("pairs.json", pairs), ("metrics.json", metrics)) if content is not None]
+    used = [name for name, content in ((PAIRS, pairs), (METRICS, metrics)) if content is not None]
     return read_evidence(pairs, metrics, kind, gamma) | {"files": {name: _fingerprint(folder / name) for name in used}}
 
 
@@ -108,7 +108,7 @@ def _numbers_of_pairs(pairs, metrics, subject, kind, gamma) -> dict[str, Any]:
             f"The pairs of pairs.json are of the split {subject['split']!r}: pairs that were trained on say nothing of "
             "others. Evaluate held-out pairs, or certify the loss of these."
         )
-    sides = ("policy_chosen", "policy_rejected") + (("ref_chosen", "ref_rejected") if kind == "loss" else ())
+    sides = KNOWN_COLUMNS if kind == "loss" else KNOWN_COLUMNS[:2]
     columns, rows = _part(pairs, "columns", "pairs.json", list), _part(pairs, "rows", "pairs.json", list)
     if not set(sides) <= set(columns) or any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
         raise CertificateError(f"pairs.json must have the columns {', '.join(sides)}, and a number for each in every row.")

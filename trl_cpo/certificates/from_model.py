@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files.atomic import write_json
 from ..files.outputs import is_taken
-from ..run.record import COLUMNS, write_json
+from ..files.run_files import PAIR_COLUMNS, PAIRS
 from ..scoring.scorer import ROW, Scorer
 from .errors import CertificateError
 
@@ -71,7 +72,7 @@ def score_to_folder(
         for side, logps, tokens in zip(("chosen", "rejected"), scored, (chosen_tokens, rejected_tokens), strict=True):
             columns[f"{role}_{side}"] = logps / np.maximum(tokens, 1) if reduction == "mean" else logps
     kept = np.flatnonzero(comparable)
-    rows = [[float(columns[name][at]) if name in columns else None for name in COLUMNS] for at in kept]
+    rows = [[float(columns[name][at]) if name in columns else None for name in PAIR_COLUMNS] for at in kept]
     document = {
         "reduction": reduction,
         "gamma": gamma,
@@ -82,11 +83,11 @@ def score_to_folder(
         "ref_model": ref_model,
         "dataset": dataset,
         "left_out": prepared.given - len(rows),
-        "columns": list(COLUMNS),
+        "columns": list(PAIR_COLUMNS),
         "rows": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "pairs.json", document)
+    write_json(folder / PAIRS, document)
     return folder
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..intervals import CONFIDENCE, lower_bound
 from ..theory import most_below
+from ..units import UNITS
 from .errors import CertificateError, is_number
 
 FORMAT = 1
@@ -13,8 +14,6 @@ FORMAT = 1
 #: What is certified, and from what: the share of a population with δ_θ ≥ γ, from a count of held-out pairs; or the number
 #: of these pairs with δ_θ ≥ γ, from the mean of their losses.
 KINDS = ("held_out", "loss")
-
-UNITS = {"sum": "nats per response", "mean": "nats per token"}
 
 _AS_COMPUTED = (
     "The log-probabilities are as they were computed: by the weights of that moment, in the precision used, of prompts and "

@@ -26,10 +26,10 @@ from ..pairs import PairLogps
 from .batching import BalancedSampler, TokenBudget, pair_tokens
 from .config import DPOConfig
 from .forward.sharing import PrefixSharing
-from .guards import BatchGuard, GatheredBatch, at_rest
+from .guards import BatchGuard, GatheredBatch
+from .model_state import evaluation_mode, keep_trainable
 from .precision import in_half_precision
 from .preflight import preflight
-from .quantized import keep_trainable
 from .reference import ReferenceTables
 from .resume.trainer import ResumableTrainer
 from .shutdown import end_gently
@@ -220,7 +220,7 @@ class DPOTrainer(ResumableTrainer):
         if not (deviation > 1).any():
             return
         # Live dropout and noise on embeddings make the two differ in training alone.
-        with at_rest(model, self.ref_model):
+        with evaluation_mode(model, self.ref_model):
             logps = policy_logps(self, self._sharing.of(model), inputs), reference_logps(self, inputs)
         deviation = self._start_check.deviation(PairLogps(*logps[0], *logps[1]), mask, "sum")
         deviation = self.accelerator.gather(deviation)

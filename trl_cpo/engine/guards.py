@@ -1,7 +1,6 @@
 """Checks on a batch before it may move weights: finite numbers, two answers that differ, a start at the reference."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,23 +170,6 @@ def _texts(input_ids: Tensor, attention_mask: Tensor | None, decode: Callable[[A
         return text[:length] + ("…" if len(text) > length else "")
 
     return beginning
-
-
-@contextlib.contextmanager
-def at_rest(*models: torch.nn.Module | None) -> Iterator[None]:
-    """Holds models in evaluation mode without gradients, and leaves modes and random states as they were."""
-    modules = [module for model in models if model is not None for module in model.modules()]
-    modes = [module.training for module in modules]
-    device = next((p.device for model in models if model is not None for p in model.parameters()), torch.device("cpu"))
-    devices = [] if device.type == "cpu" else [device]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            for module in modules:
-                module.training = False
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 class FiniteWeights(TrainerCallback):

@@ -9,46 +9,70 @@ import torch
 
 
 @contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode within; afterwards modes, buffers and all random states (torch, numpy, Python) as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+def evaluation_mode(*models: torch.nn.Module | None) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards modes, buffers and all random states are as they were.
+
+    Random states are those of torch (on the CPU and on the models' devices), NumPy and Python. None among the models is
+    left out; a wrapped model (DDP, FSDP, DeepSpeed, PEFT) is run as it is.
+    """
+    models = tuple(model for model in models if model is not None)
+    modules = [module for model in models for module in model.modules()]
+    modes = [module.training for module in modules]
+    repacked = _repacked_layers(modules)
+    restores = [snapshot(model) for model in models]
     states = random.getstate(), np.random.get_state()
-    put_back = noted(model)
-    with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
-        model.eval()
-        for module, _ in modes:
-            # A 4-bit layer of bitsandbytes that runs in evaluation on a CPU with AVX512-BF16 is packed anew for good,
-            # for a kernel without a backward: training would go on without the gradients that pass through it.
-            if getattr(module, "support_avx512bf16_for_cpu", False):
-                module.training = True
+    devices = {p.device for model in models for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    with torch.no_grad(), torch.random.fork_rng(sorted(device.index or 0 for device in devices), device_type=kind):
         try:
+            for module in modules:
+                module.training = False
+            for module in repacked:
+                module.support_avx512bf16_for_cpu = False
             yield
         finally:
-            for module, mode in modes:
+            for module in repacked:
+                module.support_avx512bf16_for_cpu = True
+            for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
-            put_back()
+            for restore in restores:
+                restore()
             random.setstate(states[0])
             np.random.set_state(states[1])
 
 
-def noted(model: torch.nn.Module) -> Callable[[], None]:
-    """Take down what modules note while they run, as rotary frequencies that grow with the longest sequence seen.
+def keep_trainable(model: torch.nn.Module) -> None:
+    """Keeps 4-bit layers from being repacked, for good, by their first evaluation on a CPU with AVX512-BF16.
+
+    bitsandbytes 0.50.2 repacks them for a kernel without a backward. A QLoRA run would go on after any evaluation with a
+    gradient norm of zero. Elsewhere, and for models without such layers, this changes nothing.
+    """
+    for module in _repacked_layers(model.modules()):
+        module.support_avx512bf16_for_cpu = False
+
+
+def _repacked_layers(modules) -> list[torch.nn.Module]:
+    """The modules that would be repacked (`keep_trainable`)."""
+    return [module for module in modules if getattr(module, "support_avx512bf16_for_cpu", False)]
+
+
+def snapshot(model: torch.nn.Module) -> Callable[[], None]:
+    """Records what modules keep of their runs, as rotary frequencies that grow with the longest sequence seen.
 
     Returns:
         What puts buffers, and the numbers, texts and tensors beside them, back as they are now. Large buffers (causal
         masks, quantized weights) are put back, but what is in them is not: keeping it would cost memory.
     """
-    notes = [_Notes(module) for module in model.modules() if module._buffers]
+    modules = [_Snapshot(module) for module in model.modules() if module._buffers]
 
-    def put_back() -> None:
-        for kept in notes:
-            kept.put_back()
+    def restore() -> None:
+        for module in modules:
+            module.restore()
 
-    return put_back
+    return restore
 
 
-class _Notes:
+class _Snapshot:
     """The buffers of one module and the plain attributes beside them."""
 
     SMALL = 2**16
@@ -64,7 +88,7 @@ class _Notes:
         }
         self.attributes = {name: value for name, value in vars(module).items() if _plain(value)}
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         for name in [n for n, value in vars(self.module).items() if _plain(value) and n not in self.attributes]:
             delattr(self.module, name)
         self.module.__dict__.update(self.attributes)

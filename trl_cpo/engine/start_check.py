@@ -16,7 +16,8 @@ HALF_PRECISION_TOLERANCE = 0.5
 class StartCheck:
     """Whether a run starts at its reference, as DPO's does: looked at once, on the first micro-batch of the first step.
 
-    There the log-probabilities of both are at hand, so looking costs nothing. `exempt` says why the two may differ; None: they may not.
+    There the log-probabilities of both are at hand, so looking costs nothing. `exempt` says why the two may differ; None:
+    they may not.
 
     Where they may not, a response of n tokens passes with `|s_θ − s_ref| ≤ c √n`, in nats. On SmolLM2-135M-Instruct, 12
     pairs with answers of 17 to 60 tokens, on a CPU, one model's log-probabilities in padded batches of 4 differed from those
@@ -46,8 +47,8 @@ class StartCheck:
         """The sentences for a start that is not the reference, from what `deviation` gave, of all processes."""
         worst = deviation.max().item() * self._tolerance
         return (
-            f"The policy does not start at its reference: {int((deviation > 1).sum())} of the {len(deviation)} pairs of the first "
-            f"micro-batch have other log-probabilities under the one than under the other, by up to {worst:.3g} nats "
+            f"The policy does not start at its reference: {int((deviation > 1).sum())} of the {len(deviation)} pairs of "
+            f"the first micro-batch have other log-probabilities under the one than under the other, by up to {worst:.3g} nats "
             f"per √token, where rounding makes at most {self._tolerance:g}. Training has not begun. Usual causes here:\n"
             + "".join(f"- {cause}\n" for cause in causes)
             + "If policy and reference are meant to differ, pass the reference as ref_model, or set check_reference=False."

@@ -7,6 +7,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from ..units import UNITS
+
 #: Below this, in nats, a mean log-probability counts as not moved: float rounding of another batching moves it this far.
 _UNMOVED = 1e-3
 
@@ -15,7 +17,7 @@ _IN_U, _PREFERS = "cpo/in_undesirable_region", "cpo/prefers_chosen"
 _NEEDED = (_CHOSEN, _REJECTED, _IN_U, _PREFERS)
 
 
-def sentence(before: Mapping[str, Any] | None, after: Mapping[str, Any], unit: str = "nats per response") -> str | None:
+def sentence(before: Mapping[str, Any] | None, after: Mapping[str, Any], unit: str = UNITS["sum"]) -> str | None:
     """What two logs say about displacement and U, in one line; None where `after` holds no pairs.
 
     For example: "both log-probs fall, chosen less (-4.6 and -40.8 nats per response); 7 % of pairs in U, down from 21 %; the
@@ -24,7 +26,7 @@ def sentence(before: Mapping[str, Any] | None, after: Mapping[str, Any], unit: s
     Args:
         before: an earlier log with the `cpo/*` metrics, for comparison, or None.
         after: the log to tell of; shifts are against the reference.
-        unit: of the log-probabilities: "nats per response" or "nats per token".
+        unit: of the log-probabilities, one of `trl_cpo.units.UNITS`.
     """
     if not _told(after):
         return None
@@ -82,7 +84,7 @@ class Narrator(TrainerCallback):
     """
 
     def __init__(self, reduction: str):
-        self._unit = "nats per response" if reduction == "sum" else "nats per token"
+        self._unit = UNITS[reduction]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         told = self._training_logs(state)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from ..units import UNITS
+
 #: The rows: label, metric, and how it is written: "%" for a fraction, "nats" for a log-probability. A starred one
 #: compares policy and reference, so that before training, where they are the same model, it says nothing.
 ROWS = (
@@ -34,10 +36,10 @@ def before_after(
         before, after: what `trainer.evaluate()` returned, keys beginning with `prefix`; before may be unknown.
         pairs: how many pairs were evaluated.
         gamma: γ, nats.
-        reduction: "sum" or "mean": whether nats are per response or per token.
+        reduction: "sum" or "mean", which sets the unit.
         constraint: name of the constraint that was trained with.
     """
-    unit = "nats per response" if reduction == "sum" else "nats per token"
+    unit = UNITS[reduction]
     lines = [
         f"{pairs} held-out pairs, constraint {constraint}, γ = {gamma:g} {unit}",
         f"{'':44}{'before':>10}{'after':>10}",

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ..gaps import in_undesirable_region
 from .run import HeldOut, Run, by_unit
 from .style import COLOURS, LINES, OUTCOMES, QUIET, U_SHADE, canvas, panels, plain_ticks, run_style, run_title
 
@@ -20,7 +21,7 @@ _BINS = 40
 def outcomes(pairs: HeldOut) -> dict[str, np.ndarray]:
     """Which pairs prefer chosen, lie in U, or do neither, as masks (n,) that share no pair and leave none out."""
     prefers = pairs.gap > 0
-    in_u = (pairs.gap < 0) & (pairs.gap > pairs.ref_gap)
+    in_u = in_undesirable_region(pairs.gap, pairs.ref_gap)
     return {"prefers": prefers, "in_u": in_u, "neither": ~prefers & ~in_u}
 
 

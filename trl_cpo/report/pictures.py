@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from . import pair_pictures, step_pictures
 from .reading import LOG, PAIRS
 from .run import Run
-from .style import DPI, WIDTH, drawing, png
+from .style import WIDTH, drawing, png
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,3 @@ def draw(runs: list[Run]) -> list[Picture]:
             notes = [f"Without {', '.join(left_out)}: {why}.", *notes]
         pictures.append(Picture(kind, data, round(WIDTH * 96), round(figure.get_figheight() * 96), notes))
     return pictures
-
-
-def pixels(picture: Picture) -> tuple[int, int]:
-    """Width and height of a drawn picture's PNG."""
-    return round(picture.width / 96 * DPI), round(picture.height / 96 * DPI)

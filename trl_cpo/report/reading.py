@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files.run_files import KNOWN_COLUMNS, LOG, METRICS, PAIR_COLUMNS, PAIRS
 from ..logs.log_file import read_log
-from .run import COLUMNS, Evaluation, HeldOut, Run, number
+from .run import Evaluation, HeldOut, Run, number
 
-LOG, METRICS, PAIRS = "log.jsonl", "metrics.json", "pairs.json"
 #: More runs than this cannot be told apart by colour and line style, nor read in one table.
 MOST_RUNS = 12
 _EVALUATION_KEY = re.compile(r"(eval(?:_.+?)?)_cpo/")
@@ -93,17 +93,17 @@ def _read_pairs(run: Run) -> None:
     if not table:
         return
     columns, rows = table.get("columns"), table.get("rows")
-    if not isinstance(columns, list) or not isinstance(rows, list) or not set(COLUMNS[:4]) <= set(map(str, columns)):
-        run.notes.append(f"{PAIRS} lacks rows or one of the columns {', '.join(COLUMNS[:4])}: no pictures of single pairs.")
+    if not isinstance(columns, list) or not isinstance(rows, list) or not set(KNOWN_COLUMNS) <= set(map(str, columns)):
+        run.notes.append(f"{PAIRS} lacks rows or one of the columns {', '.join(KNOWN_COLUMNS)}: no pictures of single pairs.")
         return
-    places = {name: columns.index(name) for name in COLUMNS if name in columns}
+    places = {name: columns.index(name) for name in PAIR_COLUMNS if name in columns}
 
     def cell(row, name: str) -> float:
         value = number(row[places[name]]) if name in places and places[name] < len(row) else None
         return math.nan if value is None else value
 
-    read = [[cell(row, name) for name in COLUMNS] for row in rows if isinstance(row, list)]
-    values = np.array(read, dtype=float).reshape(-1, len(COLUMNS))
+    read = [[cell(row, name) for name in PAIR_COLUMNS] for row in rows if isinstance(row, list)]
+    values = np.array(read, dtype=float).reshape(-1, len(PAIR_COLUMNS))
     # Beyond this no difference of two log-probabilities means anything, nor can an axis show it.
     values[np.abs(values) > 1e12] = np.nan
     whole, run.pairs_in_file = np.isfinite(values[:, :4]).all(axis=1), len(rows)

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-COLUMNS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "start_chosen", "start_rejected")
-UNITS = {"sum": "nats per response", "mean": "nats per token"}
+from ..files.run_files import PAIR_COLUMNS
+from ..units import UNITS
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Log-probabilities of n held-out pairs in nats, (n, 6) in the order of `COLUMNS`; NaN where the start is not known."""
+    """Log-probabilities of n held-out pairs in nats, (n, 6), columns as in `PAIR_COLUMNS`; NaN where the start is not known."""
 
     rows: np.ndarray
 
     def _column(self, name: str) -> np.ndarray:
-        return self.rows[:, COLUMNS.index(name)]
+        return self.rows[:, PAIR_COLUMNS.index(name)]
 
     def _gap(self, which: str) -> np.ndarray:
         return self._column(f"{which}_chosen") - self._column(f"{which}_rejected")

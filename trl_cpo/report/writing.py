@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-import os
+import re
 from pathlib import Path
 
+from ..files.atomic import draft_of, replace_file
 from ..files.outputs import is_taken, next_free
 
 #: Lists a report's own files and their hashes, so that the next one knows what it may replace.
@@ -35,8 +36,8 @@ def check_free(out: str | Path) -> None:
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file. {advice}")
     own = _own_files(out)
-    ours = {CONTENTS, *own, *(_unfinished(name) for name in (CONTENTS, *own))}
-    strangers = sorted(path.name for path in out.iterdir() if path.name not in ours)
+    ours = {CONTENTS, *own}
+    strangers = sorted(path.name for path in out.iterdir() if path.name not in ours and _finished(path.name) not in ours)
     # A report interrupted at its very first file has left nothing else.
     if strangers or (not own and (out / CONTENTS).exists()):
         raise FileExistsError(f"{out} holds files that are no report's ({', '.join(strangers[:3]) or CONTENTS}). {advice}")
@@ -56,25 +57,21 @@ def write(out: str | Path, files: dict[str, bytes]) -> None:
     old = _own_files(out)
     out.mkdir(parents=True, exist_ok=True)
     new = {name: [_hash(data)] for name, data in files.items()}
-    _replace(out / CONTENTS, _listed({name: old.get(name, []) + new.get(name, []) for name in {**old, **new}}))
+    replace_file(out / CONTENTS, _listed({name: old.get(name, []) + new.get(name, []) for name in {**old, **new}}))
     for name in old.keys() - new.keys():
         (out / name).unlink(missing_ok=True)
-    for name in old:
-        (out / _unfinished(name)).unlink(missing_ok=True)
+    for draft in [path for path in out.iterdir() if _finished(path.name) in {CONTENTS, *old}]:
+        draft.unlink(missing_ok=True)
     for name, data in files.items():
-        _replace(out / name, data)
-    _replace(out / CONTENTS, _listed(new))
+        replace_file(out / name, data)
+    replace_file(out / CONTENTS, _listed(new))
 
 
-def _unfinished(name: str) -> str:
-    return f".{name}.unfinished"
+def _finished(draft: str) -> str | None:
+    """The file of a report that `draft` was to become, or None if it is no draft."""
+    older = re.fullmatch(r"\.(.+)\.unfinished", draft)  # as earlier versions called it
+    return older[1] if older else draft_of(draft)
 
 
 def _listed(files: dict[str, list[str]]) -> bytes:
     return (json.dumps({"made_by": _MADE_BY, "files": files}, indent=1) + "\n").encode()
-
-
-def _replace(file: Path, data: bytes) -> None:
-    unfinished = file.with_name(_unfinished(file.name))
-    unfinished.write_bytes(data)
-    os.replace(unfinished, file)

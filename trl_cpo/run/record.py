@@ -1,47 +1,14 @@
-"""The files that a run leaves beside its model: metrics.json and pairs.json, each written whole or not at all."""
+"""What a run records beside its model: the document of pairs.json, and the versions in metrics.json."""
 
-import json
-import math
-import os
 import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..files.run_files import PAIR_COLUMNS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..pairs import PairLogps
-
-#: The columns of pairs.json: log-probabilities in nats of the policy after training, the reference, the policy before.
-COLUMNS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "start_chosen", "start_rejected")
-
-
-def strict(value: Any) -> Any:
-    """`value` as JSON can hold it: null for NaN and infinities, which JSON has no word for, text for unknown objects."""
-    if isinstance(value, dict):
-        return {str(key): strict(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def write_json(file: Path, document: dict[str, Any]) -> None:
-    """Writes `document` under a name of its own beside `file`, and puts it in `file`'s place in one step.
-
-    Killed at any moment, `file` is what it was before or the whole new document.
-    """
-    text = json.dumps(strict(document), indent=1, ensure_ascii=False, allow_nan=False)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="utf-8") as stream:
-            stream.write(text + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def pairs_document(
@@ -76,7 +43,7 @@ def pairs_document(
         "constraint": constraint,
         "split": split,
         **({"left_out": left_out} if left_out else {}),
-        "columns": list(COLUMNS),
+        "columns": list(PAIR_COLUMNS),
         "rows": rows,
     }
 

@@ -6,9 +6,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files.atomic import write_json
+from ..files.run_files import LOG, METRICS, PAIRS
 from .arguments import DEMO_MODEL
 from .data import load_sets, say_reports
-from .record import pairs_document, versions, write_json
+from .record import pairs_document, versions
 
 if TYPE_CHECKING:
     from .arguments import PairArguments, PolicyConfig, RunConfig
@@ -132,7 +134,7 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
     loading = dict(revision=policy.model_revision, attn_implementation=policy.attn_implementation, dtype=policy.dtype)
     args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
     args.eval_on_start = checkpoint is None
-    run_log = RunLog(output_dir / "log.jsonl")
+    run_log = RunLog(output_dir / LOG)
     trainer = CPOConstrainedTrainer(
         model=model,
         args=args,
@@ -167,7 +169,7 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
     trainer.create_model_card(model_name=output_dir.name)
     if state.is_main_process:
         write_json(
-            output_dir / "pairs.json",
+            output_dir / PAIRS,
             pairs_document(
                 trainer.evaluated_pairs["eval"],
                 degenerate=trainer.evaluated_degenerate["eval"],
@@ -197,12 +199,12 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
             },
         }
         # Last, so that a folder with a metrics.json is a finished run.
-        write_json(output_dir / "metrics.json", record)
+        write_json(output_dir / METRICS, record)
         table = before_after(
             before, after, pairs=evaluated, gamma=args.gamma, reduction=args.logps_reduction, constraint=args.constraint
         )
         say(
-            f"\n{table}\n\nmodel    {output_dir}\nmetrics  {output_dir / 'metrics.json'}\nlog      {run_log.file}\n"
+            f"\n{table}\n\nmodel    {output_dir}\nmetrics  {output_dir / METRICS}\nlog      {run_log.file}\n"
             f"took {time.time() - started:.0f} s"
         )
     trainer.end()

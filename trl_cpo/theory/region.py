@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import gaps
 from .checked import one_shape, positive
 
 
@@ -40,7 +41,7 @@ def in_undesirable_region(gap: Tensor, ref_gap: Tensor) -> Tensor:
         ValueError: a shape is not (B,), a value is NaN.
     """
     gap, ref_gap = one_shape(gap=gap, ref_gap=ref_gap)
-    return (gap < 0) & (gap > ref_gap)
+    return gaps.in_undesirable_region(gap, ref_gap)
 
 
 def pull(gap: Tensor, target: Tensor, *, beta: float) -> Tensor:

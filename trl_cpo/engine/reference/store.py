@@ -3,8 +3,6 @@
 import hashlib
 import json
 import logging
-import os
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ...files.atomic import DRAFTS, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +67,9 @@ class ScoreTable:
 class ScoreStore:
     """A folder with one file a shard.
 
-    A shard is written under a temporary name, synced to disk and renamed, so that a name that can be read stands for a
-    whole file; two runs that write the same shard replace equal values. It holds the rows it is about and a digest of its
-    contents, and is read only if both are right.
+    A shard is written whole or not at all (`replace_file`), so that a name that can be read stands for a whole file; two
+    runs that write the same shard replace equal values. It holds the rows it is about and a digest of its contents, and is
+    read only if both are right.
 
     Args:
         folder: made when needed.
@@ -89,13 +89,13 @@ class ScoreStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(about, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-            _write_whole(self.folder / MANIFEST, text.encode())
+            replace_file(self.folder / MANIFEST, text.encode())
         except OSError as error:
             raise OSError(
                 f"Log-probabilities are stored as they are computed, and {self.folder} cannot be written: {error}. Set "
                 "TRL_CPO_CACHE to a folder that can."
             ) from error
-        for leftover in self.folder.glob(".*.tmp"):
+        for leftover in self.folder.glob(DRAFTS):
             try:
                 if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
                     leftover.unlink()
@@ -138,7 +138,7 @@ class ScoreStore:
 
         rows = self.shards[shard]
         values = {name: np.ascontiguousarray(values[name], dtype=dtype) for name, dtype in COLUMNS.items()}
-        _write_whole(self.file(shard), save({"rows": rows, "digest": _digest(rows, values), **values}))
+        replace_file(self.file(shard), save({"rows": rows, "digest": _digest(rows, values), **values}))
 
     def _refuse(self, file: Path, reason: str) -> None:
         logger.warning("%s is not used, and scored again: %s", file, reason)
@@ -149,26 +149,3 @@ def _digest(rows: np.ndarray, values: dict[str, np.ndarray]) -> np.ndarray:
     for name in sorted(values):
         digest.update(values[name].tobytes())
     return np.frombuffer(digest.digest(), dtype="u1").copy()
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    draft = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with draft.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
-    # The rename itself must survive a power cut as well; not every file system lets a folder be synced.
-    try:
-        folder = os.open(file.parent, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(folder)
-    except OSError:
-        pass
-    finally:
-        os.close(folder)

@@ -17,7 +17,7 @@ from datasets.fingerprint import Hasher
 from ..._trl.datasets import TOKENIZED_COLUMNS, is_its_collator
 from ..._trl.models import Reference, model_id, reference_engine, reference_of
 from ...files.cache import cache_root
-from ..model_state import undisturbed
+from ..model_state import evaluation_mode
 from ..precision import float32_products
 from .digests import text_digest, tokens_digest, weights_digest
 from .filling import agreed, as_columns, fill, from_main, stored
@@ -100,7 +100,7 @@ class ReferenceTables:
             return as_columns(*trainer.compute_ref_log_probs(model, batch), batch["completion_mask"])
 
         quiet = trainer.args.disable_tqdm or bool(os.environ.get("TQDM_DISABLE"))
-        with undisturbed(model):
+        with evaluation_mode(model):
             fill(table, missing, store, layout, forward, accelerator, name=name, shows_progress=not quiet)
         if accelerator.is_main_process:
             seconds = time.perf_counter() - started

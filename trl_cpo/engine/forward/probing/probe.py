@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ...model_state import noted, undisturbed
+from ...model_state import evaluation_mode, snapshot
 from ..adapter import DENSE, SEGMENTS, PackedPairForward, drop_segments
 from ..plan import REJECTED, NotPackable, PackingPlan
 from ..repack import backbone_of, layers_around, unwrap
 from .comparison import EXACT, ROUNDED, Bounds, Refused, Sample, compare, mean_gap
-from .random_pairs import MadeUpPairs
+from .random_pairs import RandomPairs
 from .rounding import rounded_once_more, watched
 from .static_checks import caveats, plain_family, probe_length, static_reason, unknown_limits
 
@@ -135,7 +135,7 @@ def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | 
     # The numbers are the same uncompiled, and the probe's few shapes are not worth compiling for.
     model = model._modules.get("_orig_mod", model)
     verdict = Verdict(False, "no attention was tried")
-    with undisturbed(model), _starting_alike(model), torch.no_grad():
+    with evaluation_mode(model), _starting_alike(model):
         drop_segments(inner)
         try:
             # Before the attention is switched: a model may ask for its name and compute something else.
@@ -158,8 +158,8 @@ def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | 
 @contextmanager
 def _starting_alike(model: torch.nn.Module) -> Iterator[None]:
     """Every run in the block finds what the first one found: some rotary frequencies depend on what ran before."""
-    put_back = noted(model)
-    hook = backbone_of(model).register_forward_pre_hook(lambda *_: put_back())
+    restore = snapshot(model)
+    hook = backbone_of(model).register_forward_pre_hook(lambda *_: restore())
     try:
         yield
     finally:
@@ -168,7 +168,7 @@ def _starting_alike(model: torch.nn.Module) -> Iterator[None]:
 
 def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Reference:
     """Run the padded path; raise Refused where it does not run, or nothing could be told from it."""
-    draw = MadeUpPairs(model, seed)
+    draw = RandomPairs(model, seed)
     inputs = draw.batch(_SHORT)
     try:
         with watched(model) as narrowest:

@@ -1,12 +1,12 @@
-"""Pairs of made-up tokens for the probe, as TRL's loss would pass them to a model."""
+"""Pairs of random tokens for the probe, as TRL's loss would pass them to a model."""
 
 import torch
 
 from ..repack import unwrap
 
 
-class MadeUpPairs:
-    """Made-up pairs out of a model's ordinary tokens, drawn on the CPU from their own generator."""
+class RandomPairs:
+    """Pairs out of a model's ordinary tokens, drawn on the CPU from their own generator."""
 
     def __init__(self, model: torch.nn.Module, seed: int):
         inner = unwrap(model)
