@@ -1,6 +1,5 @@
 """The package as a whole: import cost, import directions, the TRL that it supports, model cards, the script TRL ships."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -8,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import trl
-from trl import DPOTrainer
 
 import trl_cpo
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo._trl.upstream import SUPPORTED_TRL, check_trl
+from trl_cpo._trl.upstream import SUPPORTED_TRL
 
 from helpers.tiny import make_model, pairs_dataset, training_options
 
@@ -35,113 +33,11 @@ def test_import_is_light():
 
 
 def test_public_names():
-    code = "from trl_cpo import CPOConstrainedTrainer, CPOConstrainedConfig; print(CPOConstrainedTrainer.__mro__[1])"
-    assert "trl.trainer.dpo_trainer.DPOTrainer" in in_fresh_process(code)
+    code = "from trl_cpo import CPOConstrainedTrainer, CPOConstrainedConfig; import trl; print(issubclass(CPOConstrainedTrainer, trl.DPOTrainer))"
+    assert in_fresh_process(code).strip() == "True"
     assert set(trl_cpo.__all__) <= set(dir(trl_cpo))
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = trl_cpo.nothing_here
-
-
-#: Which modules of the package each module may import, at its top or inside its functions. Drawn in docs/design.md.
-MAY_IMPORT = {
-    "__init__": {"config", "trainer"},
-    "__main__": {"cli"},
-    "cli": {"__version__", "audit", "certificates", "demo", "plan", "recipes", "report", "run", "sources", "theory"},
-    "pairs": set(),
-    "objective": {"pairs"},
-    "interruption": set(),
-    "leaving": set(),
-    "parallel": set(),
-    "metrics": {"pairs"},
-    "constraints": {"pairs"},
-    "checks": set(),
-    "guards": {"pairs"},
-    "_trl": {"pairs", "precision"},
-    "dual": set(),
-    "config": {"_trl", "constraints", "dual", "pairs"},
-    "forward": {"precision", "undisturbed"},
-    "undisturbed": set(),
-    "plan": set(),
-    "theory": {"constraints", "objective", "pairs"},
-    "certificates": {"audit", "constraints", "demo", "intervals", "objective", "outputs", "pairs", "run", "sources", "theory"},
-    "trainer": {
-        "_trl",
-        "checks",
-        "config",
-        "constraints",
-        "dual",
-        "forward",
-        "guards",
-        "interruption",
-        "leaving",
-        "metrics",
-        "narration",
-        "pairs",
-        "parallel",
-        "quantized",
-        "resume",
-        "scores",
-    },
-    "checkpoints": set(),
-    "resume": {"_trl", "checkpoints", "dependence"},
-    "dependence": {"_trl", "scores"},
-    "quantized": set(),
-    "summary": set(),
-    "progress": {"log_file"},
-    "log_file": set(),
-    "report": {"__version__", "intervals", "log_file", "outputs", "summary"},
-    "narration": set(),
-    "run": {"checkpoints", "config", "demo", "hh", "outputs", "pairs", "progress", "resume", "sources", "summary", "trainer"},
-    "recipes": set(),
-    "outputs": set(),
-    "intervals": set(),
-    "audit": {"_trl", "checks", "config", "demo", "intervals", "metrics", "pairs", "sources", "theory", "trainer"},
-    "hh": set(),
-    "sources": {"hh", "demo"},
-    "demo": {"cache"},
-    "cache": set(),
-    "scores": {"_trl", "cache", "precision", "undisturbed"},
-    "precision": set(),
-}
-
-
-def imported_modules(path: Path) -> set[str]:
-    """First names, below the package, of what a file of it imports."""
-    depth = len(path.relative_to(PACKAGE).parts) - 1
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            inside = depth - (node.level - 1)
-            if inside == 0:
-                found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trl_cpo":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("trl_cpo.")}
-    return found
-
-
-def test_imports_point_one_way():
-    seen = set()
-    for path in PACKAGE.rglob("*.py"):
-        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        seen.add(module)
-        extra = imported_modules(path) - MAY_IMPORT.get(module, set()) - {module}
-        assert not extra, f"{path.name} imports {extra}; allowed: {MAY_IMPORT.get(module)}"
-    assert seen == set(MAY_IMPORT)
-
-
-def test_only_the_seam_knows_the_inside_of_trl():
-    """Private names of DPOTrainer appear nowhere else but where TRL has them overridden by subclasses."""
-    private = {name for name in vars(DPOTrainer) if name.startswith("_") and not name.startswith("__")}
-    private |= {"_metrics", "precompute_ref_logps"}
-    overridden = {"_tag_names", "_name", "_paper", "_prepare_dataset", "_precompute_ref_logps", "_save_checkpoint"}
-    for path in PACKAGE.rglob("*.py"):
-        if path.name == "_trl.py":
-            continue
-        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-        assert not (names & private) - (overridden if path.name == "trainer.py" else set()), path.name
 
 
 def test_constraints_know_neither_each_other_nor_config_nor_trl():
@@ -152,21 +48,6 @@ def test_constraints_know_neither_each_other_nor_config_nor_trl():
             # The Lagrangian's term is the penalty's, with another weight.
             others = {".penalty"} if path.name == "lagrangian.py" else set()
             assert modules <= {".base", "..pairs", "torch", "dataclasses"} | others, path.name
-
-
-def test_unsupported_trl_is_named():
-    check_trl(trl.__version__)
-    check_trl("1.16.3")
-    for version in ("1.15.0", "1.17.0", "0.9.6", "2.0.0"):
-        with pytest.raises(ImportError) as error:
-            check_trl(version)
-        assert version in str(error.value) and str(SUPPORTED_TRL) in str(error.value)
-
-
-def test_the_trainer_checks_the_version_first(monkeypatch, tmp_path):
-    monkeypatch.setattr(check_trl, "__defaults__", ("1.17.0",))
-    with pytest.raises(ImportError, match="TRL 1.17.0 is installed"):
-        CPOConstrainedTrainer(model="nowhere", args=CPOConstrainedConfig(**training_options(tmp_path)))
 
 
 def test_packaging_and_seam_agree_on_trl():
