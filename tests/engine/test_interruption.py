@@ -201,8 +201,7 @@ def started(folder, *command, launch=0):
             process.kill()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("who", ["one", "launcher"])
+@pytest.mark.parametrize("who", ["one", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_two_processes_end_at_the_same_step(tmp_path, small_model, who):
     """The signal reaches the second process alone, in an epoch's last step; or the launcher, which signals process groups.
 

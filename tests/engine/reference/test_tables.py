@@ -184,6 +184,8 @@ OTHERS = {
     ),
     "config": (lambda: dict(model=make_model(rms_norm_eps=1e-3)), None),
 }
+#: Of these only the order of additions is another. Whether that shows in a bit depends on the processor's kernels.
+ROUNDED_DIFFERENTLY = {"forward", "DPOTrainer's batches", "attention"}
 
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode")
@@ -194,7 +196,10 @@ def test_another_one_has_another_table(tmp_path, cache, calls, other):
     calls.clear()
     second = table(tmp_path, **changed())
     assert second.folder != first.folder and sum(calls) == 2 * len(second)
-    assert not np.array_equal(values(first), values(second))
+    if other in ROUNDED_DIFFERENTLY:
+        np.testing.assert_allclose(values(second), values(first), rtol=0, atol=1e-4)
+    else:
+        assert not np.allclose(values(second), values(first), rtol=0, atol=1e-4)
 
 
 def test_batches_as_dpo_trainer_forms_them_are_keyed_by_their_size(tmp_path, cache):
