@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -58,3 +59,31 @@ def test_text_files_are_clean(name):
 )
 def test_text_hooks_tell_clean_files_from_others(name, bad, good):
     assert finds(HOOKS[name], bad) and not finds(HOOKS[name], good)
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    from trl_cpo import CPOConstrainedTrainer
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["authors"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    (paper,) = citation["references"]
+    names = " and ".join(f"{author['given-names']} {author['family-names']}" for author in paper["authors"])
+    words = re.sub(r"\s+", " ", CPOConstrainedTrainer._paper["citation"])
+    assert f"author = {{{names}}}" in words and f"title = {{{{{paper['title']}}}}}" in words
+    assert paper["identifiers"][0]["value"] == f"arXiv:{CPOConstrainedTrainer._paper['id']}"
+
+
+def test_the_changelog_knows_the_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    heads = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heads[0] == "Unreleased" and heads[1] == project["version"]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+def test_links_and_files_that_a_page_names_are_there(page):
+    text = (ROOT / page).read_text()
+    linked = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    named = re.findall(r"`((?:tests|trl_cpo|docs)/[\w./]+)`", text)
+    assert [path for path in linked + named if not (ROOT / path).exists()] == []
