@@ -1,6 +1,5 @@
 """CPOConstrainedTrainer: DPOTrainer with a constraint on the preference gap."""
 
-import dataclasses
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -32,8 +31,7 @@ from ._trl.models import (
 )
 from ._trl.training_loop import saving_weights_on_each_node
 from ._trl.upstream import check_trl
-from .config import CPOConstrainedConfig, unused_knobs
-from .constraints import CONSTRAINTS, Knobs
+from .config import CPOConstrainedConfig
 from .data import validation as checks
 from .engine import guards
 from .engine import processes as parallel
@@ -46,7 +44,7 @@ from .engine.resume.resumption import Resumption
 from .engine.shutdown import end_gently
 from .logs.narration import Narrator
 from .metrics import COLUMNS, MetricLedger, PairView, per_pair
-from .multiplier import DualAscent, DualState
+from .multiplier import DualAscent, Multiplier
 from .pairs import PairLogps
 
 if TYPE_CHECKING:
@@ -136,7 +134,7 @@ class CPOConstrainedTrainer(DPOTrainer):
             raise TypeError(
                 f"args must be a CPOConstrainedConfig, got {type(args).__name__}, which has no constraint. Replace "
                 "`DPOConfig` by `CPOConstrainedConfig` (from trl_cpo import CPOConstrainedConfig): it takes the same "
-                "fields, and constraint, gamma, tau, alpha, penalty_weight and logps_reduction."
+                "fields, and those of the constraint."
             )
         self._check_processes(
             args,
@@ -161,10 +159,10 @@ class CPOConstrainedTrainer(DPOTrainer):
             if getattr(args, option):
                 checks.check_lengths_known(train_dataset, option)
 
-        self._constraint = CONSTRAINTS[args.constraint]
-        self._knobs = args.knobs
+        self._constraint = args.form
         self._order: BalancedSampler | TokenBudget | None = None
-        self._dual = DualState(args.dual_rule) if self._constraint.dual else None
+        rule = self._constraint.dual_rule
+        self._dual = None if rule is None else Multiplier(rule)
         self._ledgers = {"train": MetricLedger(), "eval": MetricLedger()}
         #: By metric prefix ("eval", or "eval_<name>" with several sets), the log-probabilities of every pair of that set's
         #: latest evaluation: gathered over processes, each pair once, in the order in which the set was gone through (its
@@ -236,9 +234,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         parallel.check_agreement(lambda: parallel.facts_of(args, configs=configs, datasets=datasets))
 
     def _say_cautions(self, args: CPOConstrainedConfig) -> None:
-        unused = unused_knobs(args)
-        notes = [f"constraint={args.constraint!r} does not use {', '.join(unused)}."] if unused else []
-        for note in notes + self._constraint.cautions(self._knobs):
+        for note in args.cautions():
             warnings.warn(note, stacklevel=3)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
@@ -349,7 +345,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         comparable = guards.comparable(inputs["input_ids"], inputs["completion_mask"])
 
         def target_of(pairs):
-            return torch.where(comparable, self._constraint.target(pairs, self._knobs), pairs.ref_gap)
+            return torch.where(comparable, self._constraint.target(pairs), pairs.ref_gap)
 
         result, pairs, target = observed_loss(
             self,
@@ -363,7 +359,7 @@ class CPOConstrainedTrainer(DPOTrainer):
             num_items_in_batch=num_items_in_batch,
         )
         loss, *outputs = result if return_outputs else (result,)
-        added = self._constraint.added_loss(pairs, self._weighted_knobs())
+        added = self._constraint.added_loss(pairs, 0.0 if self._dual is None else self._dual.value)
         if added is not None:
             loss = loss + torch.where(comparable, added, 0.0).mean()
         check = self._count(pairs, target, comparable, loss, inputs)
@@ -407,15 +403,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         keep_trainable(model)  # a precomputed reference runs before the trainer is whole
         return super().compute_ref_log_probs(self._sharing.of(model), inputs)
 
-    def _weighted_knobs(self) -> Knobs:
-        """The knobs, with a dual constraint's multiplier of this moment as the weight of what it adds."""
-        if self._dual is None:
-            return self._knobs
-        return dataclasses.replace(self._knobs, penalty_weight=self._dual.multiplier)
-
     def _count(self, pairs, target, comparable, loss, inputs) -> guards.BatchCheck:
         pairs, training = pairs.detach(), self.model.training
-        rows = per_pair(PairView(pairs, target, self._knobs.gamma))
+        rows = per_pair(PairView(pairs, target, self._constraint.gamma))
         marks = torch.stack([comparable, loss.detach().expand(len(rows))], dim=1)
         # One gather for the metrics of each pair, the log-probabilities that they were made of, and what is checked.
         # Examples repeated to fill the last batch are trained on, so there they count.
