@@ -3,11 +3,13 @@
 import dataclasses
 
 import pytest
+from constraint_cases import case_of
 from trl import DPOConfig, TrlParser
 
-import trl_cpo.engine.config as config_module
+import trl_cpo.engine.config as engine_config
 from trl_cpo import CPOConstrainedConfig
 from trl_cpo._trl.loss import LOSS_READS
+from trl_cpo.constraint_fields import HYPERPARAMETERS
 from trl_cpo.constraints import CONSTRAINTS
 
 
@@ -85,8 +87,7 @@ def test_every_loss_type_is_defined_or_refused_in_words(tmp_path, constraint, lo
         defined = reduction == "sum" or loss_type == "sigmoid" or reads in ("mean", "no reference")
         if constraint in MARGIN_FORMS:
             defined &= reads == reduction or (reduction == "mean" and loss_type == "sigmoid")
-        if constraint == "inverse_prob":
-            defined &= reduction == "mean"
+        defined &= not CONSTRAINTS[constraint](beta=0.1, logps_reduction=reduction).faults()
         fields = dict(constraint=constraint, loss_type=[loss_type], logps_reduction=reduction)
         if defined:
             assert config(tmp_path, **fields).loss_type == [
@@ -104,7 +105,7 @@ def test_mean_needs_no_second_option(tmp_path):
 
 
 def test_without_bfloat16_training_is_in_float32_where_trl_raises(tmp_path, monkeypatch):
-    monkeypatch.setattr(config_module, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(engine_config, "is_torch_bf16_gpu_available", lambda: False)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
     with pytest.raises(ValueError, match="bf16"):
         DPOConfig(str(tmp_path))
@@ -116,7 +117,7 @@ def test_without_bfloat16_training_is_in_float32_where_trl_raises(tmp_path, monk
 
 
 def test_with_bfloat16_it_is_used_as_in_trl(tmp_path, monkeypatch):
-    monkeypatch.setattr(config_module, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(engine_config, "is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     assert CPOConstrainedConfig(str(tmp_path)).bf16 is DPOConfig(str(tmp_path)).bf16 is True
 
@@ -130,8 +131,33 @@ def test_trls_parser_reads_the_fields_and_refuses_unknown_ones(tmp_path):
         TrlParser([CPOConstrainedConfig]).parse_args_and_config([*common, "--gamm_a", "0.5"])
 
 
-def test_every_added_field_names_its_unit():
-    for name in ("gamma", "tau", "alpha", "penalty_weight"):
-        text = CPOConstrainedConfig.__dataclass_fields__[name].metadata["help"]
-        assert "nat" in text or "without unit" in text
-        assert f"{name} (`float`" in CPOConstrainedConfig.__doc__
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
+def test_every_hyperparameter_is_a_field_of_the_config(name, tmp_path):
+    """With the form's default, its help, its bounds and its names; documented once; and it is no field of TRL's."""
+    declared, ours = HYPERPARAMETERS[name], CPOConstrainedConfig.__dataclass_fields__[name]
+    assert ours.default == declared.default
+    assert declared.metadata["help"][1:] in ours.metadata["help"]
+    assert CPOConstrainedConfig.__doc__.count(f" {name} (`") == 1
+    assert name not in engine_config.DPOConfig.__dataclass_fields__, f"TRL's or the engine's config has a field {name}"
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        config(tmp_path, **{name: object()})
+    about = declared.metadata
+    if not about["choices"]:
+        lowest = about["at_least"] if about["above"] is None else about["above"]
+        sign = "≥" if about["above"] is None else ">"
+        with pytest.raises(ValueError, match=f"{name} must be a .*number {sign} {lowest:g}; got {lowest - 1!r}"):
+            config(tmp_path, **{name: lowest - 1})
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_the_form_has_the_values_that_were_given(name, tmp_path):
+    form = case_of(name).form
+    made = config(tmp_path, constraint=name, **{each.name: getattr(form, each.name) for each in dataclasses.fields(form)})
+    assert made.form == form
+    idle = HYPERPARAMETERS.keys() - form.hyperparameters().keys()
+    assert not [note for note in made.cautions() if "does not use" in note]
+    given = {field: 0.75 for field in idle if isinstance(HYPERPARAMETERS[field].default, float)}
+    given["logps_reduction"] = form.logps_reduction
+    (note,) = [n for n in config(tmp_path, constraint=name, gamma=1.0, **given).cautions() if "does not use" in n]
+    given.pop("logps_reduction")
+    assert all(f"{field}=0.75" in note for field in given)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.constraints import CONSTRAINTS
-from trl_cpo.multiplier import SIGNALS, DualRule, DualState
+from trl_cpo.constraints.dual_rule import SIGNALS, DualRule
+from trl_cpo.multiplier import Multiplier
 from trl_cpo.objective import pair_loss
 from trl_cpo.theory.lagrangian import population_lagrangian
 
@@ -51,35 +51,35 @@ class TestRule:
 
 class TestState:
     def test_one_update_a_step_by_the_mean_over_pairs_and_not_over_micro_batches(self):
-        state = DualState(RULE)
+        state = Multiplier(RULE)
         state.observe(torch.tensor([3.0, 3.0, 3.0]))
         state.observe(torch.tensor([0.0]))
-        assert state.multiplier == 0.2
+        assert state.value == 0.2
         state.step()
-        assert state.multiplier == pytest.approx(0.2 + 0.1 * (9 / 4 - 0.5))
-        assert state.flush() == {"cpo/lambda": state.multiplier, "cpo/slack": 0.5 - 9 / 4, "cpo/holds": 0.0}
+        assert state.value == pytest.approx(0.2 + 0.1 * (9 / 4 - 0.5))
+        assert state.flush() == {"cpo/lambda": state.value, "cpo/slack": 0.5 - 9 / 4, "cpo/holds": 0.0}
 
     def test_the_mean_is_taken_in_float64(self):
         """2²⁴ + 1 is no number of float32."""
-        state = DualState(DualRule(epsilon=0.0, step_size=1.0, cap=math.inf))
+        state = Multiplier(DualRule(epsilon=0.0, step_size=1.0, cap=math.inf))
         state.observe(torch.tensor([2.0**24, 1.0]))
         state.step()
-        assert state.multiplier == (2**24 + 1) / 2 and state.flush()["cpo/slack"] == -(2**24 + 1) / 2
+        assert state.value == (2**24 + 1) / 2 and state.flush()["cpo/slack"] == -(2**24 + 1) / 2
 
     def test_a_step_without_pairs_changes_nothing(self):
-        state = DualState(RULE)
+        state = Multiplier(RULE)
         state.step()
-        assert state.multiplier == 0.2 and state.flush() == {}
+        assert state.value == 0.2 and state.flush() == {}
 
     def test_warm_up_counts_and_does_not_move(self):
-        state = DualState(DualRule(epsilon=0.0, step_size=1.0, cap=9.0, warmup_steps=2))
+        state = Multiplier(DualRule(epsilon=0.0, step_size=1.0, cap=9.0, warmup_steps=2))
         for expected in (0.0, 0.0, 3.0, 6.0):
             state.observe(torch.tensor([3.0]))
             state.step()
-            assert state.multiplier == expected
+            assert state.value == expected
 
     def test_holds_is_the_share_of_steps_and_the_window_starts_again(self):
-        state = DualState(RULE)
+        state = Multiplier(RULE)
         for values in ([0.5], [0.1, 0.2], [4.0]):
             state.observe(torch.tensor(values))
             state.step()
@@ -91,7 +91,7 @@ class TestState:
     @given(st.lists(st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=5), min_size=2, max_size=12), st.data())
     def test_saved_and_loaded_it_goes_on_as_if_nothing_had_been(self, steps, data):
         cut = data.draw(st.integers(0, len(steps)))
-        whole, first = DualState(RULE), DualState(RULE)
+        whole, first = Multiplier(RULE), Multiplier(RULE)
 
         def feed(state, part):
             for values in part:
@@ -100,27 +100,27 @@ class TestState:
 
         feed(whole, steps)
         feed(first, steps[:cut])
-        second = DualState(RULE)
+        second = Multiplier(RULE)
         second.load_state_dict(first.state_dict())
         feed(second, steps[cut:])
         assert second.state_dict() == whole.state_dict() and second.flush() == whole.flush()
 
     def test_what_a_training_saw_that_was_broken_off_within_a_step_is_of_no_step(self):
-        state = DualState(RULE)
+        state = Multiplier(RULE)
         state.observe(torch.tensor([9.0, 9.0]))
         state.begin()
         state.step()
-        assert state.multiplier == RULE.start and state.flush() == {}
+        assert state.value == RULE.start and state.flush() == {}
 
     def test_reset_it_is_a_new_one(self):
-        state = DualState(RULE)
+        state = Multiplier(RULE)
         state.observe(torch.tensor([9.0]))
         state.step()
         state.reset()
-        assert state.state_dict() == DualState(RULE).state_dict()
+        assert state.state_dict() == Multiplier(RULE).state_dict()
 
     def test_what_cannot_be_loaded_is_refused(self):
-        state = DualState(RULE)
+        state = Multiplier(RULE)
         with pytest.raises(ValueError, match="lacks dual_steps, held"):
             state.load_state_dict({"multiplier": 0.1, "pairs": 1, "steps": 1, "violation": 1.0})
         with pytest.raises(ValueError, match=r"outside \[0, 1\]. Raise dual_max"):
@@ -133,14 +133,14 @@ def config(tmp_path, **options):
 
 class TestConfig:
     def test_left_alone_the_step_and_the_cap_follow_beta(self, tmp_path):
-        rule = config(tmp_path, beta=0.3).dual_rule
+        rule = config(tmp_path, beta=0.3).form.dual_rule
         assert (rule.step_size, rule.cap) == pytest.approx((0.1 * 0.09, 0.3))
-        rule = config(tmp_path, beta=0.3, dual_signal="violation_rate").dual_rule
+        rule = config(tmp_path, beta=0.3, dual_signal="violation_rate").form.dual_rule
         assert (rule.step_size, rule.cap) == pytest.approx((0.1 * 0.3, 0.3))
 
     def test_what_is_given_is_taken(self, tmp_path):
         given_ = dict(epsilon=0.25, dual_lr=0.5, dual_max=4.0, dual_init=0.5, dual_warmup_steps=3)
-        rule = config(tmp_path, **given_, dual_signal="violation_rate").dual_rule
+        rule = config(tmp_path, **given_, dual_signal="violation_rate").form.dual_rule
         assert rule == DualRule(0.25, 0.5, 4.0, 0.5, 3, "violation_rate")
         assert set(SIGNALS) == {"violation", "violation_rate"}
 
@@ -165,7 +165,7 @@ class TestConfig:
         "options, said", [({}, ["never falls"]), ({"epsilon": math.inf}, ["plain DPO"]), ({"epsilon": 0.2}, [])], ids=str
     )
     def test_cautions(self, tmp_path, options, said):
-        cautions = CONSTRAINTS["lagrangian"].cautions(config(tmp_path, **options).knobs)
+        cautions = config(tmp_path, **options).form.cautions()
         assert len(cautions) == len(said) and all(part in text for part, text in zip(said, cautions, strict=True))
 
     def test_what_another_form_does_not_read_is_said(self, tmp_path, model_folder, tokenizer):
@@ -234,16 +234,16 @@ def test_the_step_uses_the_multiplier_of_before_it_and_evaluation_moves_nothing(
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            seen.append(trainers[0]._dual.multiplier)
+            seen.append(trainers[0]._dual.value)
 
     trainers = []
 
     class Ours(CPOConstrainedTrainer):
         def compute_loss(self, *args, **kwargs):
             trainers[:] = [self]
-            before = self._dual.multiplier
+            before = self._dual.value
             loss = super().compute_loss(*args, **kwargs)
-            assert self._dual.multiplier == before
+            assert self._dual.value == before
             return loss
 
     trainer = Ours(
@@ -271,9 +271,9 @@ def test_the_step_uses_the_multiplier_of_before_it_and_evaluation_moves_nothing(
     first = logs[0]
     # At the first step policy and reference are the same: DPO's loss is log 2.
     assert first["loss"] == pytest.approx(math.log(2) + 0.3 * first["cpo/violation"], rel=1e-4)
-    multiplier = trainer._dual.multiplier
+    multiplier = trainer._dual.value
     evaluated = trainer.evaluate()
-    assert trainer._dual.multiplier == multiplier
+    assert trainer._dual.value == multiplier
     assert evaluated["eval_cpo/slack"] == -evaluated["eval_cpo/violation"]
     assert evaluated["eval_cpo/holds"] == float(evaluated["eval_cpo/violation"] <= 0)
 
@@ -297,20 +297,19 @@ def test_primal_and_dual_converge_to_the_closed_form(case):
     p, ref_gap = torch.tensor(p, dtype=torch.float64), torch.tensor(ref_gap, dtype=torch.float64)
     expected_gaps, expected_multiplier = population_lagrangian(p, ref_gap, beta=beta, gamma=gamma, epsilon=epsilon)
     gaps = ref_gap.clone().requires_grad_()
-    form, dual = CONSTRAINTS["lagrangian"], DualState(DualRule(epsilon, step_size=5e-3, cap=10 * beta))
-    assert form.dual
+    dual = Multiplier(DualRule(epsilon, step_size=5e-3, cap=10 * beta))
     averaged_gaps, averaged_multiplier, count = torch.zeros_like(gaps), 0.0, 0
     for step in range(6_000):
         loss = (p * pair_loss(gaps, ref_gap, beta=beta) + (1 - p) * pair_loss(-gaps, -ref_gap, beta=beta)).mean()
         violation = torch.relu(gamma - gaps)
-        (gradient,) = torch.autograd.grad(loss + dual.multiplier * violation.mean(), gaps)
+        (gradient,) = torch.autograd.grad(loss + dual.value * violation.mean(), gaps)
         with torch.no_grad():
             gaps -= 0.2 * len(p) * gradient
         dual.observe(violation)
         dual.step()
         if step >= 4_000:
             averaged_gaps += gaps.detach()
-            averaged_multiplier += dual.multiplier
+            averaged_multiplier += dual.value
             count += 1
     # The mean over the last third: at a corner of the hinge a gradient step goes to and fro.
     assert torch.allclose(averaged_gaps / count, expected_gaps, atol=0.02)

@@ -1,19 +1,22 @@
 """Under a constraint, the trainer's loss and metrics are those computed by hand, pair by pair, from the models' logits."""
 
+import dataclasses
 import itertools
 import json
 import math
 
 import pytest
 import torch
+from constraint_cases import added_of, case_of, made
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.constraints import CONSTRAINTS, Knobs
+from trl_cpo.constraints import CONSTRAINTS
+from trl_cpo.pairs import PairLogps
 
-from helpers.by_hand import ALPHA, BETA, GAMMA, SMOOTHING, TAU, WEIGHT, make_trainer, pairs_by_hand
+from helpers.by_hand import BETA, GAMMA, SMOOTHING, make_trainer, pairs_by_hand
 from helpers.paths import TESTS
 from helpers.tiny import make_model, pairs_dataset, training_options
 
@@ -23,21 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
 
 def a_batch(trainer):
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-
-
-def target_by_hand(name, ref_chosen, ref_rejected):
-    ref_gap = ref_chosen - ref_rejected
-    return {
-        "none": ref_gap,
-        "penalty": ref_gap,
-        "lagrangian": ref_gap,
-        "clip": max(ref_gap, GAMMA),
-        "softplus": ref_gap + math.log(1 + math.exp(TAU * (GAMMA - ref_gap))) / TAU / ALPHA,
-        "inverse_prob": ref_gap + GAMMA / BETA * (math.exp(-ref_chosen) + math.exp(-ref_rejected))
-        if ref_chosen > -50
-        else None,
-        "inverse_logp": ref_gap + GAMMA / BETA * (1 / ref_chosen + 1 / ref_rejected),
-    }[name]
 
 
 def log_sigmoid(x):
@@ -68,9 +56,10 @@ def pair_loss_by_hand(loss_type, z):
 
 
 def loss_by_hand(trainer, inputs, loss_type, ld_alpha=None):
-    name = trainer.args.constraint
-    pairs = pairs_by_hand(trainer, inputs, ld_alpha)
-    targets = [target_by_hand(name, rc, rr) for _, _, rc, rr in pairs]
+    """The form's targets and added terms, whose numbers constraint_cases.py has by hand, in a loss by hand."""
+    form, pairs = trainer.args.form, pairs_by_hand(trainer, inputs, ld_alpha)
+    logps = PairLogps.from_rows(torch.tensor(pairs, dtype=torch.float64))
+    targets = form.target(logps).tolist()
     gaps = [pc - pr for pc, pr, _, _ in pairs]
     if loss_type == "aot":
         gaps, targets = sorted(gaps), sorted(targets)
@@ -80,10 +69,7 @@ def loss_by_hand(trainer, inputs, loss_type, ld_alpha=None):
         ]
     else:
         losses = [pair_loss_by_hand(loss_type, g - t) for g, t in zip(gaps, targets, strict=True)]
-    loss = sum(losses) / len(losses)
-    if name in ("penalty", "lagrangian"):  # dual_init is WEIGHT
-        loss += WEIGHT * sum(max(0.0, GAMMA - g) for g in gaps) / len(gaps)
-    return loss
+    return sum(losses) / len(losses) + added_of(form, logps).mean().item()
 
 
 SUM_LOSSES = ["sigmoid", "hinge", "robust", "exo_pair", "discopop", "aot"]
@@ -92,7 +78,7 @@ CASES = [
     for name in CONSTRAINTS
     for reduction, loss_types in (("sum", SUM_LOSSES), ("mean", ["sigmoid", "ipo"]))
     for loss_type in loss_types
-    if not (name == "inverse_prob" and reduction == "sum")
+    if not CONSTRAINTS[name](beta=BETA, logps_reduction=reduction).faults()
 ]
 
 
@@ -159,7 +145,8 @@ def test_penalty_is_added_to_any_divergence(tmp_path, tokenizer, model_folder, r
         inputs = a_batch(trainer)
         values.append(trainer.compute_loss(trainer.model, inputs).item())
     gaps = [pc - pr for pc, pr, _, _ in pairs_by_hand(trainer, inputs)]
-    penalty = WEIGHT * sum(max(0.0, GAMMA - g) for g in gaps) / len(gaps)
+    weight = case_of("penalty").form.penalty_weight
+    penalty = weight * sum(max(0.0, GAMMA - g) for g in gaps) / len(gaps)
     assert values[0] - values[1] == pytest.approx(penalty, rel=1e-3)
 
 
@@ -178,11 +165,9 @@ def test_gradient_of_the_whole_step_is_the_formulas(tmp_path, tokenizer, model_f
     mask = inputs["completion_mask"]
     means = (tokens * mask[:, 1:]).sum(1) / mask.sum(1)
     chosen, rejected = means.chunk(2)
-    targets = [target_by_hand(name, rc, rr) for _, _, rc, rr in pairs_by_hand(trainer, inputs)]
-    gap = chosen - rejected
-    loss = torch.nn.functional.softplus(-BETA * (gap - torch.tensor(targets, dtype=torch.float64)))
-    if name in ("penalty", "lagrangian"):
-        loss = loss + WEIGHT * torch.relu(GAMMA - gap)
+    references = torch.tensor(pairs_by_hand(trainer, inputs), dtype=torch.float64)[:, 2:].unbind(dim=1)
+    pairs, form = PairLogps(chosen, rejected, *references), trainer.args.form
+    loss = torch.nn.functional.softplus(-BETA * (pairs.gap - form.target(pairs))) + added_of(form, pairs)
     loss.mean().backward()
     for (label, ours), theirs in zip(trainer.model.named_parameters(), policy.parameters(), strict=True):
         scale = theirs.grad.abs().max().item()
@@ -193,7 +178,7 @@ def test_gradient_of_the_whole_step_is_the_formulas(tmp_path, tokenizer, model_f
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_rewards_keep_dpos_meaning(tmp_path, tokenizer, model_folder, ref_model_folder, name, reduction):
     """β (s_θ − s_ref) against the true reference, of summed log-probabilities as TRL logs them."""
-    if name == "inverse_prob" and reduction == "sum":
+    if CONSTRAINTS[name](beta=BETA, logps_reduction=reduction).faults():
         reduction = "mean"
     logged = {}
     for constraint in ("none", name):
@@ -220,9 +205,7 @@ def test_a_target_moved_by_nothing_is_bitwise_dpo(tmp_path, tokenizer, model_fol
         options["prefix_sharing"] = False
         trainer = make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, **options)
         if options["constraint"] == "clip":
-            import dataclasses
-
-            trainer._knobs = dataclasses.replace(trainer._knobs, gamma=-math.inf)
+            trainer._form = dataclasses.replace(trainer._form, gamma=-math.inf)
         loss = trainer.compute_loss(trainer.model, a_batch(trainer))
         loss.backward()
         losses.append((loss.item(), [p.grad.clone() for p in trainer.model.parameters()]))
@@ -289,9 +272,9 @@ class OneToken:
         return self
 
 
-def through_the_trainer(trainer, name, knobs, logps, dtype):
+def through_the_trainer(trainer, form, logps, dtype):
     """Loss, target and both gradients as the trainer's compute_loss gives them for one pair of four log-probabilities."""
-    trainer._form, trainer._knobs, trainer.beta = CONSTRAINTS[name], knobs, knobs.beta
+    trainer._form, trainer.beta = form, form.beta
     policy = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in logps[:2]]
     inputs = {
         "input_ids": torch.tensor([[1, 1], [1, 2]]),  # answers that differ: of equal ones nothing is asked
@@ -327,20 +310,20 @@ def test_golden_values_through_the_trainer(one_token_trainer, name):
     """The 64 cases in float64, in TRL's own loss at the projected reference: projecting costs no more than rounding."""
     for case in GOLDEN:
         gamma = 0.0 if name == "clip_release" else case["gamma"]
-        knobs = Knobs(case["beta"], gamma, case["tau"], case["alpha"], logps_reduction="mean")
+        form = made(name.removesuffix("_release"), case, gamma=gamma, logps_reduction="mean")
         logps = [case[side] for side in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
-        got = through_the_trainer(one_token_trainer, name.removesuffix("_release"), knobs, logps, torch.float64)
+        got = through_the_trainer(one_token_trainer, form, logps, torch.float64)
         for key, value in case["expect"][name].items():
-            assert abs(float(got[key]) - value) <= 1e-12 * max(1.0, abs(value), knobs.beta), (key, case)
+            assert abs(float(got[key]) - value) <= 1e-12 * max(1.0, abs(value), form.beta), (key, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_extremes_through_the_trainer(one_token_trainer, name, dtype):
     """±1e4 nats: loss and gradients finite in TRL's own loss as well."""
-    knobs = Knobs(0.1, 0.5, 2.0, 0.5, logps_reduction="mean")
+    form = dataclasses.replace(case_of(name).form, beta=0.1, gamma=0.5)
     for logps in itertools.product((-1e4, 0.0), repeat=4):
-        got = through_the_trainer(one_token_trainer, name, knobs, logps, dtype)
+        got = through_the_trainer(one_token_trainer, form, logps, dtype)
         assert math.isfinite(got["loss"]) and math.isfinite(got["target"])
         assert torch.isfinite(got["grad_chosen"]) and torch.isfinite(got["grad_rejected"])
 

@@ -1,6 +1,5 @@
 """CPOConstrainedTrainer: DPOTrainer with a constraint on the preference gap."""
 
-import dataclasses
 import textwrap
 import warnings
 
@@ -8,12 +7,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from .config import CPOConstrainedConfig, unused_knobs
-from .constraints import CONSTRAINTS
+from .config import CPOConstrainedConfig
 from .engine import DPOTrainer
 from .logs.narration import Narrator
 from .metrics import COLUMNS, MetricLedger, PairView, per_pair
-from .multiplier import DualAscent, DualState
+from .multiplier import DualAscent, Multiplier
 from .pairs import PairLogps
 
 
@@ -67,15 +65,13 @@ class CPOConstrainedTrainer(DPOTrainer):
     }
 
     def set_up(self, args: CPOConstrainedConfig) -> list[TrainerCallback]:
-        self._form = CONSTRAINTS[args.constraint]
-        self._knobs = args.knobs
-        self._dual = DualState(args.dual_rule) if self._form.dual else None
+        self._form = args.form
+        rule = self._form.dual_rule
+        self._dual = None if rule is None else Multiplier(rule)
         self._ledgers = {"train": MetricLedger(), "eval": MetricLedger()}
         self.leaves_out_degenerate = f"The {'' if args.is_plain_dpo else 'constraint and the '}cpo/ metrics leave"
         if args.process_index == 0:
-            unused = unused_knobs(args)
-            notes = [f"constraint={args.constraint!r} does not use {', '.join(unused)}."] if unused else []
-            for note in notes + self._form.cautions(self._knobs):
+            for note in args.cautions():
                 warnings.warn(note, stacklevel=3)
         callbacks = [] if self._dual is None else [DualAscent(self._dual)]
         return callbacks + ([Narrator(args.logps_reduction)] if args.narrate else [])
@@ -92,22 +88,16 @@ class CPOConstrainedTrainer(DPOTrainer):
             return_outputs,
             num_items_in_batch,
             reduction=self.args.logps_reduction,
-            target_of=self._target if self._form.moves_target else None,
+            target_of=self._form.target if self._form.moves_target else None,
             added_loss=self._added_loss,
         )
 
-    def _target(self, pairs: PairLogps) -> Tensor:
-        return self._form.target(pairs, self._knobs)
-
     def _added_loss(self, pairs: PairLogps) -> Tensor | None:
-        knobs = self._knobs
-        if self._dual is not None:
-            knobs = dataclasses.replace(knobs, penalty_weight=self._dual.multiplier)
-        return self._form.added_loss(pairs, knobs)
+        return self._form.added_loss(pairs, 0.0 if self._dual is None else self._dual.value)
 
     def on_batch(self, batch) -> None:
         pairs, targets = batch.counted()
-        rows = per_pair(PairView(pairs, targets, self._knobs.gamma))
+        rows = per_pair(PairView(pairs, targets, self._form.gamma))
         ledger = self._ledgers["train" if self.model.training else "eval"]
         ledger.add(rows)
         ledger.left_out.update(batch.left_out())

@@ -324,7 +324,7 @@ def test_the_constraint_asks_nothing_of_pairs_that_compare_nothing(make, tokeniz
     pairs, target = seen["pairs"], seen["target"]
     good = torch.tensor([True, False, False, False, True])
     form_of = trainer._form
-    asked = torch.where(good, form_of.target(pairs, trainer._knobs), pairs.ref_gap)
+    asked = torch.where(good, form_of.target(pairs), pairs.ref_gap)
     assert torch.equal(target, asked)
     assert not torch.equal(asked, pairs.ref_gap) or not form_of.moves_target
     expected = -F.logsigmoid(BETA * (pairs.gap - asked))

@@ -6,15 +6,18 @@
 import math
 import random
 import string
+from dataclasses import Field, fields
 from pathlib import Path
 
 import torch
+import trl
 
 from trl_cpo import CPOConstrainedConfig
-from trl_cpo.constraints import CONSTRAINTS, Knobs
+from trl_cpo.constraint_fields import HYPERPARAMETERS
+from trl_cpo.constraints import CONSTRAINTS, Constraint
+from trl_cpo.constraints.dual_rule import DualRule
 from trl_cpo.data.hh import DialogueError, Reason, convert_row, parse_dialogue, render_dialogue
 from trl_cpo.metrics import COLUMNS, METRICS, PairView, per_pair
-from trl_cpo.multiplier import DualRule
 from trl_cpo.objective import gap_from_loss, pair_loss
 from trl_cpo.pairs import PairLogps
 
@@ -57,16 +60,31 @@ def log_uniform(rng, low, high):
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
-def knobs_of(rng: random.Random) -> Knobs:
-    """Knobs from the range that a user may set, the corners more often than chance."""
-    return Knobs(
-        beta=rng.choice([0.01, 0.1, 1.0, log_uniform(rng, 1e-4, 1e3)]),
-        gamma=rng.choice([0.0, 1.0, log_uniform(rng, 1e-12, 1e5)]),
-        tau=rng.choice([2.0, 1e-3, 1e6, log_uniform(rng, 1e-6, 1e6)]),
-        alpha=rng.choice([1.0, 0.25, log_uniform(rng, 1e-3, 1e3)]),
-        penalty_weight=rng.choice([0.0, 1.0, log_uniform(rng, 1e-9, 1e6)]),
-        logps_reduction="mean",
-    )
+def made(name: str, values: dict) -> Constraint:
+    """The form at those of the values that it has a field for."""
+    form = CONSTRAINTS[name]
+    return form(**{each.name: values[each.name] for each in fields(form)})
+
+
+def value_of(rng: random.Random, declared: Field):
+    """A value that a user may set, the corners more often than chance; numbers within 1e6 of the lowest."""
+    about = declared.metadata
+    if about["choices"]:
+        return rng.choice(about["choices"])
+    if declared.default is None and rng.random() < 0.3:
+        return None
+    if declared.type is int:
+        return about["at_least"] + rng.randrange(4)
+    lowest = [] if about["at_least"] is None else [about["at_least"]]
+    base = about["at_least"] if about["above"] is None else about["above"]
+    return rng.choice([declared.default or 1.0, *lowest, base + log_uniform(rng, 1e-6, 1e6)])
+
+
+def values_of(rng: random.Random) -> dict:
+    """Hyperparameters of all forms, with γ up to 1e5 nats."""
+    values = {name: value_of(rng, declared) for name, declared in HYPERPARAMETERS.items()}
+    values["gamma"] = rng.choice([0.0, 1.0, log_uniform(rng, 1e-12, 1e5)])
+    return values | {"beta": rng.choice([0.01, 0.1, 1.0, log_uniform(rng, 1e-4, 1e3)]), "logps_reduction": "mean"}
 
 
 def hold(condition: torch.Tensor | bool, what: str, *shown) -> None:
@@ -107,42 +125,44 @@ def objective(rng: random.Random, draws: int) -> None:
 def constraints(rng: random.Random, draws: int) -> None:
     """Targets and added losses are finite, on the promised side of δ_ref and γ, and monotone where that is promised."""
     for generator, n in chunks(rng, draws):
-        dtype, knobs = rng.choice(DTYPES), knobs_of(rng)
+        dtype, values = rng.choice(DTYPES), values_of(rng)
         pairs = pairs_of(generator, n, dtype)
-        ref, gamma = pairs.ref_gap, torch.tensor(knobs.gamma, dtype=pairs.ref_gap.dtype)
-        for name, form in CONSTRAINTS.items():
-            target, added = form.target(pairs, knobs), form.added_loss(pairs, knobs)
-            hold(target.shape == ref.shape and target.dtype == ref.dtype, "shape and dtype", name)
-            hold(target.isfinite(), "finite target", name, target, ref, knobs)
+        ref, gamma = pairs.ref_gap, torch.tensor(values["gamma"], dtype=pairs.ref_gap.dtype)
+        targets = {}
+        for name in CONSTRAINTS:
+            form = made(name, values)
+            multiplier = 0.0 if form.dual_rule is None else rng.choice([0.0, form.dual_rule.cap])
+            target, added = form.target(pairs), form.added_loss(pairs, multiplier)
+            targets[name] = target
+            hold(target.shape == ref.shape and target.dtype == ref.dtype, "shape and dtype", form)
+            hold(target.isfinite(), "finite target", target, ref, form)
             if not form.moves_target:
-                hold(torch.equal(target, ref), "the target of DPO", name)
+                hold(torch.equal(target, ref), "the target of DPO", form)
             if added is not None:
-                hold(added.isfinite() & (added >= 0), "finite added loss ≥ 0", name, added, pairs.gap, knobs)
-                hold((added == 0) | (pairs.gap < gamma), "nothing is added to a pair at γ", name, added, pairs.gap, knobs)
-            loss = pair_loss(pairs.gap, target, beta=knobs.beta)
-            hold(loss.isfinite(), "finite loss at the target", name, loss, pairs.gap, target, knobs)
-        clip, softplus = (CONSTRAINTS[name].target(pairs, knobs) for name in ("clip", "softplus"))
-        hold(torch.equal(clip, torch.maximum(ref, gamma)), "clip is the maximum", knobs)
-        if knobs.alpha <= 1:
-            hold((softplus >= clip), "softplus ≥ clip for α ≤ 1", softplus, clip, ref, knobs)
+                hold(added.isfinite() & (added >= 0), "finite added loss ≥ 0", added, pairs.gap, form)
+                hold((added == 0) | (pairs.gap < gamma), "nothing is added to a pair at γ", added, pairs.gap, form)
+            loss = pair_loss(pairs.gap, target, beta=form.beta)
+            hold(loss.isfinite(), "finite loss at the target", loss, pairs.gap, target, form)
+        clip, softplus = targets["clip"], targets["softplus"]
+        hold(torch.equal(clip, torch.maximum(ref, gamma)), "clip is the maximum", values)
+        if values["alpha"] <= 1:
+            hold((softplus >= clip), "softplus ≥ clip for α ≤ 1", softplus, clip, ref, values)
         else:
             rounding = 8 * torch.finfo(ref.dtype).eps * torch.maximum(ref.abs(), gamma)
-            hold(softplus >= ref - rounding, "softplus ≥ δ_ref", softplus, ref, knobs)
-        released = CONSTRAINTS["inverse_logp"].target(pairs, knobs)
-        hold(released <= ref, "the release's form relaxes", released, ref, knobs)
-        raised = CONSTRAINTS["inverse_prob"].target(pairs, knobs)
-        hold(raised >= ref, "inverse_prob raises", raised, ref, knobs)
+            hold(softplus >= ref - rounding, "softplus ≥ δ_ref", softplus, ref, values)
+        hold(targets["inverse_logp"] <= ref, "the release's form relaxes", targets["inverse_logp"], ref, values)
+        hold(targets["inverse_prob"] >= ref, "inverse_prob raises", targets["inverse_prob"], ref, values)
         # Monotone in δ_ref: through the chosen side alone.
         higher = PairLogps(pairs.policy_chosen, pairs.policy_rejected, pairs.ref_chosen * 0.5, pairs.ref_rejected)
-        hold(CONSTRAINTS["clip"].target(higher, knobs) >= clip, "clip rises with δ_ref", clip, ref, knobs)
+        hold(made("clip", values).target(higher) >= clip, "clip rises with δ_ref", clip, ref, values)
 
 
 def metrics(rng: random.Random, draws: int) -> None:
     """Every metric is finite; conditions are 0 or 1 and imply what their definitions imply."""
     for generator, n in chunks(rng, draws):
-        dtype, knobs = rng.choice(DTYPES), knobs_of(rng)
+        dtype, clip = rng.choice(DTYPES), made("clip", values_of(rng))
         pairs = pairs_of(generator, n, dtype)
-        rows = per_pair(PairView(pairs, CONSTRAINTS["clip"].target(pairs, knobs), knobs.gamma))
+        rows = per_pair(PairView(pairs, clip.target(pairs), clip.gamma))
         hold(rows.shape == (n, len(METRICS)), "a column a metric", rows.shape)
         hold(rows.isfinite().all(dim=1), "finite", rows[:, 0])
         of = {name: rows[:, column] for name, column in COLUMNS.items()}
@@ -160,7 +180,7 @@ def metrics(rng: random.Random, draws: int) -> None:
         hold(of["in_undesirable_region"] <= of["reference_misaligned"], "U needs δ_ref < 0")
         hold(of["escaped"] <= of["reference_misaligned"] * of["prefers_chosen"], "escaped")
         hold(of["in_undesirable_region"] * of["escaped"] == 0, "U and escaped exclude each other")
-        hold((of["violation"] > 0) == (of["violation_rate"] == 1), "violation", of["violation"], of["gap"], knobs.gamma)
+        hold((of["violation"] > 0) == (of["violation_rate"] == 1), "violation", of["violation"], of["gap"], clip.gamma)
         hold(of["violation"] >= 0, "violation ≥ 0", of["violation"])
 
 
@@ -322,7 +342,7 @@ def any_value(rng: random.Random):
 
 
 OWN_FIELDS = tuple(
-    name for name in CPOConstrainedConfig.__annotations__ if CPOConstrainedConfig.__dataclass_fields__[name].init
+    field.name for field in fields(CPOConstrainedConfig) if field.init and field.name not in trl.DPOConfig.__dataclass_fields__
 )
 
 
@@ -341,9 +361,10 @@ def configs(rng: random.Random, draws: int, output_dir: str) -> int:
             hold(any(name in str(error) for name in changed), "the message names a field", str(error), changed)
             continue
         made += 1
-        hold(config.knobs.gamma >= 0 and config.constraint in CONSTRAINTS, "what was made is sound", changed)
-        if CONSTRAINTS[config.constraint].dual:
-            hold(config.dual_rule.step_size >= 0 and config.dual_rule.start <= config.dual_rule.cap, "its multiplier", changed)
+        form = config.form
+        hold(form.gamma >= 0 and type(form) is CONSTRAINTS[config.constraint], "what was made is sound", changed)
+        if (rule := form.dual_rule) is not None:
+            hold(rule.step_size >= 0 and rule.start <= rule.cap, "its multiplier", changed)
     return made
 
 

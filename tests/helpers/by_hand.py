@@ -1,18 +1,20 @@
 """A trainer whose policy and reference differ, and its log-probabilities computed by hand."""
 
 import torch
+from constraint_cases import case_of
 from transformers import AutoModelForCausalLM
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 
 from helpers.tiny import pairs_dataset, training_options
 
-BETA, GAMMA, TAU, ALPHA, WEIGHT, SMOOTHING = 0.3, 0.4, 1.5, 0.5, 0.7, 0.1
+BETA, GAMMA, SMOOTHING = 0.3, 0.4, 0.1
 
 
 def make_trainer(tmp_path, tokenizer, model_folder, ref_model_folder, **options):
-    knobs = dict(beta=BETA, gamma=GAMMA, tau=TAU, alpha=ALPHA, penalty_weight=WEIGHT, dual_init=WEIGHT, dual_max=1.0)
-    args = CPOConstrainedConfig(**{**training_options(tmp_path), **knobs, **options})
+    form = case_of(options["constraint"]).form
+    values = {name: getattr(form, name) for name in form.hyperparameters()} | dict(beta=BETA, gamma=GAMMA)
+    args = CPOConstrainedConfig(**{**training_options(tmp_path), **values, **options})
     return CPOConstrainedTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
         ref_model=AutoModelForCausalLM.from_pretrained(ref_model_folder),

@@ -33,8 +33,11 @@ def test_import_is_light():
 
 
 def test_public_names():
-    code = "from trl_cpo import CPOConstrainedTrainer, CPOConstrainedConfig; import trl; print(issubclass(CPOConstrainedTrainer, trl.DPOTrainer))"
-    assert in_fresh_process(code).strip() == "True"
+    code = (
+        "import trl; from trl_cpo import CPOConstrainedTrainer, CPOConstrainedConfig\n"
+        "print(issubclass(CPOConstrainedTrainer, trl.DPOTrainer), issubclass(CPOConstrainedConfig, trl.DPOConfig))"
+    )
+    assert in_fresh_process(code).strip() == "True True"
     assert set(trl_cpo.__all__) <= set(dir(trl_cpo))
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = trl_cpo.nothing_here

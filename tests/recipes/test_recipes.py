@@ -38,7 +38,7 @@ def test_a_recipe_is_parsed_and_every_value_arrives(name):
         (owner,) = [group for group in (pairs, args, policy) if key in {f.name for f in fields(group)}]
         assert getattr(owner, key) == value, key
     assert args.constraint in ("clip", "softplus") and args.gamma > 0
-    assert args.knobs.beta > 0
+    assert args.form.beta > 0
 
 
 def test_the_papers_setting():

@@ -1,13 +1,16 @@
 """Where each constraint has its optimum, against numerical minimisation; and where printed claims go too far."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+from constraint_cases import case_of, made
 from scipy.optimize import minimize, minimize_scalar
 
-from trl_cpo.constraints import CONSTRAINTS, Knobs
+from trl_cpo.constraints import CONSTRAINTS, Constraint
+from trl_cpo.constraints.dual_rule import DualRule
 from trl_cpo.objective import pair_loss
 from trl_cpo.pairs import PairLogps
 from trl_cpo.theory import (
@@ -24,45 +27,147 @@ from trl_cpo.theory import (
     pull,
     rlhf_optimum,
 )
+from trl_cpo.theory.solver import solve
 
 RNG = np.random.default_rng(5)
 REF_CHOSEN, REF_REJECTED = (torch.tensor(RNG.uniform(-4, -0.2, 12)) for _ in range(2))
 PAIRS = PairLogps(torch.zeros(12).double(), torch.zeros(12).double(), REF_CHOSEN, REF_REJECTED)
 P = torch.tensor(RNG.uniform(0.05, 0.95, 12))
-KNOBS = Knobs(beta=0.6, gamma=0.8, tau=3.0, alpha=0.5, penalty_weight=0.2, logps_reduction="mean", epsilon=0.15)
+VALUES = dict(beta=0.6, gamma=0.8, tau=3.0, alpha=0.5, penalty_weight=0.2, logps_reduction="mean", epsilon=0.15)
 
 
 def vector(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def both_labels(form, index, gap, knobs=KNOBS):
+def both_labels(form, index, gap, multiplier=0.0):
     """The expected loss of one pair at a gap, through the constraint itself: chosen with probability p, else exchanged."""
     one = [side[index : index + 1] for side in (REF_CHOSEN, REF_REJECTED)]
     policy = torch.tensor([gap], dtype=torch.float64)
     pairs = PairLogps(policy, torch.zeros_like(policy), *one)
-    u = knobs.beta * (pairs.gap - form.target(pairs, knobs))
+    u = form.beta * (pairs.gap - form.target(pairs))
     p = P[index].item()
     loss = -p * torch.nn.functional.logsigmoid(u) - (1 - p) * torch.nn.functional.logsigmoid(-u)
-    added = form.added_loss(pairs, knobs)
+    added = form.added_loss(pairs, multiplier)
     return (loss if added is None else loss + added).item()
 
 
-@pytest.mark.parametrize("name", [name for name in CONSTRAINTS if name != "lagrangian"])
-def test_population_gaps_minimise_the_loss(name):
-    gaps = population_gaps(name, PAIRS, P, KNOBS)
+def minimises_the_loss(form, gaps, multiplier=0.0):
+    """Whether the gaps are those of Brent's method on the form's own loss; and how many lie off DPO's optimum."""
     moved = 0
     for index in range(len(P)):
         found = minimize_scalar(
-            lambda gap, index=index: both_labels(CONSTRAINTS[name], index, gap),
+            lambda gap, index=index: both_labels(form, index, gap, multiplier),
             bounds=(-300, 300),
             method="bounded",
             options={"xatol": 1e-10},
         )
         assert gaps[index].item() == pytest.approx(found.x, abs=1e-4)
-        assert both_labels(CONSTRAINTS[name], index, gaps[index].item()) <= found.fun + 1e-12
-        moved += abs(gaps[index] - population_gap(PAIRS.ref_gap, P, beta=KNOBS.beta)[index]).item() > 0.01
-    assert moved == 0 if name == "none" else moved > 0
+        assert both_labels(form, index, gaps[index].item(), multiplier) <= found.fun + 1e-12
+        moved += abs(gaps[index] - population_gap(PAIRS.ref_gap, P, beta=form.beta)[index]).item() > 0.01
+    return moved
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_population_gaps_minimise_the_loss(name):
+    """Of every form in the table; a dual form's at a multiplier at which its bound is met and tight."""
+    form = dataclasses.replace(case_of(name).form, beta=0.6, gamma=0.8)
+    gaps, multiplier = population_gaps(form, PAIRS, P), 0.0
+    if form.dual_rule is not None:
+        solved, multiplier = solve(form, PAIRS, P)
+        assert torch.equal(gaps, solved) and multiplier > 0
+        violation = form.added_loss(PairLogps(gaps, torch.zeros_like(gaps), REF_CHOSEN, REF_REJECTED), 1.0).mean().item()
+        assert violation == pytest.approx(form.dual_rule.epsilon, abs=1e-9)
+    moved = minimises_the_loss(form, gaps, multiplier)
+    assert moved == 0 if not (form.moves_target or form.adds_loss) else moved > 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_solver_finds_the_closed_forms(seed):
+    """`population_penalty` and `population_lagrangian`, to 1e-9 nats and, of λ, 1e-9 β; certain labels and ε = 0 included."""
+    rng = np.random.default_rng(seed)
+    p, ref_gap = torch.tensor(rng.uniform(0.02, 0.98, 8)), torch.tensor(rng.normal(-1, 3, 8))
+    p[0], p[1] = 1.0, 0.0
+    zeros = torch.zeros_like(ref_gap)
+    pairs = PairLogps(zeros, zeros, ref_gap, zeros)
+    beta, gamma = rng.uniform(0.2, 2), rng.uniform(0, 2)
+    for weight in (0.0, 0.3 * beta, beta, 7.0):
+        form = made("penalty", beta=beta, gamma=gamma, penalty_weight=weight)
+        expected = population_penalty(p, ref_gap, beta=beta, gamma=gamma, weight=weight)
+        assert torch.allclose(population_gaps(form, pairs, p), expected, rtol=0, atol=1e-9)
+    for epsilon in (0.0, rng.uniform(0.01, 0.5), math.inf):
+        form = made("lagrangian", beta=beta, gamma=gamma, epsilon=epsilon)
+        expected, multiplier = population_lagrangian(p, ref_gap, beta, gamma, epsilon)
+        gaps, found = solve(form, pairs, p)
+        # λ is solved to 1e-12 relative, and a gap far below γ moves by 1/(β (p + λ/β)(1 − p − λ/β)) of that.
+        assert torch.allclose(gaps, expected, rtol=0, atol=1e-6)
+        assert found == pytest.approx(multiplier, rel=1e-9, abs=1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Squared(Constraint):
+    """A policy-side form that the package does not have: (max(0, γ − δ_θ))²/2."""
+
+    def added_loss(self, pairs, multiplier):
+        return torch.relu(self.gamma - pairs.gap) ** 2 / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredBound(Squared):
+    """The same as a bound on its mean."""
+
+    @property
+    def dual_rule(self):
+        return DualRule(epsilon=0.02, step_size=0.1, cap=1.0)
+
+    def added_loss(self, pairs, multiplier):
+        return multiplier * super().added_loss(pairs, multiplier)
+
+
+def test_a_form_without_a_closed_form_is_solved_and_not_answered_with_dpos_optimum():
+    form, bound = Squared(beta=0.6, gamma=0.8), SquaredBound(beta=0.6, gamma=0.8)
+    assert minimises_the_loss(form, population_gaps(form, PAIRS, P)) > 0
+    gaps, multiplier = solve(bound, PAIRS, P)
+    assert minimises_the_loss(bound, gaps, multiplier) > 0
+    assert (torch.relu(0.8 - gaps) ** 2 / 2).mean().item() == pytest.approx(0.02, abs=1e-9)
+
+
+def test_a_squared_hinge_by_hand():
+    """β = 1, δ_ref = −2, γ = 0, p = 1/2: σ(δ + 2) − 1/2 = −δ, solved by δ = −0.3968."""
+    pairs = PairLogps(vector(0), vector(0), vector(-2), vector(0))
+    gap = population_gaps(Squared(beta=1.0), pairs, vector(0.5)).item()
+    assert gap == pytest.approx(0.5 - 1 / (1 + math.exp(-(gap + 2))), abs=1e-12)
+
+
+def refused(added, rule=None):
+    @dataclasses.dataclass(frozen=True)
+    class Other(Constraint):
+        def added_loss(self, pairs, multiplier):
+            return added(pairs, multiplier)
+
+        @property
+        def dual_rule(self):
+            return rule
+
+    return Other(beta=0.6, gamma=0.8)
+
+
+@pytest.mark.parametrize(
+    "form, why",
+    [
+        (refused(lambda pairs, _: torch.relu(-1.0 - pairs.policy_chosen)), "reads more of the policy than the gap"),
+        (refused(lambda pairs, _: torch.relu(0.8 - pairs.gap) * pairs.gap.sum()), "depends on other pairs"),
+        (refused(lambda pairs, _: -5 * torch.relu(0.8 - pairs.gap) ** 2), "not convex"),
+        (refused(lambda pairs, _: 3 * (0.8 - pairs.gap)), "falls for ever"),
+        (refused(lambda pairs, _: (0.8 - pairs.gap).sqrt()), "no number at some gap"),
+        (refused(lambda pairs, x: x * torch.relu(0.8 - pairs.gap), DualRule(0.1, 1, 1, signal="violation_rate")), "driven by"),
+        (refused(lambda pairs, x: x * (1 + torch.relu(0.8 - pairs.gap)), DualRule(0.1, 0.1, 1.0)), "no multiplier brings"),
+        (refused(lambda pairs, x: x**2 * torch.relu(0.8 - pairs.gap), DualRule(0.1, 0.1, 1.0)), "not proportional"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_solved_is_refused_in_words(form, why):
+    with pytest.raises(ValueError, match=why):
+        population_gaps(form, PAIRS, P)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -128,14 +233,6 @@ def test_the_lagrangian_at_its_ends():
         population_penalty(vector(0.5, 1.5), vector(0, 0), beta=0.1, gamma=1.0, weight=0.0)
 
 
-def test_by_name_is_the_same_as_directly():
-    expected, _ = population_lagrangian(P, PAIRS.ref_gap, KNOBS.beta, KNOBS.gamma, KNOBS.epsilon)
-    assert torch.equal(population_gaps("lagrangian", PAIRS, P, KNOBS), expected)
-    assert torch.relu(KNOBS.gamma - expected).mean().item() == pytest.approx(KNOBS.epsilon, abs=1e-12)
-    with pytest.raises(ValueError, match="must be one of none, clip"):
-        population_gaps("clamp", PAIRS, P, KNOBS)
-
-
 def test_the_loss_of_both_labels():
     """−p log σ(u) − (1 − p) log σ(−u), least at u = logit p, where it is the entropy of the label."""
     p, target, beta = vector(0.2, 0.5, 0.9), vector(-1, 0, 3), 0.7
@@ -155,35 +252,36 @@ def test_the_loss_of_both_labels():
 def test_dpo_is_rlhf_where_labels_are_bradley_terrys():
     """With logit p = Δr, DPO's optimum has the gap of RLHF's; where Assumption 3.1 fails, that gap is negative."""
     reward_gap = torch.logit(P)
-    gaps = population_gaps("none", PAIRS, P, KNOBS)
+    gaps = population_gaps(made("none", VALUES), PAIRS, P)
     for index in range(len(P)):
         ref = torch.stack([REF_CHOSEN[index], REF_REJECTED[index], vector(-1.0)[0]])
-        optimum = rlhf_optimum(ref, torch.stack([reward_gap[index], *vector(0, 0.3)]), beta=KNOBS.beta)
+        optimum = rlhf_optimum(ref, torch.stack([reward_gap[index], *vector(0, 0.3)]), beta=VALUES["beta"])
         assert gaps[index].item() == pytest.approx((optimum[0] - optimum[1]).item(), abs=1e-12)
-    assert torch.equal(gaps > 0, assumption_holds(PAIRS.ref_gap, reward_gap, beta=KNOBS.beta))
+    assert torch.equal(gaps > 0, assumption_holds(PAIRS.ref_gap, reward_gap, beta=VALUES["beta"]))
     assert (gaps > 0).any() and (gaps < 0).any()
 
 
 def test_clip_asks_for_at_least_what_constrained_rlhf_has():
     """max(δ_ref, γ) + Δr/β ≥ max(δ_ref + Δr/β, γ) for Δr ≥ 0, with equality only where δ_ref ≥ γ or Δr = 0: not the same."""
     preferred = P.clamp(min=0.5)
-    gaps = population_gaps("clip", PAIRS, preferred, KNOBS)
+    form = made("clip", VALUES)
+    gaps = population_gaps(form, PAIRS, preferred)
     for index in range(len(P)):
         ref = torch.stack([REF_CHOSEN[index], REF_REJECTED[index]])
-        star = rlhf_optimum(ref, torch.stack([torch.logit(preferred[index]), vector(0)[0]]), beta=KNOBS.beta)
-        exact = constrained_optimum(star, [(0, 1)], gamma=KNOBS.gamma)
+        star = rlhf_optimum(ref, torch.stack([torch.logit(preferred[index]), vector(0)[0]]), beta=form.beta)
+        exact = constrained_optimum(star, [(0, 1)], gamma=form.gamma)
         difference = (gaps[index] - (exact[0] - exact[1])).item()
-        same = PAIRS.ref_gap[index] >= KNOBS.gamma or preferred[index] == 0.5
+        same = PAIRS.ref_gap[index] >= form.gamma or preferred[index] == 0.5
         assert abs(difference) < 1e-12 if same else difference > 1e-6
 
 
 @pytest.mark.parametrize("name", ["clip", "softplus"])
 def test_a_target_above_gamma_is_no_gap_above_gamma(name):
     """t ≥ γ on every pair gives δ ≥ γ at the optimum where p ≥ 1/2; where labels say otherwise more often, it need not."""
-    targets = CONSTRAINTS[name].target(PAIRS, KNOBS)
-    assert (targets >= KNOBS.gamma).all()
-    gaps = population_gaps(name, PAIRS, P, KNOBS)
-    assert (gaps[P >= 0.5] >= KNOBS.gamma).all() and (gaps[P < 0.5] < KNOBS.gamma).any()
+    form = made(name, VALUES)
+    assert (form.target(PAIRS) >= form.gamma).all()
+    gaps = population_gaps(form, PAIRS, P)
+    assert (gaps[P >= 0.5] >= form.gamma).all() and (gaps[P < 0.5] < form.gamma).any()
 
 
 def test_the_one_sided_loss_has_no_minimiser():
@@ -216,8 +314,7 @@ def test_dpo_leaves_u_in_the_end(depth, beta):
 def test_dpo_on_labels_of_both_kinds_stays_in_u():
     """δ_ref = −2, β = 1, p = 0.7: the optimum of infinite training is −2 + logit 0.7 = −1.15, in U; clip's is above γ."""
     pairs = PairLogps(vector(0), vector(0), vector(-3), vector(-1))
-    knobs = Knobs(beta=1.0, gamma=0.5)
-    dpo, clip = (population_gaps(name, pairs, vector(0.7), knobs) for name in ("none", "clip"))
+    dpo, clip = (population_gaps(made(name, beta=1.0, gamma=0.5), pairs, vector(0.7)) for name in ("none", "clip"))
     assert dpo.item() == pytest.approx(-2 + math.log(7 / 3), abs=1e-12)
     assert in_undesirable_region(dpo, pairs.ref_gap).item() and clip.item() > 0.5
 
@@ -238,8 +335,8 @@ def test_above_the_threshold_every_gap_is_positive():
         threshold = alignment_threshold(pairs, p, beta=beta)
 
         def worst(gamma, pairs=pairs, p=p, beta=beta):
-            knobs = Knobs(beta=beta, gamma=gamma, logps_reduction="mean")
-            return population_gaps("inverse_prob", pairs, p, knobs).min().item()
+            form = made("inverse_prob", beta=beta, gamma=gamma, logps_reduction="mean")
+            return population_gaps(form, pairs, p).min().item()
 
         assert worst(threshold + 1e-6) > 0 and worst(10 * threshold + 1) > 0
         if threshold > 0:
@@ -259,7 +356,8 @@ def test_eq_17_contradicts_itself_where_pairs_share_responses():
     rewards = vector(2, 1, 0)
     p = torch.sigmoid(vector(rewards[0] - rewards[1], rewards[1] - rewards[2], rewards[0] - rewards[2]))
     for gamma, consistent in ((0.0, True), (0.1, False)):
-        ab, bc, ac = population_gaps("inverse_prob", pairs, p, Knobs(beta=1.0, gamma=gamma, logps_reduction="mean")).tolist()
+        form = made("inverse_prob", beta=1.0, gamma=gamma, logps_reduction="mean")
+        ab, bc, ac = population_gaps(form, pairs, p).tolist()
         assert (abs(ab + bc - ac) < 1e-12) is consistent
     # By 2γ/(β π_ref(b)), the response in the middle.
     assert ab + bc - ac == pytest.approx(2 * 0.1 / 0.3, abs=1e-12)

@@ -7,9 +7,9 @@ from typing import Any
 
 from .errors import CertificateError, is_number, read_json
 from .evidence import evidence_of
-from .statement import FORMAT, KINDS, document
+from .statement import FORMAT, KINDS, check_kind, document
 
-__all__ = ["FORMAT", "KINDS", "CertificateError", "certify_run", "check", "document", "read_json"]
+__all__ = ["FORMAT", "KINDS", "CertificateError", "certify_run", "check", "check_kind", "document", "read_json"]
 
 
 def certify_run(
@@ -17,16 +17,12 @@ def certify_run(
 ) -> dict[str, Any]:
     """The certificate of a run's folder (docs/theory.md, 'Certificates').
 
-    - "held_out": with k of n held-out pairs at `δ_θ ≥ γ`, the exact one-sided 95 % Clopper–Pearson lower bound on the
-      share of such pairs in the population. From pairs.json, or, for the run's own γ, from the counts in metrics.json.
-    - "loss": with L̄ the mean pair loss of the n pairs in pairs.json, at most `n L̄ / log 2` have `δ_θ < t`, and at most
-      `n L̄ / softplus(β(min t − γ))` have `δ_θ < γ`, where γ ≤ min t.
-
-    Training losses are never used: they are means over weights that changed, and say nothing of the final policy.
+    With k of n held-out pairs at `δ_θ ≥ γ`, the exact one-sided 95 % Clopper–Pearson lower bound on the share of such pairs
+    in the population. From pairs.json, or, for the run's own γ, from the counts in metrics.json. Losses are never used.
 
     Args:
         folder: holds pairs.json and metrics.json, as `trl-cpo train` writes them.
-        kind: one of `KINDS`.
+        kind: "held_out", the one kind there is.
         gamma: γ, nats of the run's reduction; by default the run's.
         at_least: the share, in [0, 1], that the certified share is held against.
 
@@ -35,11 +31,10 @@ def certify_run(
 
     Raises:
         CertificateError: a file is missing or cannot be read; a number is NaN; there are no pairs; pairs that were
-            trained on are to speak for others; the loss type is not the pair loss.
+            trained on are to speak for others; there is no such kind.
     """
-    if kind not in KINDS:
-        raise CertificateError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")
-    return document(kind=kind, at_least=at_least, **evidence_of(folder, kind, gamma))
+    check_kind(kind)
+    return document(kind=kind, at_least=at_least, **evidence_of(folder, gamma))
 
 
 def check(found: Any, folder: str | Path | None = None) -> list[str]:
@@ -53,8 +48,9 @@ def check(found: Any, folder: str | Path | None = None) -> list[str]:
     """
     if not isinstance(found, dict) or found.get("certificate") != "trl-cpo":
         raise CertificateError('This is no certificate of trl-cpo: it lacks "certificate": "trl-cpo".')
-    if found.get("format") != FORMAT:
-        raise CertificateError(f"This certificate has format {found.get('format')!r}; this version reads format {FORMAT}.")
+    version = found.get("format")
+    if version not in (1, FORMAT):
+        raise CertificateError(f"This certificate has format {version!r}; this version reads formats 1 and {FORMAT}.")
     asked, evidence = (found.get(name) if isinstance(found.get(name), dict) else {} for name in ("asked", "evidence"))
     parts = {"subject": found.get("subject"), "numbers": evidence.get("numbers"), "files": evidence.get("files")}
     lacking = [name for name in ("gamma", "at_least", "confidence") if name not in asked]
@@ -62,9 +58,10 @@ def check(found: Any, folder: str | Path | None = None) -> list[str]:
     if lacking or not all(isinstance(print_, dict) for print_ in parts["files"].values()):
         raise CertificateError(f"This certificate cannot be recomputed: it lacks {', '.join(lacking) or 'hashes of files'}.")
     kind = found.get("kind")
-    if folder is None:
-        return list(_differences(found, document(kind=kind, **asked, **parts), ""))
-    return list(_differences(found, certify_run(folder, kind=kind, gamma=asked["gamma"], at_least=asked["at_least"]), ""))
+    check_kind(kind)
+    if folder is not None:
+        asked, parts = {"at_least": asked["at_least"]}, evidence_of(folder, asked["gamma"])
+    return list(_differences(found, document(kind=kind, **asked, **parts, version=version), ""))
 
 
 def _differences(found: Any, recomputed: Any, path: str) -> Iterator[str]:

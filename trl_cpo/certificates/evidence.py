@@ -6,31 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..constraints import CONSTRAINTS, Knobs
+from ..constraints import CONSTRAINTS, Constraint
 from ..files.run_files import KNOWN_COLUMNS, METRICS, PAIRS
-from ..objective import pair_loss
-from ..pairs import PairLogps
 from ..units import UNITS
 from .errors import CertificateError, is_number, read_json
 from .statement import exact
 
-#: Settings under which the loss of a run is `−log σ(β(δ_θ − t))` and nothing else, with the value they must have.
-_PLAIN_LOSS = {
-    "label_smoothing": 0.0,
-    "use_weighting": False,
-    "f_divergence_type": "reverse_kl",
-    "ld_alpha": None,
-    "loss_weights": None,
-}
-
 #: No log-probability is so large; arithmetic on larger numbers could overflow.
 _BEYOND = 1e15
 
-#: The loss types that are that loss, and the log-probabilities they read.
-_PAIR_LOSSES = {"sigmoid": "sum", "sigmoid_norm": "mean"}
 
-
-def evidence_of(folder: str | Path, kind: str, gamma: float | None) -> dict[str, Any]:
+def evidence_of(folder: str | Path, gamma: float | None) -> dict[str, Any]:
     """What `document` needs from a run's folder: gamma (by default the run's), subject, numbers, files.
 
     Raises:
@@ -48,10 +34,10 @@ def evidence_of(folder: str | Path, kind: str, gamma: float | None) -> dict[str,
             "log.jsonl, certify nothing: they are of weights that changed."
         )
     used = [name for name, content in ((PAIRS, pairs), (METRICS, metrics)) if content is not None]
-    return read_evidence(pairs, metrics, kind, gamma) | {"files": {name: _fingerprint(folder / name) for name in used}}
+    return read_evidence(pairs, metrics, gamma) | {"files": {name: _fingerprint(folder / name) for name in used}}
 
 
-def read_evidence(pairs: Any, metrics: Any, kind: str, gamma: float | None) -> dict[str, Any]:
+def read_evidence(pairs: Any, metrics: Any, gamma: float | None) -> dict[str, Any]:
     """gamma, subject and numbers out of what pairs.json and metrics.json hold; None for a file that is not there.
 
     Raises:
@@ -62,9 +48,9 @@ def read_evidence(pairs: Any, metrics: Any, kind: str, gamma: float | None) -> d
     if not is_number(gamma):
         raise CertificateError(f"gamma must be a finite number; got {gamma!r}.")
     if pairs is None:
-        numbers = _numbers_of_metrics(metrics, subject, kind, gamma)
+        numbers = _numbers_of_metrics(metrics, subject, gamma)
     else:
-        numbers = _numbers_of_pairs(pairs, metrics, subject, kind, gamma)
+        numbers = _numbers_of_pairs(pairs, metrics, subject, gamma)
     return {"gamma": gamma, "subject": subject, "numbers": numbers}
 
 
@@ -95,20 +81,23 @@ def _subject(pairs: Mapping | None, metrics: Mapping | None) -> dict[str, Any]:
         subject["dataset"] = data.get("dataset_name") if isinstance(data, dict) else None
         subject["model"] = metrics.get("model")
         subject["loss_type"] = config.get("loss_type")
+        form = CONSTRAINTS.get(str(subject["constraint"]), Constraint)  # of another version, its hyperparameters are unknown
+        own = form.hyperparameters().keys() - Constraint.hyperparameters().keys()
+        subject["hyperparameters"] = {name: config[name] for name in sorted(own & config.keys())}
     else:
         subject |= {name: pairs[name] for name in ("dataset", "model", "ref_model") if name in pairs}
     return subject
 
 
-def _numbers_of_pairs(pairs, metrics, subject, kind, gamma) -> dict[str, Any]:
+def _numbers_of_pairs(pairs, metrics, subject, gamma) -> dict[str, Any]:
     import torch
 
-    if kind == "held_out" and subject["split"].startswith("train"):
+    if subject["split"].startswith("train"):
         raise CertificateError(
             f"The pairs of pairs.json are of the split {subject['split']!r}: pairs that were trained on say nothing of "
-            "others. Evaluate held-out pairs, or certify the loss of these."
+            "others. Evaluate held-out pairs."
         )
-    sides = KNOWN_COLUMNS if kind == "loss" else KNOWN_COLUMNS[:2]
+    sides = KNOWN_COLUMNS[:2]
     columns, rows = _part(pairs, "columns", "pairs.json", list), _part(pairs, "rows", "pairs.json", list)
     if not set(sides) <= set(columns) or any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
         raise CertificateError(f"pairs.json must have the columns {', '.join(sides)}, and a number for each in every row.")
@@ -126,9 +115,9 @@ def _numbers_of_pairs(pairs, metrics, subject, kind, gamma) -> dict[str, Any]:
     gap = values[:, 0] - values[:, 1]
     if metrics is not None:
         _refuse_stale(gap, metrics)
-    meeting = _reaching(values, [gamma] * len(rows))
-    if kind == "loss":
-        return {"pairs": len(rows), "meeting": meeting} | _numbers_of_losses(PairLogps.from_rows(values), metrics, subject)
+    # Of the recorded numbers exactly: a difference that was rounded could reach a γ that the numbers miss by less than a
+    # float can tell.
+    meeting = sum(math.fsum((chosen, -rejected, -gamma)) >= 0.0 for chosen, rejected in values.tolist())
     left_out = pairs.get("left_out", 0)
     if type(left_out) is not int or left_out < 0:
         raise CertificateError(f"pairs.json: left_out must be a count; got {left_out!r}.")
@@ -136,59 +125,7 @@ def _numbers_of_pairs(pairs, metrics, subject, kind, gamma) -> dict[str, Any]:
     return {"pairs": len(rows) + left_out, "meeting": meeting}
 
 
-def _reaching(values, bars) -> int:
-    """How many pairs have `s(chosen) − s(rejected) ≥ bar`, of the recorded numbers exactly: a difference that was rounded could
-    reach a bar that the numbers miss by less than a float can tell."""
-    chosen_and_rejected = values[:, :2].tolist()
-    return sum(math.fsum((c, -r, -bar)) >= 0.0 for (c, r), bar in zip(chosen_and_rejected, bars, strict=True))
-
-
-def _numbers_of_losses(logps, metrics, subject) -> dict[str, Any]:
-    if metrics is None:
-        raise CertificateError("The loss cannot be certified without metrics.json, which says what loss the run had.")
-    config, name = metrics["config"], subject["constraint"]
-    if name not in CONSTRAINTS:
-        raise CertificateError(f"The run's constraint must be one of {', '.join(CONSTRAINTS)}; got {name!r}.")
-    loss_type = config.get("loss_type")
-    losses = [loss_type] if isinstance(loss_type, str) else loss_type
-    if not isinstance(losses, list) or len(losses) != 1 or _PAIR_LOSSES.get(losses[0]) != subject["reduction"]:
-        raise CertificateError(
-            f"Only the loss −log σ(β(δ_θ − t)) tells the gap: loss_type sigmoid of sums, or sigmoid_norm of means. This run "
-            f"had loss_type={loss_type!r} of {subject['reduction']}s. Losses that read one side by itself, smooth labels or "
-            "weigh pairs do not bound it. The count of held-out pairs can be certified all the same (kind held_out)."
-        )
-    other = {key: config[key] for key, plain in _PLAIN_LOSS.items() if config.get(key) not in (plain, None)}
-    if other:
-        raise CertificateError(
-            f"The run's loss was not −log σ(β(δ_θ − t)) alone: {other}. The count of held-out pairs can be certified all the "
-            "same (kind held_out)."
-        )
-    defaults = Knobs(beta=subject["beta"])
-    knobs = Knobs(
-        beta=subject["beta"],
-        gamma=subject["gamma"],
-        logps_reduction=subject["reduction"],
-        tau=config.get("tau", defaults.tau),
-        alpha=config.get("alpha", defaults.alpha),
-    )
-    target = CONSTRAINTS[name].target(logps, knobs)
-    mean_loss = pair_loss(logps.gap, target, beta=knobs.beta).mean().item()
-    if not math.isfinite(mean_loss):
-        raise CertificateError("The mean loss of the pairs overflows: their log-probabilities are beyond use.")
-    return {
-        "mean_loss": mean_loss,
-        "smallest_target": target.min().item(),
-        "meeting_target": _reaching(logps.rows(), target.tolist()),
-    }
-
-
-def _numbers_of_metrics(metrics, subject, kind, gamma) -> dict[str, Any]:
-    if kind == "loss":
-        raise CertificateError(
-            "The loss is certified from pairs.json, which this run lacks. The eval_loss in metrics.json is no mean over "
-            "pairs: with several processes transformers weighs the last batches otherwise, it leaves losses that are not "
-            "finite out, and penalties are in it."
-        )
+def _numbers_of_metrics(metrics, subject, gamma) -> dict[str, Any]:
     if gamma != subject["gamma"]:
         raise CertificateError(
             f"metrics.json counts the pairs at the run's γ = {exact(subject['gamma'])} alone; γ = {gamma!r} needs pairs.json."

@@ -9,7 +9,6 @@ HELP = "certify how many held-out pairs a run or model gets right, or check a ce
 _EPILOG = """\
   trl-cpo certify outputs/run                                   at the run's own γ
   trl-cpo certify outputs/run --gamma 0 --at-least 0.5 --out c.json
-  trl-cpo certify outputs/run --kind loss                       what the mean loss of its pairs proves
   trl-cpo certify --check c.json --evidence outputs/run
   trl-cpo certify --model M --dataset D --gamma 1 --scores F    pairs scored first, into the new folder F
 
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*dict.fromkeys((name, "--" + name[2:].replace("-", "_"))), **settings)
 
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run: pairs.json and metrics.json")
-    add("--kind", choices=["held_out", "loss"], help="from the count of held-out pairs, or from the mean loss (held_out)")
+    add("--kind", metavar="KIND", help="held_out, from the count of held-out pairs: the one kind there is")
     add("--gamma", type=float, metavar="G", help="the gap asked for, in nats (the run's)")
     add("--at-least", type=float, metavar="SHARE", help="the share of pairs, 0 to 1, that the certified one must reach (0)")
     add("--out", metavar="FILE", help="write the certificate here, as JSON; never over a file that is there")
@@ -70,7 +69,6 @@ def _refuse_mixtures(options: argparse.Namespace) -> None:
         faults += [f"{name} goes with --model" for name in given("dataset", *_SCORES)]
     else:
         faults += [f"--model needs --{name}" for name in ("dataset", "gamma", "scores") if getattr(options, name) is None]
-        faults += ["--kind loss is for a RUN, which had a loss"] * (options.kind == "loss")
         sizes = {"max_pairs": 1, "batch_size": 1, "max_length": 0}
         got = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
         faults += [
@@ -95,8 +93,10 @@ def _certify(options: argparse.Namespace) -> int:
     folder = options.run
     # Libraries print to stdout now and then; there the answer stands alone.
     with said_plainly("All options: trl-cpo certify --help"), redirect_stdout(sys.stderr):
-        from ..certificates import certify_run
+        from ..certificates import certify_run, check_kind
 
+        kind = options.kind or "held_out"
+        check_kind(kind)
         if options.model is not None:
             from ..certificates.from_model import score_to_folder
 
@@ -114,7 +114,7 @@ def _certify(options: argparse.Namespace) -> int:
                 dtype=options.dtype or "float32",
                 batch_size=options.batch_size or 8,
             )
-        document = certify_run(folder, kind=options.kind or "held_out", gamma=options.gamma, at_least=options.at_least or 0.0)
+        document = certify_run(folder, kind=kind, gamma=options.gamma, at_least=options.at_least or 0.0)
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     if out is not None:
         with out.open("x", encoding="utf-8") as stream:

@@ -1,6 +1,6 @@
 """The forms of the constraint, by the name that the config knows them by."""
 
-from .base import Constraint, Knobs
+from .base import Constraint
 from .clip import Clip
 from .inverse_logp import InverseLogp
 from .inverse_prob import InverseProb
@@ -9,14 +9,14 @@ from .none import NoConstraint
 from .penalty import Penalty
 from .softplus import Softplus
 
-CONSTRAINTS: dict[str, Constraint] = {
-    "none": NoConstraint(),
-    "clip": Clip(),
-    "softplus": Softplus(),
-    "inverse_prob": InverseProb(),
-    "inverse_logp": InverseLogp(),
-    "penalty": Penalty(),
-    "lagrangian": Lagrangian(),
+CONSTRAINTS: dict[str, type[Constraint]] = {
+    "none": NoConstraint,
+    "clip": Clip,
+    "softplus": Softplus,
+    "inverse_prob": InverseProb,
+    "inverse_logp": InverseLogp,
+    "penalty": Penalty,
+    "lagrangian": Lagrangian,
 }
 
-__all__ = ["CONSTRAINTS", "Constraint", "Knobs"]
+__all__ = ["CONSTRAINTS", "Constraint"]

@@ -1,12 +1,15 @@
 """The target margin, clipped from below."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..pairs import PairLogps
-from .base import Constraint, Knobs
+from .base import Constraint
 
 
+@dataclass(frozen=True)
 class Clip(Constraint):
     """The reference's gap, or γ where that is larger: `t = max(δ_ref, γ)`, so t ≥ γ on every pair.
 
@@ -14,8 +17,5 @@ class Clip(Constraint):
     reference gap is at least γ train exactly as in DPO.
     """
 
-    reads = ("gamma",)
-    moves_target = True
-
-    def target(self, pairs: PairLogps, knobs: Knobs) -> Tensor:
-        return torch.clamp(pairs.ref_gap, min=knobs.gamma)
+    def target(self, pairs: PairLogps) -> Tensor:
+        return torch.clamp(pairs.ref_gap, min=self.gamma)

@@ -1,11 +1,14 @@
 """The margin of the release's "easy" branch, for parity with it."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ..pairs import PairLogps
-from .base import Constraint, Knobs
+from .base import Constraint
 
 
+@dataclass(frozen=True)
 class InverseLogp(Constraint):
     """The release's "easy" margin: `t = δ_ref + (γ/β)(1/s_ref(chosen) + 1/s_ref(rejected))`.
 
@@ -14,18 +17,15 @@ class InverseLogp(Constraint):
     can be repeated. γ = 0 is DPO.
     """
 
-    reads = ("gamma", "beta")
-    moves_target = True
-
-    def target(self, pairs: PairLogps, knobs: Knobs) -> Tensor:
+    def target(self, pairs: PairLogps) -> Tensor:
         # A response that the reference is certain of has s_ref = 0, and 1/s_ref would be infinite; −1e-6 nats stands
         # for certainty.
         nearest = -1e-6
         margin = 1.0 / pairs.ref_chosen.clamp(max=nearest) + 1.0 / pairs.ref_rejected.clamp(max=nearest)
-        return pairs.ref_gap + (knobs.gamma / knobs.beta) * margin
+        return pairs.ref_gap + (self.gamma / self.beta) * margin
 
-    def cautions(self, knobs: Knobs) -> list[str]:
-        if knobs.gamma == 0.0:
+    def cautions(self) -> list[str]:
+        if self.gamma == 0.0:
             return ["gamma=0 makes constraint='inverse_logp' plain DPO: set gamma > 0 (the release's demo uses 0.05)."]
         return [
             "constraint='inverse_logp' is the release's 'easy' branch, kept for parity. Because log-probabilities are "

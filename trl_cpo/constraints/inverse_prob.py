@@ -1,12 +1,15 @@
 """The target margin raised by the reference's perplexities."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..pairs import PairLogps
-from .base import Constraint, Knobs
+from .base import Constraint
 
 
+@dataclass(frozen=True)
 class InverseProb(Constraint):
     """The margin of the paper's stationary form: `t = δ_ref + (γ/β)(1/π_ref(chosen) + 1/π_ref(rejected))`.
 
@@ -15,26 +18,23 @@ class InverseProb(Constraint):
     guaranteed. γ = 0 is DPO.
     """
 
-    reads = ("gamma", "beta")
-    moves_target = True
-
-    def target(self, pairs: PairLogps, knobs: Knobs) -> Tensor:
+    def target(self, pairs: PairLogps) -> Tensor:
         perplexities = torch.exp(-pairs.ref_chosen) + torch.exp(-pairs.ref_rejected)
         # A perplexity past the largest float would make the loss infinite and its gradient NaN; the largest finite
         # target pushes as hard as a pair can be pushed.
         largest = torch.finfo(perplexities.dtype).max
-        raised = (knobs.gamma / knobs.beta) * torch.clamp(perplexities, max=largest)
+        raised = (self.gamma / self.beta) * torch.clamp(perplexities, max=largest)
         return pairs.ref_gap + torch.clamp(raised, max=largest**0.5)
 
-    def faults(self, knobs: Knobs) -> list[str]:
-        if knobs.logps_reduction == "sum":
+    def faults(self) -> list[str]:
+        if self.logps_reduction == "sum":
             return [
                 "constraint='inverse_prob' needs logps_reduction='mean': of summed log-probabilities 1/π_ref is "
                 "e^{−s_ref}, beyond any float for real responses. Averaged per token it is the reference's perplexity."
             ]
         return []
 
-    def cautions(self, knobs: Knobs) -> list[str]:
-        if knobs.gamma == 0.0:
+    def cautions(self) -> list[str]:
+        if self.gamma == 0.0:
             return ["gamma=0 makes constraint='inverse_prob' plain DPO: set gamma > 0 (the release's demo uses 0.05)."]
         return []

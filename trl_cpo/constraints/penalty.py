@@ -1,12 +1,16 @@
 """A penalty on the violated part of the gap."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ..hyperparameters import hyperparameter
 from ..pairs import PairLogps
-from .base import Constraint, Knobs
+from .base import Constraint
 
 
+@dataclass(frozen=True)
 class Penalty(Constraint):
     """DPO plus a hinge on the policy's own gap: `ℓ_DPO + λ · max(0, γ − δ_θ)`, λ = `penalty_weight`.
 
@@ -14,12 +18,12 @@ class Penalty(Constraint):
     the full force λ per nat until δ_θ reaches γ, and not at all afterwards. λ = 0 is DPO.
     """
 
-    reads = ("gamma", "penalty_weight")
+    penalty_weight: float = hyperparameter(1.0, "Weight of the violation, per nat.", at_least=0.0)
 
-    def added_loss(self, pairs: PairLogps, knobs: Knobs) -> Tensor:
-        return knobs.penalty_weight * torch.relu(knobs.gamma - pairs.gap)
+    def added_loss(self, pairs: PairLogps, multiplier: float) -> Tensor:
+        return self.penalty_weight * torch.relu(self.gamma - pairs.gap)
 
-    def cautions(self, knobs: Knobs) -> list[str]:
-        if knobs.penalty_weight == 0.0:
+    def cautions(self) -> list[str]:
+        if self.penalty_weight == 0.0:
             return ["penalty_weight=0 makes constraint='penalty' plain DPO: set penalty_weight > 0."]
         return []

@@ -16,8 +16,10 @@ logger = logging.get_logger(__name__)
 def documented(cls: type) -> type:
     """Completes the docstring of a dataclass: its own fields under "Parameters:", each with its help."""
     lines = []
+    documents = [base for base in cls.__mro__[1:] if "Parameters:" in (base.__doc__ or "")]
+    elsewhere = {each.name for base in documents if dataclasses.is_dataclass(base) for each in dataclasses.fields(base)}
     for each in dataclasses.fields(cls):
-        if each.name not in vars(cls).get("__annotations__", {}):
+        if each.name in elsewhere:
             continue  # a base class documents it
         kind = each.type if isinstance(each.type, str) else getattr(each.type, "__name__", str(each.type))
         optional = "*optional*" if each.default is None else f"*optional*, defaults to `{each.default!r}`"

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..constraints import CONSTRAINTS, Knobs
+from ..constraints import Constraint
 from ..objective import pair_loss
 from ..pairs import PairLogps
 from .checked import one_shape, positive, probabilities
-from .lagrangian import population_lagrangian, population_penalty
+from .solver import solve
 
 
 def population_loss(gap: Tensor, target: Tensor, p: Tensor, *, beta: float) -> Tensor:
@@ -57,31 +57,27 @@ def population_gap(target: Tensor, p: Tensor, *, beta: float) -> Tensor:
     return target + torch.logit(p) / beta
 
 
-def population_gaps(constraint: str, pairs: PairLogps, p: Tensor, knobs: Knobs) -> Tensor:
-    """The population optimum of a constraint, by its name: the gap of each pair, free of every other pair's but for λ.
+def population_gaps(form: Constraint, pairs: PairLogps, p: Tensor) -> Tensor:
+    """The population optimum of a form of the constraint: the gap of each pair.
 
-    Margin forms: `population_gap` at the constraint's own target; "penalty": `population_penalty`; "lagrangian":
-    `population_lagrangian` at `knobs.epsilon`, driven by the violation and its λ not capped (it never exceeds β).
+    Of a form that adds nothing to the loss it is `population_gap` at the form's own target, a closed form. Of any other it
+    is solved numerically from the form's `target` and `added_loss` (`trl_cpo.theory.solver`), or refused;
+    `population_penalty` and `population_lagrangian` are closed forms of two of them.
 
     Args:
-        constraint: a name in `CONSTRAINTS`.
-        pairs: of which the reference's log-probabilities are read, (B,), nats of `knobs.logps_reduction`.
-        p: (B,), in [0, 1].
-        knobs: β and what the constraint reads.
+        form: with its hyperparameters, such as `CONSTRAINTS["clip"](beta=0.1, gamma=1.0)`.
+        pairs: of which the reference's log-probabilities are read, (B,), nats of `form.logps_reduction`.
+        p: (B,), the probability that the chosen response is preferred, in [0, 1].
 
     Returns:
-        (B,), float64, nats.
+        (B,), float64, nats; ±∞ where no finite gap is best.
 
     Raises:
-        ValueError: the constraint is unknown, or as `population_loss`.
+        ValueError: as `population_loss`, or the form cannot be solved (`trl_cpo.theory.solver.solve`).
     """
-    if constraint not in CONSTRAINTS:
-        raise ValueError(f"constraint must be one of {', '.join(CONSTRAINTS)}; got {constraint!r}.")
-    if constraint == "penalty":
-        return population_penalty(p, pairs.ref_gap, beta=knobs.beta, gamma=knobs.gamma, weight=knobs.penalty_weight)
-    if constraint == "lagrangian":
-        return population_lagrangian(p, pairs.ref_gap, knobs.beta, knobs.gamma, knobs.epsilon)[0]
-    return population_gap(CONSTRAINTS[constraint].target(pairs, knobs), p, beta=knobs.beta)
+    if form.adds_loss:
+        return solve(form, pairs, p)[0]
+    return population_gap(form.target(pairs), p, beta=form.beta)
 
 
 def alignment_threshold(pairs: PairLogps, p: Tensor, *, beta: float) -> float:

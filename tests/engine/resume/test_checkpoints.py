@@ -49,9 +49,9 @@ def test_resumed_is_uninterrupted(tmp_path, tokenizer, small_model, constraint, 
     """
     precompute = bool((list(CONSTRAINTS).index(constraint) + lora) % 2)
     options = dict(constraint=constraint, lora=lora, precompute_ref_log_probs=precompute)
-    if CONSTRAINTS[constraint].dual:
+    if CONSTRAINTS[constraint](beta=0.1).dual_rule:
         options |= DUAL
-    if constraint == "inverse_prob":
+    if CONSTRAINTS[constraint](beta=0.1).faults():
         options |= dict(logps_reduction="mean")
     alone = trainer_of(tmp_path / "alone", small_model, tokenizer, **options)
     alone.train()
@@ -618,11 +618,11 @@ def test_the_checkpoints_of_an_earlier_run_are_told_apart(tmp_path, tokenizer, s
 def test_a_multiplier_that_the_checkpoint_does_not_hold_starts_anew(tmp_path, tokenizer, small_model):
     trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=2).train()
     trainer = trainer_of(tmp_path, small_model, tokenizer, **DUAL)
-    trainer._dual.multiplier = 5.0
+    trainer._dual.value = 5.0
     with pytest.warns(UserWarning, match="Resuming from") as caught:
         trainer._resumption.prepare(True)
     assert "it holds no dual state: the multiplier starts from dual_init" in " ".join(str(w.message) for w in caught)
-    assert trainer._dual.multiplier == 0.0
+    assert trainer._dual.value == 0.0
 
 
 # Several machines, as one process sees the others' answers
