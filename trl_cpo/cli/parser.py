@@ -5,8 +5,8 @@ import argparse
 from .errors import UserError, nearest
 
 
-class ClearErrors:
-    """Mixed into an `ArgumentParser`: its errors become `UserError`s, and options are not abbreviated."""
+class ClearErrors(argparse.ArgumentParser):
+    """Mixed into another `ArgumentParser`: its errors become `UserError`s, and options are not abbreviated."""
 
     def __init__(self, *args, **kwargs):
         # An abbreviation that works today names another option once one is added.
@@ -23,7 +23,7 @@ class ClearErrors:
         raise UserError(f"{message}{end}\nAll options: {self.prog} --help")
 
 
-class Parser(ClearErrors, argparse.ArgumentParser):
+class Parser(ClearErrors):
     """The parser of one command."""
 
     def parse_args(self, args=None, namespace=None):
@@ -35,7 +35,7 @@ class Parser(ClearErrors, argparse.ArgumentParser):
 
 def option_strings(parser: argparse.ArgumentParser) -> list[str]:
     """Every option of a parser and of its subparsers."""
-    found = []
+    found: list[str] = []
     for action in parser._actions:
         found += action.option_strings
         if isinstance(action, argparse._SubParsersAction):

@@ -120,7 +120,8 @@ def cheapest(request: Request, memory: float) -> tuple[list[Change], Estimate] |
         made = change.made(request)
         if made is not None and (found := estimate(made)).peak <= memory:
             return [change], found
-    taken, current = [], request
+    taken: list[Change] = []
+    current = request
     for change in LADDER:
         made = change.made(current)
         if made is None:
@@ -130,17 +131,19 @@ def cheapest(request: Request, memory: float) -> tuple[list[Change], Estimate] |
             break
     else:
         return None
+    best = current
     for change in list(taken[:-1]):
         fewer = [other for other in taken if other is not change]
         made = _all(request, fewer)
         if made is not None and estimate(made).peak <= memory:
-            taken = fewer
-    return taken, estimate(_all(request, taken))
+            taken, best = fewer, made
+    return taken, estimate(best)
 
 
 def _all(request: Request, changes: list[Change]) -> Request | None:
     for change in changes:
-        request = change.made(request)
-        if request is None:
+        made = change.made(request)
+        if made is None:
             return None
+        request = made
     return request

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Weights of bitsandbytes' 4-bit layers, bytes a weight: half a byte, and a float32 scale for each block of 64; nested, the
 #: scales are 8-bit with a float32 of their own for each 256.
@@ -67,7 +70,7 @@ class Shape:
         return sum(rank * (inside + outside) for inside, outside in chosen)
 
 
-def empty_model(config: Any) -> nn.Module:
+def empty_model(config: Any) -> "PreTrainedModel":
     """The model of a config on torch's meta device: every shape, no weight."""
     from transformers import AutoModelForCausalLM
 

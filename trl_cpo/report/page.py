@@ -34,7 +34,7 @@ def chunks(runs: list, size: int) -> list[list]:
 def _sentence(run: Run) -> str:
     """What became of a run's held-out pairs, in a sentence."""
     after = table.cell(run.after, "cpo/prefers_chosen", True)
-    if after is None:
+    if run.after is None or after is None:
         return "no evaluation after training is known."
     before = table.cell(run.before, "cpo/prefers_chosen", True)
     in_u = table.cell(run.after, "cpo/in_undesirable_region", True)

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -56,26 +57,27 @@ def _count(share: np.ndarray) -> str:
 def phase_portrait(runs: list[Run]) -> tuple[Figure, list[str]]:
     """δ_ref across, δ_θ up, an arrow a pair from before to after training, U shaded; a panel a run. And notes."""
     figure, axes = panels(len(runs))
-    notes, seen = [], set()
+    notes: list[str] = []
+    seen: set[str] = set()
     for group in by_unit(runs):
-        held = [run.held_out for run in group]
+        held = [run.pairs for run in group]
         across = limits(*(pairs.ref_gap for pairs in held), include=(0.0,))
         gammas = tuple(run.gamma or 0.0 for run in group)
         up = limits(*(pairs.gap for pairs in held), *(pairs.start_gap for pairs in held), include=(0.0, *gammas))
         for run in group:
             seen |= _portrait(axes[runs.index(run)], run, across, up)
-            beyond = outside(run.held_out.ref_gap, run.held_out.gap, across, up)
+            beyond = outside(run.pairs.ref_gap, run.pairs.gap, across, up)
             if beyond:
                 notes.append(
-                    f"{run.letter}: {beyond} of {len(run.held_out)} pairs lie outside the axes and are drawn at their edge."
+                    f"{run.letter}: {beyond} of {len(run.pairs)} pairs lie outside the axes and are drawn at their edge."
                 )
-            if len(run.held_out) > MOST_ARROWS:
+            if len(run.pairs) > MOST_ARROWS:
                 notes.append(
-                    f"{run.letter}: arrows of {MOST_ARROWS} of {len(run.held_out)} pairs, evenly spaced in δ_ref; heads of all."
+                    f"{run.letter}: arrows of {MOST_ARROWS} of {len(run.pairs)} pairs, evenly spaced in δ_ref; heads of all."
                 )
-            if not np.isfinite(run.held_out.start_gap).any():
+            if not np.isfinite(run.pairs.start_gap).any():
                 notes.append(f"{run.letter}: where the policy stood before training is not known, so there are no arrows.")
-    handles = [Patch(color=U_SHADE, label="U, the undesirable region")]
+    handles: list[Artist] = [Patch(color=U_SHADE, label="U, the undesirable region")]
     handles += [Line2D([], [], color=QUIET, linestyle=LINES[1], label="δ_θ = δ_ref (the reference itself)")]
     if any(run.gamma is not None for run in runs):
         handles.append(Line2D([], [], color=COLOURS[2], linestyle=LINES[3], linewidth=1.8, label="δ_θ = γ, the gap asked for"))
@@ -95,7 +97,8 @@ def phase_portrait(runs: list[Run]) -> tuple[Figure, list[str]]:
 
 def _portrait(axes: Axes, run: Run, across: tuple[float, float], up: tuple[float, float]) -> set[str]:
     """Draws one panel; gives the outcomes and markers that are in it."""
-    pairs, seen = run.held_out, set()
+    pairs = run.pairs
+    seen: set[str] = set()
     axes.set(xlim=across, ylim=up)
     corner = max(across[0], up[0])
     if corner < 0:
@@ -120,7 +123,7 @@ def _portrait(axes: Axes, run: Run, across: tuple[float, float], up: tuple[float
         _, colour, _ = OUTCOMES[key]
         arrows = shown[mask[shown] & np.isfinite(start[shown])]
         shafts = np.stack([np.stack([x[arrows], start[arrows]], 1), np.stack([x[arrows], y[arrows]], 1)], 1)
-        axes.add_collection(LineCollection(shafts, colors=colour, linewidths=width, alpha=alpha, zorder=3))
+        axes.add_collection(LineCollection(list(shafts), colors=colour, linewidths=width, alpha=alpha, zorder=3))
         for marker, chosen in (
             ("^", pairs.gap >= pairs.start_gap),
             ("v", pairs.gap < pairs.start_gap),
@@ -162,47 +165,33 @@ def _edges(span: tuple[float, float]) -> np.ndarray:
     return width * np.arange(math.floor(span[0] / width), math.ceil(span[1] / width) + 1)
 
 
+def _histogram(axes: Axes, gaps: np.ndarray, edges: np.ndarray, **style) -> float:
+    """Draws the share of pairs in each bin, in %; gaps beyond the bins count in the outermost. Gives the highest share."""
+    width = np.ptp(edges)
+    inside = np.clip(gaps, edges[0] + 1e-9 * width, edges[-1] - 1e-9 * width)
+    shares = axes.hist(inside, edges.tolist(), weights=np.full(len(gaps), 100.0 / len(gaps)), **style)[0]
+    return float(np.max(shares))
+
+
 def gap_distributions(runs: list[Run]) -> tuple[Figure, list[str]]:
     """Histograms of the gap before and after training and of the reference's; a panel a run, and notes."""
     figure, axes = panels(len(runs), heights=(4.2, 3.7, 3.3))
-    notes, kinds, tops = [], {}, []
+    notes: list[str] = []
+    kinds: dict[str, Artist] = {}
+    tops: list[float] = []
     for group in by_unit(runs):
-        values = [gap for run in group for gap in (run.held_out.gap, run.held_out.ref_gap, run.held_out.start_gap)]
+        values = [gap for run in group for gap in (run.pairs.gap, run.pairs.ref_gap, run.pairs.start_gap)]
         edges = _edges(limits(*values, include=(0.0, *(run.gamma or 0.0 for run in group))))
         for run in group:
-            panel, pairs = axes[runs.index(run)], run.held_out
-            weights = np.full(len(pairs), 100.0 / len(pairs))
-
-            def inside(gap, edges=edges):
-                return np.clip(gap, edges[0] + 1e-9 * np.ptp(edges), edges[-1] - 1e-9 * np.ptp(edges))
-
+            panel, pairs = axes[runs.index(run)], run.pairs
             same = pairs.starts_at_reference
             name = "before training = reference δ_ref" if same else "reference δ_ref"
-            top = panel.hist(inside(pairs.ref_gap), edges, weights=weights, color="#BBBBBB", edgecolor="#BBBBBB", label=name)[
-                0
-            ].max()
+            tops.append(_histogram(panel, pairs.ref_gap, edges, color="#BBBBBB", edgecolor="#BBBBBB", label=name))
             if not same and np.isfinite(pairs.start_gap).all():
-                before = panel.hist(
-                    inside(pairs.start_gap),
-                    edges,
-                    weights=weights,
-                    histtype="step",
-                    color="#000000",
-                    linestyle="--",
-                    linewidth=1.2,
-                    label="before training δ_θ",
-                )
-                top = max(top, before[0].max())
-            after = panel.hist(
-                inside(pairs.gap),
-                edges,
-                weights=weights,
-                histtype="step",
-                color=COLOURS[0],
-                linewidth=1.9,
-                label="after training δ_θ",
-            )
-            tops.append(max(top, after[0].max()))
+                before = {"color": "#000000", "linestyle": "--", "linewidth": 1.2, "label": "before training δ_θ"}
+                tops.append(_histogram(panel, pairs.start_gap, edges, histtype="step", **before))
+            after = {"color": COLOURS[0], "linewidth": 1.9, "label": "after training δ_θ"}
+            tops.append(_histogram(panel, pairs.gap, edges, histtype="step", **after))
             panel.axvline(0, color="#222222", linewidth=1.0)
             if run.gamma is not None:
                 panel.axvline(run.gamma, color=COLOURS[2], linestyle=LINES[3], linewidth=1.8, label="γ, the gap asked for")
@@ -220,7 +209,7 @@ def gap_distributions(runs: list[Run]) -> tuple[Figure, list[str]]:
                 )
     for panel in axes:
         panel.set_ylim(0, 1.05 * max(tops))
-    figure.legend(kinds.values(), kinds.keys(), loc="outside lower center", ncols=4)
+    figure.legend(list(kinds.values()), list(kinds), loc="outside lower center", ncols=4)
     return figure, notes
 
 
@@ -231,13 +220,13 @@ def gaps_together(runs: list[Run]) -> tuple[Figure, list[str]]:
     handles, reference_handles, notes = [], [], []
     for row, group in enumerate(groups):
         axes = figure.add_subplot(len(groups), 1, row + 1)
-        across = limits(*(run.held_out.gap for run in group), *(run.held_out.ref_gap for run in group), include=(0.0,))
+        across = limits(*(run.pairs.gap for run in group), *(run.pairs.ref_gap for run in group), include=(0.0,))
         references: list[np.ndarray] = []
         for run in group:
             style = {**run_style(run), "marker": None}
-            handles += _steps(axes, run.held_out.gap, **style, linewidth=2.0, label=f"{run_title(run)}, after")
+            handles += _steps(axes, run.pairs.gap, **style, linewidth=2.0, label=f"{run_title(run)}, after")
             # One line for references that are the same on the same pairs.
-            gaps = np.sort(run.held_out.ref_gap)
+            gaps = np.sort(run.pairs.ref_gap)
             if not any(len(gaps) == len(old) and np.allclose(gaps, old, atol=1e-3) for old in references):
                 references.append(gaps)
                 whose = (
@@ -250,7 +239,7 @@ def gaps_together(runs: list[Run]) -> tuple[Figure, list[str]]:
         axes.axvline(0, color="#222222", linewidth=1.0)
         plain_ticks(axes)
         axes.set(xlim=across, ylim=(-1, 101), xlabel=f"gap ({group[0].unit})", ylabel="pairs with a smaller gap (%)")
-        beyond = sum(int(np.sum((run.held_out.gap < across[0]) | (run.held_out.gap > across[1]))) for run in group)
+        beyond = sum(int(np.sum((run.pairs.gap < across[0]) | (run.pairs.gap > across[1]))) for run in group)
         if beyond:
             notes.append(f"{beyond} gaps lie outside the axes.")
     figure.legend(handles=handles + reference_handles, loc="outside lower center", ncols=min(3, len(handles) + 1))
@@ -266,12 +255,13 @@ def _steps(axes: Axes, gaps: np.ndarray, **style) -> list[Line2D]:
 def displacement_of_pairs(runs: list[Run]) -> tuple[Figure, list[str]]:
     """How far training moved each pair's chosen (across) and rejected (up) log-probability; a panel a run, and notes."""
     figure, axes = panels(len(runs), heights=(5.0, 4.6, 4.0))
-    notes, seen = [], set()
+    notes: list[str] = []
+    seen: set[str] = set()
     for group in by_unit(runs):
-        shifts = {side: [run.held_out.shift(side) for run in group] for side in ("chosen", "rejected")}
+        shifts = {side: [run.pairs.shift(side) for run in group] for side in ("chosen", "rejected")}
         across, up = limits(*shifts["chosen"], include=(0.0,)), limits(*shifts["rejected"], include=(0.0,))
         for run in group:
-            panel, pairs = axes[runs.index(run)], run.held_out
+            panel, pairs = axes[runs.index(run)], run.pairs
             panel.set(xlim=across, ylim=up)
             ends = max(across[0], up[0]), min(across[1], up[1])
             if ends[0] < ends[1]:

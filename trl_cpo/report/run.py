@@ -85,7 +85,14 @@ class Run:
 
     @property
     def unit(self) -> str:
-        return UNITS.get(self.reduction, "nats")
+        return UNITS[self.reduction] if self.reduction else "nats"
+
+    @property
+    def pairs(self) -> HeldOut:
+        """The held-out pairs of a run that has them; the pictures of single pairs are drawn for those alone."""
+        if self.held_out is None:
+            raise ValueError(f"{self.folder} has no held-out pairs. Ask for `held_out` first.")
+        return self.held_out
 
     @property
     def gamma(self) -> float | None:

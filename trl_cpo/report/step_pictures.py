@@ -1,6 +1,7 @@
 """Pictures over optimizer steps: U, violations and preferences, loss and gap, the multiplier, displacement."""
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ def _draw(axes: Axes, runs: list[Run], metric: str, scale: float = 1.0) -> bool:
     """A run's training curve and its evaluations of one metric; whether anything was there to draw."""
     drawn = False
     # Of many runs the markers are to be read, and the noise of training would hide them.
-    line = {"linewidth": 1.3} if len(runs) <= _FEW else {"linewidth": 0.9, "alpha": 0.45}
+    line: dict[str, Any] = {"linewidth": 1.3} if len(runs) <= _FEW else {"linewidth": 0.9, "alpha": 0.45}
     for run in runs:
         style = run_style(run)
         steps, values = series(run, metric, of_training=True)
@@ -48,7 +49,7 @@ def _draw(axes: Axes, runs: list[Run], metric: str, scale: float = 1.0) -> bool:
             drawn, window = True, _window(len(values))
             if window > 1:
                 axes.plot(steps, scale * values, color=style["color"], linewidth=0.6, alpha=0.3)
-            alone = {"marker": ".", "markersize": 5} if np.isfinite(values).sum() == 1 else {}
+            alone: dict[str, Any] = {"marker": ".", "markersize": 5} if np.isfinite(values).sum() == 1 else {}
             axes.plot(
                 steps,
                 scale * running_mean(values, window),
@@ -136,7 +137,7 @@ def loss_and_gap(runs: list[Run]) -> tuple[Figure, list[str]]:
         _draw(left, group, "loss")
         _finish(left, group, "Loss", "loss (nats)")
         _draw(right, group, "cpo/gap")
-        references = {}
+        references: dict[float, str] = {}
         for run in group:
             values = series(run, "cpo/ref_gap", of_training=False)[1]
             if np.isfinite(values).any():

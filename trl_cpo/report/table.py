@@ -88,8 +88,7 @@ def cell(evaluation: Evaluation | None, metric: str, is_fraction: bool) -> Cell 
 
     The fraction's k is the nearest whole number of its n pairs; where it is not one to a hundredth, no interval is given.
     """
-    value = evaluation.values.get(metric) if evaluation else None
-    if value is None:
+    if evaluation is None or (value := evaluation.values.get(metric)) is None:
         return None
     pairs = evaluation.pairs
     if not is_fraction or not pairs or not 0.0 <= value <= 1.0:
@@ -152,7 +151,8 @@ def versions(runs: list[Run]) -> list[tuple[str, list[str | None]]]:
 
 def facts(run: Run) -> dict[str, str]:
     """What a run was, in a few words by name."""
-    pairs = run.record.get("pairs") if isinstance(run.record.get("pairs"), dict) else {}
+    pairs = run.record.get("pairs")
+    pairs = pairs if isinstance(pairs, dict) else {}
     last = max([*run.training, *run.evaluations], default=None)
     seconds = number(run.record.get("seconds"))
     held_out = run.after.pairs if run.after and run.after.pairs else len(run.held_out) if run.held_out else None
