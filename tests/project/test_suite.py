@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.paths import TESTS
+from helpers import executed
+from helpers.paths import ROOT, TESTS
 
 MODULES = sorted(path for path in TESTS.rglob("*.py") if path.name != "__init__.py")
 
@@ -53,3 +54,15 @@ def test_no_module_of_the_tests_imports_a_test_module(path):
 )
 def test_such_an_import_is_found(line, found):
     assert reaches_into_tests(TESTS / "engine" / "test_new.py", line) == found
+
+
+def test_a_module_that_no_test_runs_is_named(monkeypatch):
+    """By the plugin under which CI runs the fast tests."""
+    modules = {str(path) for path in (ROOT / "trl_cpo").rglob("*.py")}
+    monkeypatch.setattr(executed, "_called", modules - {str(ROOT / "trl_cpo" / "metrics.py")})
+    assert executed._never_called() == ["trl_cpo/metrics.py"]
+    monkeypatch.setattr(executed, "_called", set())
+    executed._note(executed._note.__code__)
+    executed._note(compile("pass", str(ROOT / "trl_cpo" / "metrics.py"), "exec"))
+    assert executed._called == set(), "neither a function of another place nor an import counts"
+    assert "-p helpers.executed" in (ROOT / ".ci" / "run").read_text()
