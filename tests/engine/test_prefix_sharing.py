@@ -4,14 +4,14 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.constraints import CONSTRAINTS
 from trl_cpo.engine.forward import NotPackable, PackedPairForward
 
-from helpers.tiny import make_lora, make_model, make_moe, pairs_dataset, training_options
+from helpers.tiny import make_lora, make_mamba, make_model, make_moe, pairs_dataset, training_options
 
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
 
@@ -115,16 +115,9 @@ def test_mixture_of_experts(make):
     assert_close(*runs)
 
 
-def mamba(seed):
-    torch.manual_seed(seed)
-    return MambaForCausalLM(
-        MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.2)
-    )
-
-
 def test_models_that_cannot_be_packed_are_padded_with_one_line(make, caplog):
     with caplog.at_level(logging.WARNING, logger="trl_cpo"):
-        trainer = make(options={"constraint": "clip"}, model=mamba(0), ref_model=mamba(1))
+        trainer = make(options={"constraint": "clip"}, model=make_mamba(0), ref_model=make_mamba(1))
         assert not in_use(trainer)
         trainer.train()
     lines = [record.message for record in caplog.records if "prefix sharing off" in record.message]
@@ -133,7 +126,7 @@ def test_models_that_cannot_be_packed_are_padded_with_one_line(make, caplog):
 
 def test_models_that_cannot_be_packed_are_refused_where_it_is_demanded(make):
     with pytest.raises(NotPackable, match="prefix_sharing=True, and it does not fit MambaForCausalLM"):
-        make(options={"constraint": "clip", "prefix_sharing": True}, model=mamba(0), ref_model=mamba(1))
+        make(options={"constraint": "clip", "prefix_sharing": True}, model=make_mamba(0), ref_model=make_mamba(1))
 
 
 def test_the_probe_leaves_random_numbers_and_order_alone(make):

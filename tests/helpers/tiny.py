@@ -12,7 +12,15 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 torch.set_num_threads(1)
 disable_progress_bars()
@@ -172,6 +180,14 @@ def make_moe(seed: int = 0) -> Qwen3MoeForCausalLM:
         output_router_logits=True,
     )
     return Qwen3MoeForCausalLM(config)
+
+
+def make_mamba(seed: int = 0) -> MambaForCausalLM:
+    """A model without attention, of the same tokenizer."""
+    torch.manual_seed(seed)
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.2)
+    )
 
 
 def make_lora(**changes) -> LoraConfig:

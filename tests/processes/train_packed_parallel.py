@@ -131,6 +131,7 @@ def train(run: dict) -> dict:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # accelerate collects garbage at the start of every training: the libraries' own objects are none
     results = [train(run) for run in JOB["runs"]]
     # Every process writes: a fall-back on one of them alone would otherwise go unseen.
     with open(os.path.join(JOB["folder"], f"seen{os.environ.get('RANK', '0')}.json"), "w") as file:

@@ -139,5 +139,6 @@ def train(run: dict) -> list[dict]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # accelerate collects garbage at the start of every training: the libraries' own objects are none
     results = [train(run) for run in JOB["runs"]]
     (Path(JOB["folder"]) / f"seen{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))

@@ -1,12 +1,15 @@
 """The tests themselves: what they share is in tests/helpers and in conftest.py files, never in another test module."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-from helpers.paths import TESTS
+from helpers import executed
+from helpers.paths import ROOT, TESTS
 
+PLACES = ("docs", "trl_cpo", "examples", "benchmarks", "deepspeed_configs")
 MODULES = sorted(path for path in TESTS.rglob("*.py") if path.name != "__init__.py")
 
 
@@ -53,3 +56,25 @@ def test_no_module_of_the_tests_imports_a_test_module(path):
 )
 def test_such_an_import_is_found(line, found):
     assert reaches_into_tests(TESTS / "engine" / "test_new.py", line) == found
+
+
+def test_a_module_that_no_test_runs_is_named(monkeypatch):
+    """By the plugin under which CI runs the fast tests."""
+    modules = {str(path) for path in (ROOT / "trl_cpo").rglob("*.py")}
+    monkeypatch.setattr(executed, "_called", modules - {str(ROOT / "trl_cpo" / "metrics.py")})
+    assert executed._never_called() == ["trl_cpo/metrics.py"]
+    monkeypatch.setattr(executed, "_called", set())
+    executed._note(executed._note.__code__)
+    executed._note(compile("pass", str(ROOT / "trl_cpo" / "metrics.py"), "exec"))
+    assert executed._called == set(), "neither a function of another place nor an import counts"
+    assert "-p helpers.executed" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_file_of_the_tests_that_is_named_is_there():
+    """In the documents, the package, the examples and the configurations."""
+    named = {}
+    for path in (*ROOT.glob("*.md"), *(file for place in PLACES for file in (ROOT / place).rglob("*") if file.is_file())):
+        if path.suffix in (".md", ".py", ".yaml", ".sh"):
+            named |= {name: path.name for name in re.findall(r"tests/[\w/]+\.\w+", path.read_text(encoding="utf-8"))}
+    assert "tests/test_identity.py" in named
+    assert {name: place for name, place in named.items() if not (ROOT / name).is_file()} == {}

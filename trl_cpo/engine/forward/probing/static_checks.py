@@ -11,7 +11,7 @@ from ..repack import backbone_of, layers_around, unwrap
 from ..segments import MASKED_ATTENTION
 
 # Families of transformers whose layers mix tokens through masked attention alone, with every limit in the
-# configuration; held by tests/forward/test_model_families.py. Others are probed over the full length, in case
+# configuration; held by tests/engine/forward/test_model_families.py. Others are probed over the full length, in case
 # something binds only there.
 PLAIN_FAMILIES = frozenset(
     [
