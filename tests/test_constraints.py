@@ -15,9 +15,10 @@ import trl_cpo.constraint_fields as constraint_fields
 from trl_cpo.constraint_fields import HYPERPARAMETERS
 from trl_cpo.constraints import CONSTRAINTS
 from trl_cpo.hyperparameters import fault, hyperparameter
-from trl_cpo.objective import gap_from_loss, pair_loss
+from trl_cpo.objective import pair_loss
 from trl_cpo.pairs import PairLogps
 
+from helpers.formulas import gap_from_loss
 from helpers.paths import TESTS
 
 GOLDEN_FILE = TESTS / "golden" / "margin_forms.json"
@@ -329,4 +330,4 @@ def test_loss_refuses_a_column_against_a_vector():
     with pytest.raises(ValueError, match=r"shape \(B,\)"):
         pair_loss(torch.zeros(3), torch.zeros(3, 1), beta=0.1)
     with pytest.raises(ValueError, match=r"shape \(B,\)"):
-        gap_from_loss(torch.zeros(3, 1), torch.zeros(3, 1), beta=0.1)
+        pair_loss(torch.zeros(3, 1), torch.zeros(3, 1), beta=0.1)

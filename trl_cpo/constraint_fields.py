@@ -11,6 +11,8 @@ from dataclasses import Field, field, make_dataclass
 from .constraints import CONSTRAINTS
 from .hyperparameters import bounds
 
+#: A name in the table; for type checkers, one of them.
+FormName = str
 #: Every form's hyperparameters, in the order of the table. Forms that share a name declare it alike.
 HYPERPARAMETERS: dict[str, Field] = {
     name: declared for form in CONSTRAINTS.values() for name, declared in form.hyperparameters().items()
@@ -37,7 +39,7 @@ _CONSTRAINT = field(
 
 ConstraintFields = make_dataclass(
     "ConstraintFields",
-    [("constraint", str, _CONSTRAINT), *map(_config_field, HYPERPARAMETERS.values())],
+    [("constraint", FormName, _CONSTRAINT), *map(_config_field, HYPERPARAMETERS.values())],
     namespace={"__doc__": "The constraint's name and the hyperparameters of all forms.", "__module__": __name__},
 )
 
@@ -45,22 +47,23 @@ ConstraintFields = make_dataclass(
 def stub() -> str:
     """The text of constraint_fields.pyi."""
 
-    def literal(values) -> str:
-        return "Literal[\n" + "".join(f'        "{value}",\n' for value in values) + "    ]"
+    def literal(values, indent: str = "    ") -> str:
+        return "Literal[\n" + "".join(f'{indent}    "{value}",\n' for value in values) + f"{indent}]"
 
-    lines = [f"    constraint: {literal(CONSTRAINTS)} = ..."]
+    lines = ["    constraint: FormName = ..."]
     for name, declared in HYPERPARAMETERS.items():
         choices, kind = declared.metadata["choices"], declared.type
         kind = literal(choices) if choices else kind.__name__ if isinstance(kind, type) else kind
         lines.append(f"    {name}: {kind} = ...")
-    return _STUB + "\n".join(lines) + "\n"
+    return _STUB.format(forms=literal(CONSTRAINTS, "")) + "\n".join(lines) + "\n"
 
 
 _STUB = """\
 # Generated: python -m trl_cpo.constraint_fields > trl_cpo/constraint_fields.pyi
 from dataclasses import Field, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+FormName: TypeAlias = {forms}
 HYPERPARAMETERS: dict[str, Field[Any]]
 
 def stub() -> str: ...

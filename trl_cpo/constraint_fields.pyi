@@ -1,22 +1,23 @@
 # Generated: python -m trl_cpo.constraint_fields > trl_cpo/constraint_fields.pyi
 from dataclasses import Field, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+FormName: TypeAlias = Literal[
+    "none",
+    "clip",
+    "softplus",
+    "inverse_prob",
+    "inverse_logp",
+    "penalty",
+    "lagrangian",
+]
 HYPERPARAMETERS: dict[str, Field[Any]]
 
 def stub() -> str: ...
 
 @dataclass
 class ConstraintFields:
-    constraint: Literal[
-        "none",
-        "clip",
-        "softplus",
-        "inverse_prob",
-        "inverse_logp",
-        "penalty",
-        "lagrangian",
-    ] = ...
+    constraint: FormName = ...
     gamma: float = ...
     tau: float = ...
     alpha: float = ...

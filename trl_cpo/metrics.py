@@ -26,7 +26,7 @@ class PairView:
 METRICS: dict[str, tuple[str, Callable[[PairView], Tensor]]] = {
     "gap": ("δ_θ = s_θ(chosen) − s_θ(rejected)", lambda v: v.pairs.gap),
     "ref_gap": ("δ_ref = s_ref(chosen) − s_ref(rejected)", lambda v: v.pairs.ref_gap),
-    "target": ("t, the target margin of the loss; δ_ref for none, penalty and lagrangian", lambda v: v.target),
+    "target": ("t, the target margin of the loss; δ_ref unless the constraint moves it", lambda v: v.target),
     "prefers_chosen": ("[δ_θ > 0]", lambda v: v.pairs.gap > 0),
     "beats_reference": ("[δ_θ > δ_ref]: the reward accuracy", lambda v: v.pairs.gap > v.pairs.ref_gap),
     "in_undesirable_region": (

@@ -18,8 +18,10 @@ from trl_cpo.constraints import CONSTRAINTS, Constraint
 from trl_cpo.constraints.dual_rule import DualRule
 from trl_cpo.data.hh import DialogueError, Reason, convert_row, parse_dialogue, render_dialogue
 from trl_cpo.metrics import COLUMNS, METRICS, PairView, per_pair
-from trl_cpo.objective import gap_from_loss, pair_loss
+from trl_cpo.objective import pair_loss
 from trl_cpo.pairs import PairLogps
+
+from helpers.formulas import gap_from_loss
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Pairs in one tensor; one draw is one pair.

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_cpo.objective import gap_from_loss, pair_loss
+from trl_cpo.objective import pair_loss
 from trl_cpo.theory import most_below
 from trl_cpo.theory.bounds import ROUNDING
+
+from helpers.formulas import gap_from_loss
 
 GAPS = st.one_of(st.floats(-50, 50), st.floats(-1e6, 1e6), st.sampled_from([0.0, -0.0, 1e-300, -1e-300, 1.0]))
 

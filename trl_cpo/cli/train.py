@@ -2,20 +2,23 @@
 
 import argparse
 import re
+import textwrap
 
+from ..constraint_names import FORM_NAMES
 from .errors import UserError, said_plainly
 
 HELP = "Train with a constraint on the preference gap, from a recipe or from TRL's options."
 #: Every option of TRL's DPOConfig, ModelConfig and ScriptArguments is handed on.
 PASSES_ON = True
 
+_FORMS = textwrap.fill(", ".join(FORM_NAMES), 88, subsequent_indent=33 * " ").replace("none", "none (plain DPO)", 1)
 #: The options that people set most, for a help that answers without importing TRL; a test holds the names against TRL's.
-_OFTEN = """\
+_OFTEN = f"""\
 options that are set most (--help-all lists all of TRL's DPOConfig, ModelConfig and ScriptArguments, and ours):
   --model_name_or_path M         hub name or folder, or 'demo' (the embedded SmolLM2-135M-Instruct)
   --dataset_name D               hub name, .jsonl[.gz], .json or .parquet file, folder, or 'demo'
   --output_dir DIR               by default outputs/<dataset>-<constraint>, numbered if taken
-  --constraint C                 none (plain DPO), clip, softplus, penalty, lagrangian, inverse_prob, inverse_logp
+  --constraint C                 {_FORMS}
   --gamma G                      the preference gap asked for, >= 0, in nats
   --beta B                       DPO's beta
   --logps_reduction R            sum (nats per response) or mean (nats per token)

@@ -35,6 +35,5 @@ class InverseProb(Constraint):
         return []
 
     def cautions(self) -> list[str]:
-        if self.gamma == 0.0:
-            return ["gamma=0 makes constraint='inverse_prob' plain DPO: set gamma > 0 (the release's demo uses 0.05)."]
-        return []
+        said = "gamma=0 makes constraint='inverse_prob' plain DPO: set gamma > 0 (the release's demo uses 0.05)."
+        return [said] if self.gamma == 0.0 else []

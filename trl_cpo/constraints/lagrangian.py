@@ -41,14 +41,9 @@ class Lagrangian(Constraint):
     @property
     def dual_rule(self) -> DualRule:
         scale = self.beta**2 if self.dual_signal == "violation" else self.beta
-        return DualRule(
-            epsilon=self.epsilon,
-            step_size=0.1 * scale if self.dual_lr is None else self.dual_lr,
-            cap=self.beta if self.dual_max is None else self.dual_max,
-            start=self.dual_init,
-            warmup_steps=self.dual_warmup_steps,
-            signal=self.dual_signal,
-        )
+        step_size = 0.1 * scale if self.dual_lr is None else self.dual_lr
+        cap = self.beta if self.dual_max is None else self.dual_max
+        return DualRule(self.epsilon, step_size, cap, self.dual_init, self.dual_warmup_steps, self.dual_signal)
 
     def added_loss(self, pairs: PairLogps, multiplier: float) -> Tensor | None:
         # None and not zeros: with λ = 0 the step is DPOTrainer's to the last bit, also where the hinge overflows.

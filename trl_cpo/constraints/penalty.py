@@ -24,6 +24,5 @@ class Penalty(Constraint):
         return self.penalty_weight * torch.relu(self.gamma - pairs.gap)
 
     def cautions(self) -> list[str]:
-        if self.penalty_weight == 0.0:
-            return ["penalty_weight=0 makes constraint='penalty' plain DPO: set penalty_weight > 0."]
-        return []
+        said = "penalty_weight=0 makes constraint='penalty' plain DPO: set penalty_weight > 0."
+        return [said] if self.penalty_weight == 0.0 else []

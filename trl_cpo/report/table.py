@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 
+from ..constraint_names import HYPERPARAMETER_NAMES
 from ..intervals import clopper_pearson
 from ..logs.summary import ROWS
 from .run import Evaluation, Run, number
@@ -16,15 +17,7 @@ MORE_ROWS = (
 #: What a single run's settings are read for first; of several runs all that differ are shown.
 MAIN_SETTINGS = (
     "constraint",
-    "gamma",
-    "tau",
-    "alpha",
-    "penalty_weight",
-    "epsilon",
-    "dual_lr",
-    "dual_max",
-    "dual_init",
-    "dual_signal",
+    *HYPERPARAMETER_NAMES,
     "logps_reduction",
     "beta",
     "loss_type",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import ModelConfig, ScriptArguments
 
 from ..config import CPOConstrainedConfig
+from ..constraint_fields import FormName
 
 DEMO_MODEL = "demo"
 
@@ -36,7 +37,7 @@ class RunConfig(CPOConstrainedConfig):
         default=None,
         metadata={"help": "Where everything goes; by default outputs/<dataset>-<constraint>, numbered if taken."},
     )
-    constraint: str = field(default="clip", metadata=CPOConstrainedConfig.__dataclass_fields__["constraint"].metadata)
+    constraint: FormName = field(default="clip", metadata=CPOConstrainedConfig.__dataclass_fields__["constraint"].metadata)
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training pairs."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two logs."})
 
