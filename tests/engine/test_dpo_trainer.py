@@ -101,7 +101,7 @@ def test_its_checkpoint_is_one_for_the_constraint_and_the_other_way_round(tmp_pa
 
 
 def test_a_config_of_trl_is_refused_in_words(tmp_path, tokenizer, small_model):
-    with pytest.raises(TypeError, match="args must be a DPOConfig of trl_cpo, got trl's DPOConfig"):
+    with pytest.raises(TypeError, match="from trl_cpo.engine import DPOConfig"):
         trainer_of(tmp_path, small_model, tokenizer, kind=(DPOTrainer, TRLConfig))
 
 

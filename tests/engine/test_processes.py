@@ -293,7 +293,7 @@ def test_a_trainer_ends_its_process_gently_where_there_is_gloo(monkeypatch, tmp_
     assert registered == [leaving._pause]
 
     called = []
-    monkeypatch.setattr("trl_cpo.trainer.end_gently", lambda: called.append(True))
+    monkeypatch.setattr("trl_cpo.engine.dpo_trainer.end_gently", lambda: called.append(True))
     CPOConstrainedTrainer(
         model=model_folder,
         args=CPOConstrainedConfig(**training_options(tmp_path)),

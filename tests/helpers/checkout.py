@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from .paths import ROOT
+from helpers.paths import ROOT
 
 
 def tracked_files() -> list[str]:

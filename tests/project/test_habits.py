@@ -11,11 +11,8 @@ import yaml
 from helpers.checkout import tracked_files
 from helpers.paths import ROOT
 
-HOOKS = {
-    hook["id"]: hook
-    for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    for hook in repo["hooks"]
-}
+CONFIG = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+HOOKS = {hook["id"]: hook for repo in CONFIG["repos"] for hook in repo["hooks"]}
 
 
 @pytest.mark.parametrize("command", [["format", "--check", "."], ["check", "."]], ids=" ".join)
@@ -26,8 +23,7 @@ def test_ruff_has_nothing_to_say(command):
 
 def test_hooks_need_no_network():
     """A hook from a repository would be cloned at the first commit."""
-    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
-    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    assert [repo["repo"] for repo in CONFIG["repos"]] == ["local"]
     assert {hook["language"] for hook in HOOKS.values()} <= {"system", "pygrep"}
     assert {"ruff-check", "ruff-format"} <= HOOKS.keys()
     validated = subprocess.run(
@@ -48,7 +44,9 @@ def finds(hook: dict, content: bytes) -> bool:
 
 @pytest.mark.parametrize("name", ["trailing-space", "end-of-file"])
 def test_text_files_are_clean(name):
-    texts = {file: content for file in tracked_files() if b"\0" not in (content := (ROOT / file).read_bytes()) and content}
+    kept = re.compile(CONFIG["exclude"])
+    tracked = [file for file in tracked_files() if not kept.search(file)]
+    texts = {file: content for file in tracked if b"\0" not in (content := (ROOT / file).read_bytes()) and content}
     assert len(texts) > 100
     assert [file for file, content in texts.items() if finds(HOOKS[name], content)] == []
 

@@ -17,12 +17,18 @@ PACKAGE = Path(trl_cpo.__file__).parent
 #: below it alone. Those above the blank line are what a user starts; below it the method, and what it stands on.
 LAYOUT = {
     "__main__": ("python -m trl_cpo", {"cli"}),
-    "cli": ("the command line", {"audit", "certificates", "data", "plan", "recipes", "report", "run", "scoring"}),
-    "run": ("one training run, from pairs to a folder", {"config", "data", "engine", "files", "logs", "pairs", "trainer"}),
+    "cli": (
+        "the command line",
+        {"audit", "certificates", "constraint_names", "data", "plan", "recipes", "report", "run", "scoring"},
+    ),
+    "run": (
+        "one training run, from pairs to a folder",
+        {"config", "constraint_fields", "data", "engine", "files", "logs", "pairs", "trainer"},
+    ),
     "audit": ("look before you train", {"data", "intervals", "metrics", "pairs", "scoring", "theory", "units"}),
     "certificates": ("what held-out pairs prove", {"constraints", "data", "files", "intervals", "scoring", "units"}),
     "scoring": ("a model scores a set of pairs", {"_trl", "data"}),
-    "report": ("one page of pictures of runs", {"files", "gaps", "intervals", "logs", "units"}),
+    "report": ("one page of pictures of runs", {"constraint_names", "files", "gaps", "intervals", "logs", "units"}),
     "plan": ("what a device will hold", set()),
     "recipes": ("settings with a name", set()),
     "__init__": ("the public names", {"config", "trainer"}),
@@ -39,6 +45,7 @@ LAYOUT = {
     "multiplier": ("the dual variable", {"constraints"}),
     "constraints": ("one form of the constraint a file", {"hyperparameters", "pairs"}),
     "metrics": ("what is logged of the gap", {"gaps", "pairs"}),
+    "constraint_names": ("the same names, without torch", set()),
     "hyperparameters": ("one declaration each: default, help, bounds", {"faults"}),
     "logs": ("a run's log, and in words", {"units"}),
     "pairs": ("log-probabilities of a batch of pairs", {"units"}),

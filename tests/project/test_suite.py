@@ -75,6 +75,6 @@ def test_every_file_of_the_tests_that_is_named_is_there():
     named = {}
     for path in (*ROOT.glob("*.md"), *(file for place in PLACES for file in (ROOT / place).rglob("*") if file.is_file())):
         if path.suffix in (".md", ".py", ".yaml", ".sh"):
-            named |= {name: path.name for name in re.findall(r"tests/[\w/]+\.\w+", path.read_text(encoding="utf-8"))}
+            named |= dict.fromkeys(re.findall(r"tests/[\w/]+\.\w+", path.read_text(encoding="utf-8")), path.name)
     assert "tests/test_identity.py" in named
     assert {name: place for name, place in named.items() if not (ROOT / name).is_file()} == {}

@@ -5,9 +5,9 @@ from collections import Counter
 from importlib.metadata import version
 
 import pytest
-from processes.check_types import BASELINE, compared, errors_in, mypy, read_baseline
 
 from helpers.paths import ROOT
+from helpers.type_errors import BASELINE, compared, errors_in, mypy, read_baseline
 
 #: What decides the errors that mypy finds.
 DECIDING = ("mypy", "torch", "transformers", "trl", "peft", "numpy", "matplotlib")

@@ -149,9 +149,10 @@ class DPOTrainer(ResumableTrainer):
             name = model if isinstance(model, str) else model_id(model)
             return cls.config_class(f"{name.split('/')[-1]}-{cls.run_suffix}")
         if not isinstance(args, cls.config_class):
+            ours, theirs = cls.config_class, type(args).__name__
             raise TypeError(
-                f"args must be a {cls.config_class.__name__} of trl_cpo, got {type(args).__module__.split('.')[0]}'s "
-                f"{type(args).__name__}. It takes the same fields, and more."
+                f"args must be a {ours.__name__}, got {theirs}. Replace `{theirs}` by `{ours.__name__}` (from "
+                f"{ours.__module__.rpartition('.')[0]} import {ours.__name__}): it takes the same fields, and its own."
             )
         return args
 
