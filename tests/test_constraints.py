@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import trl_cpo.constraint_fields as constraint_fields
 from trl_cpo.constraint_fields import HYPERPARAMETERS
+from trl_cpo.constraint_names import FORM_NAMES, HYPERPARAMETER_NAMES
 from trl_cpo.constraints import CONSTRAINTS
 from trl_cpo.hyperparameters import fault, hyperparameter
 from trl_cpo.objective import pair_loss
@@ -203,6 +204,10 @@ def test_the_stub_is_what_the_table_says():
     assert file.read_text() == constraint_fields.stub(), (
         "the stub is not up to date; write it anew: python -m trl_cpo.constraint_fields > trl_cpo/constraint_fields.pyi"
     )
+
+
+def test_names_without_torch_are_those_of_the_table():
+    assert tuple(CONSTRAINTS) == FORM_NAMES and tuple(HYPERPARAMETERS) == HYPERPARAMETER_NAMES
 
 
 def test_a_hyperparameter_has_one_kind_of_bound():

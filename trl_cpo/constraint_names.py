@@ -7,8 +7,9 @@ import ast
 from pathlib import Path
 
 _STUB = ast.parse(Path(__file__).with_name("constraint_fields.pyi").read_text(encoding="utf-8"))
-_ALIAS, *_ = (node for node in _STUB.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "FormName")
-(_FIELDS,) = (node.body for node in _STUB.body if isinstance(node, ast.ClassDef))
+_ALIAS = next(node for node in _STUB.body if isinstance(node, ast.AnnAssign))
+_CLASS = next(node for node in _STUB.body if isinstance(node, ast.ClassDef))
+_FIELDS = [ast.unparse(node.target) for node in _CLASS.body if isinstance(node, ast.AnnAssign)]
 
-FORM_NAMES: tuple[str, ...] = tuple(ast.literal_eval(_ALIAS.value.slice))
-HYPERPARAMETER_NAMES: tuple[str, ...] = tuple(ast.unparse(node.target) for node in _FIELDS[1:])
+FORM_NAMES: tuple[str, ...] = tuple(str(node.value) for node in ast.walk(_ALIAS) if isinstance(node, ast.Constant))
+HYPERPARAMETER_NAMES: tuple[str, ...] = tuple(name for name in _FIELDS if name != "constraint")

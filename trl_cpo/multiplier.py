@@ -7,6 +7,8 @@ from transformers import TrainerCallback
 
 from .constraints.dual_rule import DualRule
 
+_EMPTY: dict[str, float] = {"violation": 0.0, "pairs": 0, "steps": 0, "held": 0}
+
 
 class Multiplier:
     """λ, and the violations that it has not been updated by yet.
@@ -30,7 +32,7 @@ class Multiplier:
         self.value = self.rule.start
         self._steps = 0
         self._seen: list[Tensor] = []
-        self._window = self._empty_window()
+        self._window = dict(_EMPTY)
 
     def begin(self) -> None:
         """Start of training: drop violations left from a run interrupted mid-step."""
@@ -47,8 +49,7 @@ class Multiplier:
         # float64 on the CPU, in the order seen: the same number on every process.
         values = [signal.cpu().double() for signal in self._seen]
         self._seen = []
-        pairs = sum(len(value) for value in values)
-        total = sum(value.sum().item() for value in values)
+        pairs, total = sum(map(len, values)), sum(value.sum().item() for value in values)
         violation = total / pairs
         if self._steps >= self.rule.warmup_steps:
             share = 1.0 if self.mean_pairs is None else pairs / self.mean_pairs
@@ -62,7 +63,7 @@ class Multiplier:
 
     def flush(self) -> dict[str, float]:
         """`cpo/lambda`, `cpo/slack` and `cpo/holds` of the window, which starts anew; empty if no step was made in it."""
-        window, self._window = self._window, self._empty_window()
+        window, self._window = self._window, dict(_EMPTY)
         if not window["steps"]:
             return {}
         return {
@@ -70,10 +71,6 @@ class Multiplier:
             "cpo/slack": self.rule.epsilon - window["violation"] / window["pairs"],
             "cpo/holds": window["held"] / window["steps"],
         }
-
-    @staticmethod
-    def _empty_window() -> dict[str, float]:
-        return {"violation": 0.0, "pairs": 0, "steps": 0, "held": 0}
 
     def state_dict(self) -> dict[str, float]:
         """All that the next step depends on, and the window, as plain numbers."""

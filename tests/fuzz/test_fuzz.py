@@ -33,6 +33,7 @@ def test_a_planted_fault_is_found(monkeypatch):
     [
         ({"gamma": 10**400}, "gamma"),
         ({"constraint": "clip", "beta": 10**400}, "beta"),
+        ({"constraint": "lagrangian", "beta": 1e308}, "beta"),
         ({"constraint": "lagrangian", "dual_init": [], "dual_max": object()}, "dual_max"),
         ({"prefix_sharing": [True]}, "prefix_sharing"),
         ({"balance_tokens": "yes"}, "balance_tokens"),

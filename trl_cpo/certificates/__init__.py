@@ -51,13 +51,13 @@ def check(found: Any, folder: str | Path | None = None) -> list[str]:
     version = found.get("format")
     if version not in (1, FORMAT):
         raise CertificateError(f"This certificate has format {version!r}; this version reads formats 1 and {FORMAT}.")
-    asked, evidence = (found.get(name) if isinstance(found.get(name), dict) else {} for name in ("asked", "evidence"))
-    parts = {"subject": found.get("subject"), "numbers": evidence.get("numbers"), "files": evidence.get("files")}
+    asked, evidence = (found[name] if isinstance(found.get(name), dict) else {} for name in ("asked", "evidence"))
+    parts: dict[str, Any] = {"subject": found.get("subject"), **{name: evidence.get(name) for name in ("numbers", "files")}}
     lacking = [name for name in ("gamma", "at_least", "confidence") if name not in asked]
     lacking += [name for name, value in parts.items() if not isinstance(value, dict)]
     if lacking or not all(isinstance(print_, dict) for print_ in parts["files"].values()):
         raise CertificateError(f"This certificate cannot be recomputed: it lacks {', '.join(lacking) or 'hashes of files'}.")
-    kind = found.get("kind")
+    kind = str(found.get("kind"))
     check_kind(kind)
     if folder is not None:
         asked, parts = {"at_least": asked["at_least"]}, evidence_of(folder, asked["gamma"])

@@ -82,8 +82,8 @@ def check_kind(kind: Any) -> None:
     """Raises `CertificateError` for a kind that is not made."""
     if kind == "loss":
         raise CertificateError(
-            "Certificates of kind 'loss' are no longer made or read: a mean loss proves of these pairs no more than their "
-            "count, which the same files hold. Use kind 'held_out'; the bound itself is trl_cpo.theory.most_below."
+            "Certificates of kind 'loss' are no longer made or read: a mean loss proves no more of these pairs than their "
+            "count, which the same files hold. Use kind 'held_out'. The bound itself is trl_cpo.theory.most_below."
         )
     if kind not in KINDS:
         raise CertificateError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")

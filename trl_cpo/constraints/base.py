@@ -54,12 +54,11 @@ class Constraint:
         return None
 
     def faults(self) -> list[str]:
-        """What makes these hyperparameters impossible together, one sentence each; called once β and the form's own are in
-        range."""
+        """What makes the values impossible together, one sentence each; called where β and the form's own are in range."""
         return []
 
     def cautions(self) -> list[str]:
-        """What a user of these hyperparameters should know before training, one sentence or two each."""
+        """What a user of these values should know before training, one sentence or two each."""
         return []
 
     @classmethod

@@ -50,6 +50,8 @@ class Lagrangian(Constraint):
         return None if multiplier == 0.0 else multiplier * torch.relu(self.gamma - pairs.gap)
 
     def faults(self) -> list[str]:
+        if self.beta > 1e100:  # its square, of which the step size is made, may be beyond any float
+            return [f"beta must be at most 1e100 under constraint='lagrangian'; got {self.beta!r}."]
         cap, faults = self.dual_rule.cap, []
         if self.dual_init > cap:
             faults.append(f"dual_init must be at most dual_max={cap:g}; got {self.dual_init!r}.")
