@@ -2,8 +2,7 @@
 
     PYTEST_ADDOPTS="-p helpers.executed" bash run.sh test
 
-A module is run once a function of it was called, in the tests' own processes; one that defines none needs no call. The tests
-take longer under it, most of all before Python 3.12.
+A module is run once a function of it was called, in the tests' own processes; one that defines none needs no call.
 """
 
 import ast
@@ -12,25 +11,28 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from helpers.paths import ROOT
 
 PACKAGE = str(ROOT / "trl_cpo") + os.sep
 _called: set[str] = set()
+_watched: set[str] = set()
 
 
-def _start() -> None:
-    if sys.version_info >= (3, 12):
-        monitoring, tool = sys.monitoring, sys.monitoring.COVERAGE_ID
-        monitoring.use_tool_id(tool, "trl_cpo's tests")
-
-        def on_start(code, offset):
-            _note(code)
-            return monitoring.DISABLE  # once is enough
-
-        monitoring.register_callback(tool, monitoring.events.PY_START, on_start)
-        monitoring.set_events(tool, monitoring.events.PY_START)
-    else:
-        sys.setprofile(lambda frame, event, _: _note(frame.f_code) if event == "call" else None)
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """Watches the first case of every test, since it takes as long again to watch one."""
+    name = item.nodeid.partition("[")[0]
+    if name in _watched:
+        yield
+        return
+    _watched.add(name)
+    sys.setprofile(lambda frame, event, _: _note(frame.f_code) if event == "call" else None)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
 
 
 def _note(code) -> None:
@@ -49,12 +51,6 @@ def _never_called() -> list[str]:
     )
 
 
-def pytest_configure(config) -> None:
-    # A process that only hands out tests to others runs none.
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        _start()
-
-
 def pytest_sessionfinish(session) -> None:
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
@@ -64,6 +60,7 @@ def pytest_sessionfinish(session) -> None:
         session.exitstatus = session.exitstatus or 1
 
 
+@pytest.hookimpl(optionalhook=True)  # of xdist
 def pytest_testnodedown(node) -> None:
     _called.update(getattr(node, "workeroutput", {}).get("executed", ()))
 
