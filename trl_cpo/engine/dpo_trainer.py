@@ -132,7 +132,7 @@ class DPOTrainer(ResumableTrainer):
             peft_config=peft_config,
         )
         self.reference_tables.weights_may_change()
-        self._guard = BatchGuard(self.accelerator, self.processing_class.decode)
+        self._guard = BatchGuard(self.accelerator, lambda ids: self.processing_class.decode(ids))
         self._start_check = StartCheck(exempt, in_half_precision(self.model, self.accelerator))
         for callback in own_callbacks:
             self.add_callback(callback)
