@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -332,9 +333,11 @@ def test_a_checkpoint_is_on_the_disk_before_it_is_in_its_place(tmp_path, tokeniz
     best=st.one_of(st.none(), st.integers(1, 40)),
 )
 def test_the_checkpoints_that_go_are_those_that_transformers_would_delete(tmp_path_factory, steps, limit, best):
+    """Were clocks right, that is: they go by file times, and we by the order in which checkpoints say they were written."""
     run_dir = tmp_path_factory.mktemp("rotation")
     for age, step in enumerate(steps):
         (run_dir / f"checkpoint-{step}").mkdir()
+        checkpoints.write_state(run_dir / f"checkpoint-{step}", {"order": age + 1})
         os.utime(run_dir / f"checkpoint-{step}", (10 * age, 10 * age))
     best = None if best is None else str(run_dir / f"checkpoint-{best}")
     going = {path.name for path in checkpoints.surplus(run_dir, limit, best)}
@@ -342,6 +345,35 @@ def test_the_checkpoints_that_go_are_those_that_transformers_would_delete(tmp_pa
     rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
     assert going == before - set(os.listdir(run_dir))
     shutil.rmtree(run_dir)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["ours", "of version 0.1.0"])
+def test_a_clock_that_goes_back_deletes_no_new_checkpoint(tmp_path, tokenizer, small_model, no_model_cards, plain):
+    """Checkpoints dated tomorrow are older than those that a resumed run writes, and the newest is the last written."""
+    trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=4, save_total_limit=2).train()
+    tomorrow = time.time() + 86400
+    for folder in tmp_path.glob("checkpoint-*"):
+        if plain:
+            state = checkpoints.read_state(folder)
+            del state["order"]
+            checkpoints.write_state(folder, state)
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (tomorrow, tomorrow))
+    resumed = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=8, save_total_limit=2)
+    with pytest.warns(UserWarning, match="max_steps was 4"):
+        resumed.train(resume_from_checkpoint=True)
+    assert list(whole_checkpoints(tmp_path)) == [6, 8]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+
+
+def test_the_newest_is_the_last_runs_whatever_its_files_say(tmp_path, tokenizer, small_model, no_model_cards):
+    """A second run from the start, in the same folder, on a machine whose clock is behind."""
+    trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=4).train()
+    with pytest.warns(UserWarning, match="holds checkpoints of an earlier run"):
+        trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=2).train()
+    for path in (tmp_path / "checkpoint-2", *(tmp_path / "checkpoint-2").iterdir()):
+        os.utime(path, (1, 1))
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def break_nothing(folder: Path):

@@ -97,20 +97,36 @@ def publish(run_dir: str | Path, name: str) -> None:
 
 
 def surplus(run_dir: str | Path, limit: int | None, best: str | None = None) -> list[Path]:
-    """The checkpoints that transformers' `rotate_checkpoints` would delete: the oldest beyond `limit`.
+    """The checkpoints to delete so that `limit` are left: those written first, never the last one nor the best.
 
-    The newest and the best one are never among them.
+    As transformers' `rotate_checkpoints`, but by the order in which checkpoints say they were written: file times follow
+    clocks, and a clock may go back.
     """
-    from transformers.trainer_utils import sort_checkpoints
-
     if limit is None or limit <= 0:
         return []
-    checkpoints = [Path(path) for path in sort_checkpoints(str(run_dir), use_mtime=True)]
+    checkpoints = sorted(_named(run_dir).values(), key=_age)
     kept = {checkpoints[-1]} if checkpoints else set()
     if best is not None:
         kept.add(Path(best))
     excess = len(checkpoints) - max(limit, len(kept))
     return [path for path in checkpoints if path not in kept][: max(excess, 0)]
+
+
+def next_order(run_dir: str | Path) -> int:
+    """What a checkpoint about to be written into `run_dir` has for its order: one more than any that lies there."""
+    return 1 + max((_age(path)[0] for path in _named(run_dir).values()), default=0)
+
+
+def _age(checkpoint: Path) -> tuple[int, int]:
+    """What checkpoints are sorted by, the first written first: their order, then their step.
+
+    One that names no order, of version 0.1.0 or of another trainer, is older than all that do.
+    """
+    try:
+        order = (read_state(checkpoint) or {}).get("order", 0)
+    except (ValueError, OSError, RecursionError, AttributeError):
+        order = 0  # damaged: refused where it is resumed from
+    return order if isinstance(order, int) else 0, int(checkpoint.name.rpartition("-")[2])
 
 
 def remove(folder: Path) -> None:
@@ -183,13 +199,18 @@ def step_of(folder: str | Path) -> int | None:
         return None
 
 
-def whole_checkpoints(run_dir: str | Path) -> dict[int, Path]:
-    """The whole checkpoints in a folder by their steps, lowest first."""
+def _named(run_dir: str | Path) -> dict[int, Path]:
+    """The folders in `run_dir` that are named as checkpoints, by their steps, lowest first; whole or not."""
     folder = Path(run_dir)
     if not folder.is_dir():
         return {}
     named = {int(match[1]): folder / match[0] for match in map(_NAME.fullmatch, sorted(os.listdir(folder))) if match}
-    return {step: path for step, path in sorted(named.items()) if fault_of(path) is None}
+    return dict(sorted(named.items()))
+
+
+def whole_checkpoints(run_dir: str | Path) -> dict[int, Path]:
+    """The whole checkpoints in a folder by their steps, lowest first."""
+    return {step: path for step, path in _named(run_dir).items() if fault_of(path) is None}
 
 
 def of_last_run(run_dir: str | Path) -> dict[int, Path]:
@@ -201,7 +222,7 @@ def of_last_run(run_dir: str | Path) -> dict[int, Path]:
     if not whole:
         return {}
     runs = {step: (read_state(path) or {}).get("run") for step, path in whole.items()}
-    last = max(whole, key=lambda step: ((whole[step] / TRAINER_STATE_FILE).stat().st_mtime_ns, step))
+    last = max(whole, key=lambda step: _age(whole[step]))
     return {step: path for step, path in whole.items() if runs[step] == runs[last]}
 
 

@@ -24,7 +24,7 @@ _REFERENCE_FILE = "synchronised_reference.safetensors"
 
 
 #: What a checkpoint's state file holds by itself; every other key is something stateful.
-_OWN_KEYS = {"format", "run", "settings", "data", "stream", "seconds", "processes", "files"}
+_OWN_KEYS = {"format", "run", "order", "settings", "data", "stream", "seconds", "processes", "files"}
 
 
 class Stateful(Protocol):
@@ -244,6 +244,7 @@ class Resumption(TrainerCallback):
                 {
                     "format": checkpoints.FORMAT,
                     "run": self._run,
+                    "order": checkpoints.next_order(run_dir),
                     "settings": self._settings(),
                     "data": self._data_facts(),
                     "stream": self._stream_place(),
