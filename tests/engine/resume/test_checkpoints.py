@@ -18,7 +18,7 @@ from datasets import IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import HPSearchBackend, rotate_checkpoints
 from trl import DPOTrainer
 
@@ -818,3 +818,51 @@ def test_killed_three_times_with_one_process():
 def test_killed_once_with_two_processes():
     """Under DDP, with λ, accumulation and balanced batches, while a checkpoint is being written."""
     assert "1 of 1 equal" in kill_and_resume("--times", 1, "--processes", 2, "--seed", 7, "--variant", 3)
+
+
+# Early stopping
+
+
+def stopping_early(folder, model, tokenizer, *, patience, stop=None, **options):
+    """The evaluation loss falls, and higher is taken for better: every evaluation after the first is a worse one."""
+    return trainer_of(
+        folder,
+        model,
+        tokenizer,
+        constraint="clip",
+        max_steps=8,
+        save_steps=1,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        callbacks=[EarlyStoppingCallback(patience)],
+        stop=stop,
+        **options,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Using EarlyStoppingCallback without load_best_model_at_end")
+def test_a_run_that_stopped_early_trains_no_further(tmp_path, tokenizer, small_model, no_model_cards):
+    first = stopping_early(tmp_path, small_model, tokenizer, patience=2)
+    first.train()
+    assert first.state.global_step == 3
+    again = stopping_early(tmp_path, small_model, tokenizer, patience=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3 and list(whole_checkpoints(tmp_path)) == [1, 2, 3]
+    assert same(dict(again.model.state_dict()), dict(first.model.state_dict()))
+    patient = stopping_early(tmp_path, small_model, tokenizer, patience=4)
+    patient.train(resume_from_checkpoint=True)
+    assert patient.state.global_step == 5, "two of its four evaluations were made before"
+
+
+@pytest.mark.filterwarnings("ignore:Using EarlyStoppingCallback without load_best_model_at_end")
+def test_a_resumed_run_stops_as_early_as_the_uninterrupted_one(tmp_path, tokenizer, small_model, no_model_cards):
+    alone = stopping_early(tmp_path / "alone", small_model, tokenizer, patience=3)
+    alone.train()
+    stopping_early(tmp_path / "resumed", small_model, tokenizer, patience=3, stop=2).train()
+    resumed = stopping_early(tmp_path / "resumed", small_model, tokenizer, patience=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_end(resumed, alone)
+    assert alone.state.global_step == 4

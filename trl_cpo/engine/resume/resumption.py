@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import trl
 from accelerate.utils import gather_object
 from safetensors.torch import load_model, save_model
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
 from ..._trl.training_loop import load_loop_state, loop_state, push_checkpoint, run_folder, saving_into
@@ -24,7 +24,18 @@ _REFERENCE_FILE = "synchronised_reference.safetensors"
 
 
 #: What a checkpoint's state file holds by itself; every other key is something stateful.
-_OWN_KEYS = {"format", "run", "order", "settings", "data", "stream", "seconds", "processes", "files"}
+_OWN_KEYS = {
+    "format",
+    "run",
+    "order",
+    "evaluations_without_gain",
+    "settings",
+    "data",
+    "stream",
+    "seconds",
+    "processes",
+    "files",
+}
 
 
 class Stateful(Protocol):
@@ -62,6 +73,7 @@ class Resumption(TrainerCallback):
         self._put_off = self._within_epoch = False
         self._run: str | None = None
         self._data: tuple[Any, dict[str, Any] | None] | None = None
+        self._stopped_early = False
         #: Seconds of training before this call of `train`, of the run that is resumed.
         self.earlier_seconds = 0.0
 
@@ -143,7 +155,7 @@ class Resumption(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Restores the counters, which training has just set to zero, from the checkpoint."""
         self._begun, self.earlier_seconds = time.time(), 0.0
-        self._put_off = self._within_epoch = False
+        self._put_off = self._within_epoch = self._stopped_early = False
         trainer, saved = self._trainer, self._state
         for own in self._stateful.values():
             own.begin()
@@ -155,6 +167,11 @@ class Resumption(TrainerCallback):
             return
         load_loop_state(trainer, saved["processes"])
         self.earlier_seconds = saved["seconds"]
+        counts = saved.get("evaluations_without_gain", [])
+        for stop, count in zip(self._early_stops(), counts, strict=False):
+            # transformers restores it only with all callbacks (restore_callback_states_from_checkpoint).
+            stop.early_stopping_patience_counter = count
+            self._stopped_early |= count >= stop.early_stopping_patience
         self._load_stateful()
         if self._syncs_reference and (self._folder / _REFERENCE_FILE).exists():
             load_model(trainer.accelerator.unwrap_model(trainer.ref_model), self._folder / _REFERENCE_FILE)
@@ -169,6 +186,14 @@ class Resumption(TrainerCallback):
                 "output_dir to keep them, or train(resume_from_checkpoint=True) to go on with them.",
                 stacklevel=2,
             )
+
+    def is_over(self) -> bool:
+        """Whether there is nothing left to train: the last step was made, or the resumed run had stopped early."""
+        state = self._trainer.state
+        return self._stopped_early or state.global_step >= state.max_steps
+
+    def _early_stops(self) -> list[EarlyStoppingCallback]:
+        return [each for each in self._trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
 
     def place_in_stream(self, epochs: int, batches: int) -> tuple[int, int]:
         """Where a resumed training begins, as passes gone through and batches to skip, given what transformers says.
@@ -245,6 +270,7 @@ class Resumption(TrainerCallback):
                     "format": checkpoints.FORMAT,
                     "run": self._run,
                     "order": checkpoints.next_order(run_dir),
+                    "evaluations_without_gain": [each.early_stopping_patience_counter for each in self._early_stops()],
                     "settings": self._settings(),
                     "data": self._data_facts(),
                     "stream": self._stream_place(),

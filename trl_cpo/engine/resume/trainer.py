@@ -76,8 +76,9 @@ class ResumableTrainer(trl.DPOTrainer):
         return self._resumption.place_in_stream(*super()._init_training_state(*args, **kwargs))
 
     def _run_epoch(self, *args, **kwargs):
-        # Resumed from a run's last checkpoint, in the middle of an epoch, transformers would train a step too many.
-        if self.state.global_step >= self.state.max_steps:
+        # Resumed from a run's last checkpoint, transformers would train a step too many in the middle of an epoch, and go on
+        # after an early stop.
+        if self._resumption.is_over():
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
