@@ -6,6 +6,9 @@ from typing import Any
 
 from .faults import is_finite, one_of
 
+#: Above this a number times a log-probability, or a square, overflows float32.
+LARGEST = 1e15
+
 
 def hyperparameter(
     default: Any,
@@ -54,6 +57,8 @@ def fault(declared: Field, value: Any) -> str | None:
     kind = "whole number" if whole else "number" if about["infinite"] else "finite number"
     is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     is_number = is_number and (is_finite(value) or (about["infinite"] and value == math.inf))
+    if is_number and LARGEST < value < math.inf:
+        return f"{name} must be at most {LARGEST:g}, as losses are computed in float32; got {value!r}."
     if is_number and (value > about["above"] if about["at_least"] is None else value >= about["at_least"]):
         return None
     return f"{name} must be a {kind} {bounds(declared).replace('>=', '≥')}; got {value!r}."

@@ -1,6 +1,7 @@
 """The engine's DPOConfig: TRL's, and the fields of packing, batching and the start check."""
 
 import dataclasses
+import math
 import textwrap
 from dataclasses import dataclass, field
 
@@ -8,9 +9,28 @@ import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 
 from .._trl.loss import LOSS_READS
-from ..faults import is_true_or_false, one_of
+from ..faults import is_finite, is_true_or_false, one_of
 
 logger = logging.get_logger(__name__)
+
+#: Numbers among TRL's fields: lowest value, whether it is allowed itself, whether the number is whole. A None that is their
+#: default stays allowed.
+_BOUNDS: dict[str, tuple[float, bool, bool]] = {
+    "per_device_train_batch_size": (1, True, True),
+    "per_device_eval_batch_size": (1, True, True),
+    "gradient_accumulation_steps": (1, True, True),
+    "seed": (0, True, True),
+    "data_seed": (0, True, True),
+    "precompute_ref_batch_size": (1, True, True),
+    "max_length": (1, True, True),
+    "learning_rate": (0, True, False),
+    "weight_decay": (0, True, False),
+    "max_grad_norm": (0, True, False),
+    "warmup_steps": (0, True, False),
+    "logging_steps": (0, False, False),
+    "save_steps": (0, False, False),
+    "eval_steps": (0, False, False),
+}
 
 
 def documented(cls: type) -> type:
@@ -99,8 +119,28 @@ class DPOConfig(trl.DPOConfig):
         budget = self.tokens_per_step
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
             faults.append(f"tokens_per_step must be a whole number ≥ 1, or None; got {budget!r}.")
+        faults += self._number_faults()
         faults += [one_of("loss_type", name, LOSS_READS) for name in self.loss_type if name not in LOSS_READS]
         return faults + self._order_faults()
+
+    def _number_faults(self) -> list[str]:
+        faults = []
+        for name, (lowest, allowed, whole) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and is_finite(value)
+            most = 2**32 - 1 if name in ("seed", "data_seed") else math.inf
+            if not is_number or value < lowest or (value == lowest and not allowed) or value > most:
+                kind = "whole number" if whole else "finite number"
+                limit = "" if most == math.inf else f" and at most {most}"
+                faults.append(f"{name} must be a {kind} {'≥' if allowed else '>'} {lowest}{limit}; got {value!r}.")
+        steps, epochs = self.max_steps, self.num_train_epochs
+        if steps != -1 and not (isinstance(steps, int) and steps >= 1):
+            faults.append(f"max_steps must be a whole number ≥ 1, or -1 to train for num_train_epochs; got {steps!r}.")
+        elif steps == -1 and not (isinstance(epochs, (int, float)) and is_finite(epochs) and epochs > 0):
+            faults.append(f"num_train_epochs must be a finite number > 0; got {epochs!r}.")
+        return faults
 
     def _order_faults(self) -> list[str]:
         faults = []
