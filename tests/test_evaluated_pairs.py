@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.files.atomic import write_json
 from trl_cpo.files.run_files import PAIR_COLUMNS
 from trl_cpo.pairs import PairLogps
 from trl_cpo.run.record import pairs_document
 
 from helpers.by_hand import make_trainer, pairs_by_hand
-from helpers.tiny import pairs_dataset
+from helpers.tiny import pairs_dataset, training_options
 
 # The cautions for knobs that a form does not use are the subject of tests/data/test_validation.py.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
@@ -89,3 +90,26 @@ def test_the_document(tmp_path, start_is_reference):
         "columns": list(PAIR_COLUMNS),
         "rows": [[-1.0, -3.0, -5.0, -7.0, *start[0]], [-2.0, None, -6.0, -8.0, *start[1]]],
     }
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}], ids=["plain", "workers"]
+)
+def test_an_evaluation_is_whole_though_training_drops_its_last_batch(tmp_path, tokenizer, model_folder, options):
+    """`dataloader_drop_last` is about training: 3 of 5 pairs would be left out, or all of 3 without a word."""
+    args = CPOConstrainedConfig(
+        **training_options(tmp_path, dataloader_drop_last=True, max_steps=2, eval_strategy="steps", eval_steps=1, **options),
+        constraint="clip",
+    )
+    trainer = CPOConstrainedTrainer(
+        model=model_folder,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(7),
+        eval_dataset=pairs_dataset(6, seed=5),
+    )
+    assert len(trainer.get_train_dataloader()) == 1  # the last batch of training is dropped, as asked
+    trainer.train()
+    assert trainer.evaluate()["eval_cpo/pairs"] == 6
+    assert trainer.evaluate(pairs_dataset(3, seed=6))["eval_cpo/pairs"] == 3
+    assert args.dataloader_drop_last

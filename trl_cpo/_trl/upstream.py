@@ -26,6 +26,7 @@ OVERRIDDEN = {
     "_precompute_ref_logps": "reference tables that outlive a run and are keyed by the real weights",
     "_prepare_dataset": "datasets are refused in words",
     "_get_train_sampler": "balance_tokens",
+    "_get_dataloader": "an evaluation is whole, whatever training drops",
     "get_train_dataloader": "tokens_per_step",
     "evaluation_loop": "log-probabilities and metrics of every held-out pair",
     "log": "cpo/* metrics as means over pairs",

@@ -292,6 +292,15 @@ class DPOTrainer(ResumableTrainer):
         self._order = TokenBudget(self._costs(), tokens=self.args.tokens_per_step, **self._dealing())
         return train_dataloader(self, self._order)
 
+    def _get_dataloader(self, *args, is_training: bool = False, **options):
+        # `dataloader_drop_last` is about training: an evaluation without its last pairs would be of other pairs.
+        asked = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = asked and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **options)
+        finally:
+            self.args.dataloader_drop_last = asked
+
     @property
     def mean_pairs(self) -> float | None:
         """Pairs of a mean optimizer step, over all processes, where steps hold different numbers of them."""
