@@ -27,7 +27,7 @@ LAYOUT = {
     ),
     "audit": ("look before you train", {"data", "intervals", "metrics", "pairs", "scoring", "theory", "units"}),
     "certificates": ("what held-out pairs prove", {"constraints", "data", "files", "intervals", "scoring", "units"}),
-    "scoring": ("a model scores a set of pairs", {"_trl", "data"}),
+    "scoring": ("a model scores a set of pairs", {"_trl", "config", "data", "engine"}),
     "report": ("one page of pictures of runs", {"constraint_names", "files", "gaps", "intervals", "logs", "units"}),
     "plan": ("what a device will hold", set()),
     "recipes": ("settings with a name", set()),

@@ -10,8 +10,6 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import seed_worker
 from trl import DPOTrainer
-from trl.data_utils import _tokenize
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 #: Columns that DPOTrainer adds to a dataset of text when it prepares it.
 TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -32,6 +30,8 @@ def with_reference_logps(dataset: Dataset, chosen, rejected) -> Dataset:
 
 def is_its_collator(collator: Any) -> bool:
     """Whether `collator` is DPOTrainer's own, which reads the token ids and nothing else."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
     return type(collator) is DataCollatorForPreference
 
 
@@ -45,6 +45,8 @@ def tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args, name: 
 
 def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
     """The token ids of a row's prompt by itself, as DPOTrainer makes them before it looks where the answers begin."""
+    from trl.data_utils import _tokenize
+
     prompt, tools = row["prompt"], row.get("tools")
     if isinstance(prompt, str):
         return list(_tokenize(tokenizer, prompt)["input_ids"])

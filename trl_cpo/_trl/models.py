@@ -7,7 +7,6 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoProcessor
 from trl import DPOTrainer
-from trl.models.utils import prepare_deepspeed
 
 
 def model_id(model) -> str:
@@ -70,6 +69,8 @@ def reference_engine(trainer: DPOTrainer) -> torch.nn.Module:
         return trainer.model
     if trainer.model_wrapped is not trainer.model:
         return trainer.model_wrapped  # training has put them there
+    from trl.models.utils import prepare_deepspeed
+
     if trainer._precompute_engine is None:
         trainer._precompute_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
     return trainer._precompute_engine

@@ -7,8 +7,6 @@ from trl import ModelConfig, ScriptArguments
 from ..config import CPOConstrainedConfig
 from ..constraint_fields import FormName
 
-DEMO_MODEL = "demo"
-
 
 @dataclass
 class PairArguments(ScriptArguments):
