@@ -284,16 +284,16 @@ def test_a_trainer_ends_its_process_gently_where_there_is_gloo(monkeypatch, tmp_
     registered = []
     monkeypatch.setattr(leaving.atexit, "register", registered.append)
     backends = iter(["cpu:gloo,cuda:nccl", "cuda:nccl"])
-    assert (leaving.end_gently(), registered) == (None, [])  # no process group
+    assert (leaving.pause_at_exit(), registered) == (None, [])  # no process group
     with monkeypatch.context() as patched:
         patched.setattr(leaving.dist, "is_initialized", lambda: True)
         patched.setattr(leaving.dist, "get_backend_config", lambda: next(backends))
-        leaving.end_gently()
-        leaving.end_gently()
+        leaving.pause_at_exit()
+        leaving.pause_at_exit()
     assert registered == [leaving._pause]
 
     called = []
-    monkeypatch.setattr("trl_cpo.engine.dpo_trainer.end_gently", lambda: called.append(True))
+    monkeypatch.setattr("trl_cpo.engine.dpo_trainer.pause_at_exit", lambda: called.append(True))
     CPOConstrainedTrainer(
         model=model_folder,
         args=CPOConstrainedConfig(**training_options(tmp_path)),

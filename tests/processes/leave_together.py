@@ -24,7 +24,7 @@ dist.init_process_group("gloo")
 if sys.argv[1] == "gently":
     # Long enough for a machine under load: the second process must get to its collective within it.
     leaving.PAUSE = 2.0
-    leaving.end_gently()
+    leaving.pause_at_exit()
 dist.barrier()
 if os.environ["RANK"] == "1":
     time.sleep(0.1)

@@ -89,6 +89,6 @@ def release_reference_engine(trainer: DPOTrainer) -> None:
         trainer._precompute_engine = None
 
 
-def how_the_reference_is_had(trainer: DPOTrainer) -> dict[str, Any]:
+def reference_origin(trainer: DPOTrainer) -> dict[str, Any]:
     """Whether it was computed beforehand, whether it is the model with another adapter or none, and where it is loaded from."""
     return dict(precomputed=trainer.precompute_ref_logps, is_peft=is_peft_model(trainer.model), source=model_id(trainer.model))

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .._trl.datasets import TOKENIZED_COLUMNS, train_dataloader, with_reference_logps
 from .._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
-from .._trl.models import how_the_reference_is_had, model_id
+from .._trl.models import model_id, reference_origin
 from .._trl.upstream import check_upstream
 from ..data import validation
 from ..pairs import PairLogps
@@ -32,8 +32,8 @@ from .precision import in_half_precision
 from .preflight import preflight
 from .reference import ReferenceTables
 from .resume.trainer import ResumableTrainer
-from .shutdown import end_gently
-from .start_check import StartCheck, causes_of_another_start, exemption
+from .shutdown import pause_at_exit
+from .start_check import StartCheck, exemption, likely_causes
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -99,9 +99,9 @@ class DPOTrainer(ResumableTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        end_gently()
+        pause_at_exit()
         self._order: BalancedSampler | TokenBudget | None = None
-        self._sharing = PrefixSharing(args.packs, args.max_length, speaks=args.process_index == 0, compiled=args.torch_compile)
+        self._sharing = PrefixSharing(args.packs, args.max_length, verbose=args.process_index == 0, compiled=args.torch_compile)
         #: What `precompute_ref_log_probs` computed or found; `trl_cpo.engine.reference.table_of` reads it.
         self.reference_tables = ReferenceTables()
         #: By metric prefix ("eval", or "eval_<name>" with several sets), the log-probabilities of every pair of that set's
@@ -226,7 +226,7 @@ class DPOTrainer(ResumableTrainer):
         deviation = self._start_check.deviation(PairLogps(*logps[0], *logps[1]), mask, "sum")
         deviation = self.accelerator.gather(deviation)
         if (deviation > 1).any():
-            causes = causes_of_another_start(adapter=self._adapter, **how_the_reference_is_had(self))
+            causes = likely_causes(adapter=self._adapter, **reference_origin(self))
             raise ValueError(self._start_check.message(deviation, causes))
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:

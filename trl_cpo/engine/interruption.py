@@ -39,7 +39,7 @@ class Interruption(TrainerCallback):
 
     def __init__(self, accelerator: Accelerator, wanted: bool):
         self._accelerator, self._wanted = accelerator, wanted
-        self._told = False
+        self._signalled = False
         #: Whether a checkpoint is due that ends the training: known after a step, the same on every process.
         self.due = False
         #: Its folder, once it is in its place.
@@ -53,7 +53,7 @@ class Interruption(TrainerCallback):
             more_follows: whether other trainings come after this one (a search). A signal that came too late for a checkpoint
                 of this one then ends the process; else the script is let go on, to save what was trained.
         """
-        self._told = self.due = False
+        self._signalled = self.due = False
         self.checkpoint = None
         if not self._wanted:
             yield
@@ -66,7 +66,7 @@ class Interruption(TrainerCallback):
             )
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._tell)
+        before = signal.signal(signal.SIGTERM, self._on_sigterm)
         _listening.add(os.getpid())
         try:
             yield
@@ -74,18 +74,18 @@ class Interruption(TrainerCallback):
             _listening.discard(os.getpid())
             # None stands for a handler that was not set from Python.
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-            if self._told and self.checkpoint is None and more_follows:
+            if self._signalled and self.checkpoint is None and more_follows:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    def _tell(self, *_: Any) -> None:
+    def _on_sigterm(self, *_: Any) -> None:
         # A second signal changes nothing: launchers send several.
-        if not self._told and self._accelerator.is_local_main_process:
+        if not self._signalled and self._accelerator.is_local_main_process:
             _say("\nSIGTERM: training ends after the step in work, with a checkpoint.")
-        self._told = True
+        self._signalled = True
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._wanted:
-            told = torch.tensor([float(self._told)], device=self._accelerator.device)
+            told = torch.tensor([float(self._signalled)], device=self._accelerator.device)
             self.due |= bool(self._accelerator.gather(told).any())
 
     def saved(self, checkpoint: str) -> None:
@@ -106,7 +106,7 @@ class Interruption(TrainerCallback):
 _listening: set[int] = set()
 
 
-def _stay_out_of_it() -> None:
+def _restore_default_handler() -> None:
     """In a forked child (a data loader's worker): signals to the process's group end it no more, and `terminate` does."""
     if os.getppid() in _listening:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -116,7 +116,7 @@ def _stay_out_of_it() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_stay_out_of_it)
+    os.register_at_fork(after_in_child=_restore_default_handler)
 
 
 def _say(text: str) -> None:
@@ -126,7 +126,7 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def left_to_us(args: Any) -> Iterator[None]:
+def hide_jit_checkpoint(args: Any) -> Iterator[None]:
     """Hides `enable_jit_checkpoint` from transformers' `Trainer`, which would put its own handler in place."""
     wanted, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
     try:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 PAUSE = 0.3
 
 
-def end_gently() -> None:
+def pause_at_exit() -> None:
     """Makes this process pause at its exit if it belongs to a process group of gloo; says nothing and talks to nobody.
 
     In PyTorch 2.13 a thread of gloo may still hold a tensor of the last collective when Python shuts down. To let go of

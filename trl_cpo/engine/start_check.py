@@ -70,7 +70,7 @@ def exemption(*, wanted: bool, reference_given: bool, reads_reference: bool, ada
     return None
 
 
-def causes_of_another_start(*, precomputed: bool, adapter: Any, is_peft: bool, source: str) -> list[str]:
+def likely_causes(*, precomputed: bool, adapter: Any, is_peft: bool, source: str) -> list[str]:
     """What can make policy and reference differ at the start, likeliest first, one sentence or two each."""
     causes = []
     if precomputed:

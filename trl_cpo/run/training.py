@@ -68,7 +68,7 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
     from transformers import PrinterCallback, ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
-    from ..engine.resume.checkpoints import is_fresh, settle
+    from ..engine.resume.checkpoints import clean_up, is_fresh
     from ..files.outputs import making, next_free, refuse_taken
     from ..logs.run_log import RunLog
     from ..logs.summary import before_after
@@ -87,7 +87,7 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
         broadcast_object_list(chosen, from_process=0)
         args.output_dir = chosen[0]
     if args.chose_output_dir and args.resume_from_checkpoint and state.is_local_main_process:
-        settle(args.output_dir)
+        clean_up(args.output_dir)
     state.wait_for_everyone()
     checkpoint = checkpoint_of(args)
     begun = args.resume_from_checkpoint and args.chose_output_dir and is_fresh(args.output_dir)

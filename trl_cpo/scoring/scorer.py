@@ -132,14 +132,14 @@ class Scorer:
             ProcessesDisagree: the processes were started with other settings or pairs.
         """
         from ..engine import processes
-        from ..engine.shutdown import end_gently
+        from ..engine.shutdown import pause_at_exit
 
         args = self.config()
         processes.check_launch(args)
         datasets = {name: prepared.dataset for name, prepared in sets.items()}
         configs = {"model": lambda: self._config_of(source)}
         processes.check_agreement(lambda: processes.facts_of(args, configs=configs, datasets=datasets))
-        end_gently()
+        pause_at_exit()
         tables = self._tables(source, datasets, tokenizer, args)
         # A second model may be loaded next, and the two need not fit together.
         gc.collect()

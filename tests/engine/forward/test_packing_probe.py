@@ -16,7 +16,7 @@ from trl_cpo.engine.forward.mask import LayerKind, dense_masks, layer_kinds, vis
 from trl_cpo.engine.forward.plan import CHOSEN, REJECTED, SHARED, plan_pairs
 from trl_cpo.engine.forward.probing import comparison as judging
 from trl_cpo.engine.forward.probing import probe as probing
-from trl_cpo.engine.forward.probing.rounding import watched
+from trl_cpo.engine.forward.probing.rounding import watch_precision
 from trl_cpo.engine.forward.probing.static_checks import static_reason
 
 from helpers.families import tiny_model
@@ -99,7 +99,7 @@ def test_every_part_of_the_answers_is_judged_by_itself(name, rounded):
     if rounded:
         # A mistake would cost plenty; rounding moves every token by a tenth of a nat.
         bounds, allowed = dataclasses.replace(judging.ROUNDED, difference=1.0), 0.1
-        sample = dataclasses.replace(sample, shaken=SimpleNamespace(log_probs=zeros + 0.1))
+        sample = dataclasses.replace(sample, perturbed=SimpleNamespace(log_probs=zeros + 0.1))
     off = zeros.clone()
     off[tuple(zip(*PARTS[name], strict=True))] = 3 * allowed
     everywhere = SimpleNamespace(log_probs=zeros + 0.9 * allowed)
@@ -414,6 +414,6 @@ def test_coarse_products_of_float32_are_rounding_too(products, dtype, monkeypatc
     # Whoever asks CUDA for its older setting where the newer one was used gets an error.
     monkeypatch.setattr("trl_cpo.engine.forward.probing.rounding.float32_products", lambda device: products)
     model = tiny_model("llama")
-    with watched(model) as step:
+    with watch_precision(model) as step:
         model(input_ids=torch.tensor([[1, 2, 3]]))
         assert step() == (0 if dtype is None else torch.finfo(dtype).eps)

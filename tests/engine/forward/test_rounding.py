@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_cpo.engine.forward.probing.rounding import rounded_once_more, watched
+from trl_cpo.engine.forward.probing.rounding import extra_rounding, watch_precision
 
 from helpers.families import tiny_model
 from helpers.pair_batches import HARD_SIZES, model_inputs, random_pairs
@@ -12,7 +12,7 @@ BFLOAT16 = torch.finfo(torch.bfloat16).eps
 
 
 def step_of(model, inputs):
-    with torch.no_grad(), watched(model) as narrowest:
+    with torch.no_grad(), watch_precision(model) as narrowest:
         model(**inputs)
     return narrowest()
 
@@ -44,7 +44,7 @@ def test_it_is_about_what_bfloat16_does(name, scale):
         truth, padded = exact(**inputs).log_probs, rounded(**inputs).log_probs
         runs = []
         for _ in range(2):
-            with rounded_once_more(rounded, BFLOAT16, seed=0):
+            with extra_rounding(rounded, BFLOAT16, seed=0):
                 runs.append(rounded(**inputs).log_probs)
         assert torch.equal(*runs)
         assert torch.equal(rounded(**inputs).log_probs, padded)

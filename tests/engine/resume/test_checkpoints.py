@@ -27,7 +27,7 @@ from trl_cpo._trl.training_loop import load_loop_state
 from trl_cpo.constraints import CONSTRAINTS
 from trl_cpo.engine.resume import checkpoints
 from trl_cpo.engine.resume import resumption as resume
-from trl_cpo.engine.resume.checkpoints import CheckpointError, fault_of, newest_checkpoint, settle, staging, whole_checkpoints
+from trl_cpo.engine.resume.checkpoints import CheckpointError, clean_up, fault_of, newest_checkpoint, staging, whole_checkpoints
 from trl_cpo.logs.run_log import RunLog, read_log
 from trl_cpo.metrics import METRICS, MetricLedger
 from trl_cpo.run.training import checkpoint_of
@@ -248,13 +248,13 @@ def test_killed_at_every_change_of_the_disk(tmp_path, monkeypatch, moment):
         killed_at(patch, moment)
         try:
             checkpoints.publish(tmp_path, "checkpoint-6")
-            for folder in checkpoints.surplus(tmp_path, 2):
+            for folder in checkpoints.excess_checkpoints(tmp_path, 2):
                 checkpoints.remove(folder)
             finished = True
         except Killed:
             finished = False
     assert all(fault_of(folder) is None for folder in tmp_path.glob("checkpoint-*"))
-    settle(tmp_path)
+    clean_up(tmp_path)
     assert {4, 6} <= whole_checkpoints(tmp_path).keys() and not staging(tmp_path).exists()
     assert finished == (moment >= 6), "the number of moments has changed: test them all"
     if finished:
@@ -340,7 +340,7 @@ def test_the_checkpoints_that_go_are_those_that_transformers_would_delete(tmp_pa
         checkpoints.write_state(run_dir / f"checkpoint-{step}", {"order": age + 1})
         os.utime(run_dir / f"checkpoint-{step}", (10 * age, 10 * age))
     best = None if best is None else str(run_dir / f"checkpoint-{best}")
-    going = {path.name for path in checkpoints.surplus(run_dir, limit, best)}
+    going = {path.name for path in checkpoints.excess_checkpoints(run_dir, limit, best)}
     before = set(os.listdir(run_dir))
     rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
     assert going == before - set(os.listdir(run_dir))
@@ -628,9 +628,9 @@ def test_whatever_else_was_changed_is_named(tmp_path, tokenizer, small_model):
 
 
 def test_every_option_of_which_nothing_depends_is_one(tmp_path):
-    from trl_cpo.engine.resume.settings import INDIFFERENT
+    from trl_cpo.engine.resume.settings import NOT_AFFECTING_WEIGHTS
 
-    assert CPOConstrainedConfig.__dataclass_fields__.keys() >= INDIFFERENT
+    assert CPOConstrainedConfig.__dataclass_fields__.keys() >= NOT_AFFECTING_WEIGHTS
 
 
 def test_the_checkpoints_of_an_earlier_run_are_told_apart(tmp_path, tokenizer, small_model):

@@ -14,7 +14,7 @@ from .segments import MASKED_ATTENTION, NAME, register, segment_masks
 logger = logging.getLogger(__name__)
 
 # What was said about a model, so that a reason is logged once for it however many adapters stand around it.
-_TOLD: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
+_LOGGED: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 DENSE, SEGMENTS = "dense", "segments"
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -89,7 +89,7 @@ class PackedPairForward:
         except NotPackable as reason:
             if self.required:
                 raise
-            self._tell(str(reason))
+            self._log_once(str(reason))
             self.last_plan = None
             return self.model(**inputs)
         self.last_plan = plan
@@ -140,8 +140,8 @@ class PackedPairForward:
         additive = self._inner.dtype if self._config._attn_implementation == "eager" else None
         return dense_masks(plan, self._kinds, additive, device)
 
-    def _tell(self, reason: str) -> None:
-        told = _TOLD.setdefault(self._inner, set())
+    def _log_once(self, reason: str) -> None:
+        told = _LOGGED.setdefault(self._inner, set())
         if reason not in told:
             told.add(reason)
             logger.warning("Batch run padded, without prefix sharing: %s.", reason)

@@ -22,21 +22,21 @@ class PrefixSharing:
         wanted: False for the padded forward always; True to refuse models that cannot be packed; None to pack those
             that can.
         max_length: longest sequence that will come; None: not known.
-        speaks: whether this process writes the line that says which way it is.
+        verbose: whether this process writes the line that says which way it is.
         compiled: whether the models will be compiled, which they are not yet when they are first asked for.
     """
 
-    def __init__(self, wanted: bool | None, max_length: int | None, speaks: bool = True, compiled: bool = False):
+    def __init__(self, wanted: bool | None, max_length: int | None, verbose: bool = True, compiled: bool = False):
         self.wanted = wanted
         self.max_length = max_length
-        self.speaks = speaks
+        self.verbose = verbose
         # A compiled model would be compiled anew for every table of segments.
         self.attention = DENSE if compiled else "auto"
         # By the model inside all wrappers: the same one comes bare in evaluation and wrapped in training. Held weakly,
         # because a reference is dropped once its log-probabilities are precomputed, and must be free to go.
         self._known: weakref.WeakKeyDictionary[torch.nn.Module, Verdict] = weakref.WeakKeyDictionary()
         # The attention each was judged with: `model.set_attn_implementation` may exchange it at any time.
-        self._judged_with: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+        self._probed_with: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
 
     def of(self, model: torch.nn.Module) -> Callable:
         """What to call in place of `model`.
@@ -59,18 +59,18 @@ class PrefixSharing:
         """
         inner = unwrap(model)
         attention = _attention_of(inner)
-        if self._judged_with.get(inner) != attention:
+        if self._probed_with.get(inner) != attention:
             verdict = probe(model, attention=self.attention, max_length=self.max_length)
             if not verdict.ok and self.wanted:
                 raise NotPackable(
                     f"prefix_sharing=True, and it does not fit {type(inner).__name__}: {verdict.reason}. Leave "
                     "prefix_sharing unset to train it padded."
                 )
-            if self.speaks:
+            if self.verbose:
                 logger.log(logging.INFO if verdict.ok else logging.WARNING, "%s: %s", type(inner).__name__, verdict)
                 for note in verdict.notes:
                     logger.warning("%s: %s", type(inner).__name__, note)
-            self._known[inner], self._judged_with[inner] = verdict, attention
+            self._known[inner], self._probed_with[inner] = verdict, attention
         return self._known[inner]
 
 

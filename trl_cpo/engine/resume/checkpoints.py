@@ -40,7 +40,7 @@ def staging(run_dir: str | Path) -> Path:
     return Path(run_dir) / UNFINISHED
 
 
-def settle(run_dir: str | Path) -> None:
+def clean_up(run_dir: str | Path) -> None:
     """Clears what a killed run left: half-written checkpoints go, a finished one that was to be replaced comes back."""
     folder = staging(run_dir)
     if not folder.is_dir():
@@ -96,7 +96,7 @@ def publish(run_dir: str | Path, name: str) -> None:
     shutil.rmtree(staging(run_dir), ignore_errors=True)
 
 
-def surplus(run_dir: str | Path, limit: int | None, best: str | None = None) -> list[Path]:
+def excess_checkpoints(run_dir: str | Path, limit: int | None, best: str | None = None) -> list[Path]:
     """The checkpoints to delete so that `limit` are left: those written first, never the last one nor the best.
 
     As transformers' `rotate_checkpoints`, but by the order in which checkpoints say they were written: file times follow

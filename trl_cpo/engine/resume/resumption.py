@@ -70,7 +70,7 @@ class Resumption(TrainerCallback):
         self._state: dict[str, Any] | None = None
         self._folder: Path | None = None
         self._begun = 0.0
-        self._put_off = self._within_epoch = False
+        self._postponed = self._within_epoch = False
         self._run: str | None = None
         self._data: tuple[Any, dict[str, Any] | None] | None = None
         self._stopped_early = False
@@ -95,7 +95,7 @@ class Resumption(TrainerCallback):
             given = True
         run_dir = self._trainer.args.output_dir
         # Of its own folder alone: in another one, a run may be writing.
-        self._once_a_machine(lambda: checkpoints.settle(run_dir))
+        self._once_per_machine(lambda: checkpoints.clean_up(run_dir))
         if given is True:
             newest = newest_everywhere(run_dir)
             if newest is None:
@@ -155,7 +155,7 @@ class Resumption(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Restores the counters, which training has just set to zero, from the checkpoint."""
         self._begun, self.earlier_seconds = time.time(), 0.0
-        self._put_off = self._within_epoch = self._stopped_early = False
+        self._postponed = self._within_epoch = self._stopped_early = False
         trainer, saved = self._trainer, self._state
         for own in self._stateful.values():
             own.begin()
@@ -229,23 +229,23 @@ class Resumption(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Puts a checkpoint of an epoch's last step off until the epoch's own log and evaluation are in it."""
-        if control.should_save and self.puts_off():
+        if control.should_save and self.postpones():
             control.should_save = False
 
-    def puts_off(self) -> bool:
+    def postpones(self) -> bool:
         """Whether a checkpoint that is asked for now has to wait for the end of the epoch; it is then made there."""
         args, state = self._trainer.args, self._trainer.state
         if not self._within_epoch:
             return False
         epoch_ends = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
         by_epoch = IntervalStrategy.EPOCH in (args.logging_strategy, args.eval_strategy)
-        self._put_off |= epoch_ends and by_epoch
-        return self._put_off
+        self._postponed |= epoch_ends and by_epoch
+        return self._postponed
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._within_epoch = False
-        if self._put_off:
-            control.should_save, self._put_off = True, False
+        if self._postponed:
+            control.should_save, self._postponed = True, False
 
     def save(self, save: Callable[[], None], trial: Any) -> str:
         """Has `save` write a checkpoint, adds what it lacks, and moves it into place once it is whole and on the disk.
@@ -255,12 +255,12 @@ class Resumption(TrainerCallback):
         trainer, args = self._trainer, self._trainer.args
         run_dir, name = run_folder(trainer, trial), f"checkpoint-{trainer.state.global_step}"
         final, staged = os.path.join(run_dir, name), checkpoints.staging(run_dir) / name
-        self._once_a_machine(lambda: checkpoints.settle(run_dir))
+        self._once_per_machine(lambda: checkpoints.clean_up(run_dir))
         with saving_into(trainer, str(checkpoints.staging(run_dir))):
             save()
         states = gather_object([loop_state(trainer)])  # also waits until every process has written
         trainer.accelerator.wait_for_everyone()
-        self._name_the_best(run_dir, staged)
+        self._record_best(run_dir, staged)
         if args.should_save:
             if self._syncs_reference:
                 save_model(trainer.accelerator.unwrap_model(trainer.ref_model), str(staged / _REFERENCE_FILE))
@@ -279,21 +279,21 @@ class Resumption(TrainerCallback):
                     "processes": states,
                 },
             )
-        self._refuse_to_keep_half(name, staged)
-        self._once_a_machine(lambda: checkpoints.sync(staged))
+        self._check_written(name, staged)
+        self._once_per_machine(lambda: checkpoints.sync(staged))
         # Machines that share the disk find nothing left to move; those with disks of their own move their own files.
         if trainer.accelerator.is_main_process:
             checkpoints.publish(run_dir, name)
         trainer.accelerator.wait_for_everyone()
-        self._once_a_machine(lambda: _publish_if_staged(run_dir, name))
+        self._once_per_machine(lambda: _publish_if_staged(run_dir, name))
         if args.push_to_hub:
             push_checkpoint(trainer, final)
         if args.should_save:
-            for surplus in checkpoints.surplus(run_dir, args.save_total_limit, trainer.state.best_model_checkpoint):
-                checkpoints.remove(surplus)
+            for excess in checkpoints.excess_checkpoints(run_dir, args.save_total_limit, trainer.state.best_model_checkpoint):
+                checkpoints.remove(excess)
         return final
 
-    def _refuse_to_keep_half(self, name: str, staged: Path) -> None:
+    def _check_written(self, name: str, staged: Path) -> None:
         """Raises `CheckpointError`, on all processes, if what was written on one of them could not be resumed from."""
         mine = checkpoints.fault_within(staged) if self._trainer.args.should_save else None
         for rank, fault in enumerate(gather_object([mine])):
@@ -303,7 +303,7 @@ class Resumption(TrainerCallback):
                     "Free the disk if it is full; save_strategy='no' trains without checkpoints."
                 )
 
-    def _name_the_best(self, run_dir: str, staged: Path) -> None:
+    def _record_best(self, run_dir: str, staged: Path) -> None:
         """Has the state, in memory and in the checkpoint, name the best checkpoint where it will be."""
         state = self._trainer.state
         if not state.best_global_step:
@@ -335,7 +335,7 @@ class Resumption(TrainerCallback):
             self._data = dataset, data_facts(dataset)
         return self._data[1]
 
-    def _once_a_machine(self, action: Callable[[], Any]) -> None:
+    def _once_per_machine(self, action: Callable[[], Any]) -> None:
         if self._trainer.accelerator.is_local_main_process:
             action()
         self._trainer.accelerator.wait_for_everyone()

@@ -10,7 +10,7 @@ from ..reference.digests import tokens_digest
 
 #: Options that say where and how often something is written, shown or run, and no weight depends on. Where any other was
 #: changed, the resumed run is not the interrupted one.
-INDIFFERENT = frozenset(
+NOT_AFFECTING_WEIGHTS = frozenset(
     """
     output_dir disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
     logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level log_level_replica
@@ -33,7 +33,7 @@ INDIFFERENT = frozenset(
 def settings_of(args, processes: int) -> dict[str, Any]:
     """The options that weights depend on, and the number of processes, as JSON gives them back."""
     every = json.loads(json.dumps(args.to_dict(), default=str))
-    return {**{name: value for name, value in every.items() if name not in INDIFFERENT}, "processes": processes}
+    return {**{name: value for name, value in every.items() if name not in NOT_AFFECTING_WEIGHTS}, "processes": processes}
 
 
 def data_facts(dataset) -> dict[str, Any] | None:

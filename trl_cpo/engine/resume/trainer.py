@@ -8,7 +8,7 @@ from ..._trl.models import release_reference_engine
 from ..._trl.training_loop import saving_weights_on_each_node
 from ..config import DPOConfig
 from ..guards import FiniteWeights
-from ..interruption import Interruption, left_to_us
+from ..interruption import Interruption, hide_jit_checkpoint
 from .resumption import Resumption, Stateful
 
 
@@ -19,7 +19,7 @@ class ResumableTrainer(trl.DPOTrainer):
     """
 
     def __init__(self, *, args: DPOConfig, **others):
-        with left_to_us(args):
+        with hide_jit_checkpoint(args):
             super().__init__(args=args, **others)
         self._interruption = Interruption(self.accelerator, args.enable_jit_checkpoint)
         self._resumption = Resumption(self, self.stateful())
@@ -49,7 +49,7 @@ class ResumableTrainer(trl.DPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         # Not in a callback: an epoch's end, or a best evaluation, asks for a checkpoint after those of the step have run.
-        if self._resumption.puts_off():
+        if self._resumption.postpones():
             return
         self._finite_weights.before_saving(model, self.state.global_step)
         checkpoint = self._resumption.save(lambda: super(ResumableTrainer, self)._save_checkpoint(model, trial), trial)
@@ -60,7 +60,7 @@ class ResumableTrainer(trl.DPOTrainer):
         if not self._interruption.due:
             return
         # Not asked for in a callback: under save_strategy="best" an evaluation has the last word there.
-        if self._interruption.checkpoint is None and not self._resumption.puts_off():
+        if self._interruption.checkpoint is None and not self._resumption.postpones():
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         # Stopped early, the training is over; resumed, it would forget that and go on.

@@ -32,7 +32,7 @@ class Sample:
 
     inputs: dict
     padded: object
-    shaken: object | None
+    perturbed: object | None
 
     @property
     def scored(self) -> torch.Tensor:
@@ -45,7 +45,7 @@ def compare(sample: Sample, outputs, bounds: Bounds, mistake: float) -> float:
     largest = float(gaps[sample.scored].max())
     if not largest <= bounds.nats:
         raise Refused(f"log-probs differ from the padded path's by up to {largest:.2g} nats")
-    noise = None if sample.shaken is None else _gaps(sample.padded, sample.shaken)
+    noise = None if sample.perturbed is None else _gaps(sample.padded, sample.perturbed)
     for name, part in {"answers": sample.scored, **_parts(sample.scored)}.items():
         mean, share = float(gaps[part].mean()), bounds.difference * mistake
         if not mean <= share and (noise is None or name == "answers"):

@@ -21,7 +21,7 @@ from ..plan import REJECTED, NotPackable, PackingPlan
 from ..repack import backbone_of, layers_around, unwrap
 from .comparison import EXACT, ROUNDED, Bounds, Refused, Sample, compare, mean_gap
 from .random_pairs import RandomPairs
-from .rounding import rounded_once_more, watched
+from .rounding import extra_rounding, watch_precision
 from .static_checks import caveats, plain_family, probe_length, static_reason, unknown_limits
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | 
     # The numbers are the same uncompiled, and the probe's few shapes are not worth compiling for.
     model = model._modules.get("_orig_mod", model)
     verdict = Verdict(False, "no attention was tried")
-    with evaluation_mode(model), _starting_alike(model):
+    with evaluation_mode(model), _same_start(model):
         drop_segments(inner)
         try:
             # Before the attention is switched: a model may ask for its name and compute something else.
@@ -156,7 +156,7 @@ def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | 
 
 
 @contextmanager
-def _starting_alike(model: torch.nn.Module) -> Iterator[None]:
+def _same_start(model: torch.nn.Module) -> Iterator[None]:
     """Every run in the block finds what the first one found: some rotary frequencies depend on what ran before."""
     restore = snapshot(model)
     hook = backbone_of(model).register_forward_pre_hook(lambda *_: restore())
@@ -171,7 +171,7 @@ def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Re
     draw = RandomPairs(model, seed)
     inputs = draw.batch(_SHORT)
     try:
-        with watched(model) as narrowest:
+        with watch_precision(model) as narrowest:
             padded = model(**inputs)
     except Exception as error:
         raise Refused(f"it does not run with TRL's fused head, padded or packed: {_first_line(error)}") from error
@@ -206,7 +206,7 @@ def _sample(model: torch.nn.Module, inputs: dict, step: float, seed: int, padded
     padded = model(**inputs) if padded is None else padded
     if not step:
         return Sample(inputs, padded, None)
-    with rounded_once_more(model, step, seed):
+    with extra_rounding(model, step, seed):
         return Sample(inputs, padded, model(**inputs))
 
 

@@ -48,10 +48,10 @@ class RandomPairs:
         ids, labels = inputs["input_ids"].cpu().clone(), inputs["labels"].cpu().clone()
         for row in rows:
             answer = labels[row] != -100
-            labels[row, answer] = ids[row, answer] = self._apart(ids, row, answer)
+            labels[row, answer] = ids[row, answer] = self._replacement(ids, row, answer)
         return self._inputs(ids, inputs["attention_mask"], labels)
 
-    def _apart(self, ids: torch.Tensor, row: int, answer: torch.Tensor) -> torch.Tensor:
+    def _replacement(self, ids: torch.Tensor, row: int, answer: torch.Tensor) -> torch.Tensor:
         rival = ids[(row + len(ids) // 2) % len(ids)]
         first = answer.nonzero()[0, 0]
         while True:

@@ -14,7 +14,7 @@ _FLOAT32_PRODUCTS = {"tf32": [torch.finfo(torch.float16).eps], "bf16": [_NARROW]
 
 
 @contextmanager
-def watched(model: torch.nn.Module) -> Iterator[Callable[[], float]]:
+def watch_precision(model: torch.nn.Module) -> Iterator[Callable[[], float]]:
     """Tell, once the model has run in the block, the relative step between its narrowest numbers; 0 for float32.
 
     Mixed precision is often switched on by a wrapper around the forward, so it is looked for from within.
@@ -36,7 +36,7 @@ def watched(model: torch.nn.Module) -> Iterator[Callable[[], float]]:
 
 
 @contextmanager
-def rounded_once_more(model: torch.nn.Module, step: float, seed: int) -> Iterator[None]:
+def extra_rounding(model: torch.nn.Module, step: float, seed: int) -> Iterator[None]:
     """Within the block, what each innermost module of the backbone puts out is off by up to half a step, at random.
 
     This is the least that a right computation in other company may do: sums taken in another order are rounded to
