@@ -104,8 +104,8 @@ def audit(request: AuditRequest, say: Callable[[str], None] = lambda _: None) ->
 
 def _numbers(request: AuditRequest, one: PairSet, prepared: PreparedPairs, entry: dict, logps: dict[str, np.ndarray]) -> dict:
     tokens = prepared.tokens
-    chosen_tokens, rejected_tokens, comparable = answer_tokens(tokens, request.scorer.truncation)
-    if not comparable.any():
+    chosen_tokens, rejected_tokens, degenerate = answer_tokens(tokens, request.scorer.truncation)
+    if degenerate.all():
         raise AuditError(
             f"{entry['set']}: max_length={request.scorer.max_length} leaves no pair whose two answers can be compared: in all "
             "of them they are the same, or one is empty. Set a larger one, or mend the pairs."
@@ -119,14 +119,14 @@ def _numbers(request: AuditRequest, one: PairSet, prepared: PreparedPairs, entry
         return np.array([values[at] for at in places], dtype=kind)
 
     pairs = ScoredPairs(
-        **{name: np.where(comparable, values, 0.0) for name, values in logps.items()},
+        **{name: np.where(degenerate, 0.0, values) for name, values in logps.items()},
         chosen_tokens=np.maximum(chosen_tokens, 1),
         rejected_tokens=np.maximum(rejected_tokens, 1),
         prompt_of=numbers,
         reward_gap=_reward_gap(request, one, column),
         slices={name: column(name, object) for name in request.slices},
     )
-    kept = np.flatnonzero(comparable)
+    kept = np.flatnonzero(~degenerate)
     audited = audited_set(
         entry["set"],
         pairs.take(kept),

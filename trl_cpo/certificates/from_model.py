@@ -59,14 +59,14 @@ def score_to_folder(
     if ref_model is not None:
         scorer.check_same_vocabulary(sources["policy"], sources["ref"])
     prepared = scorer.prepare(pairs, tokenizer, split)
-    chosen_tokens, rejected_tokens, comparable = answer_tokens(prepared.tokens, scorer.truncation)
-    if not comparable.any():
+    chosen_tokens, rejected_tokens, degenerate = answer_tokens(prepared.tokens, scorer.truncation)
+    if degenerate.all():
         raise CertificateError(f"max_length={max_length} leaves no pair with two answers that differ. Set a larger one.")
     columns = score_roles(scorer, sources, {split: prepared}, tokenizer)[split]
     if reduction == "mean":
         tokens = {"chosen": np.maximum(chosen_tokens, 1), "rejected": np.maximum(rejected_tokens, 1)}
         columns = {name: logps / tokens[name.split("_")[1]] for name, logps in columns.items()}
-    kept = np.flatnonzero(comparable)
+    kept = np.flatnonzero(~degenerate)
     rows = [[float(columns[name][at]) if name in columns else None for name in PAIR_COLUMNS] for at in kept]
     document = {
         "reduction": reduction,

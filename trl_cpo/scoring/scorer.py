@@ -158,7 +158,7 @@ class Scorer:
         keep_trainable(model)
         accelerator = seam.accelerator_of(args)
         reference = seam.prepare_reference(model, collator.pad_token_id, args, accelerator)
-        sharing = PrefixSharing(self.prefix_sharing, args.max_length, speaks=args.process_index == 0)
+        sharing = PrefixSharing(self.prefix_sharing, args.max_length, verbose=args.process_index == 0)
         with seam.engine_of(reference, accelerator) as engine:
             tables = ReferenceTables()
             scored = ReferenceSource(

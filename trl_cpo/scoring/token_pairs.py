@@ -40,14 +40,14 @@ class Truncation:
 
 
 def answer_tokens(pairs: TokenPairs, truncation: Truncation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens left of the chosen and of the rejected answers, (n,) each, and which pairs can be compared, (n,).
+    """Tokens left of the chosen and of the rejected answers, (n,) each, and which pairs are degenerate, (n,).
 
-    A pair compares two answers where both have a token that is scored and they are not the same, as in training, whose
-    cpo/ metrics leave the other pairs out.
+    A pair is degenerate where one answer has no scored token, or both are the same, as in training
+    (`trl_cpo.pairs.degenerate_pairs`), whose cpo/ metrics leave these out.
     """
-    counts, comparable = np.zeros((2, len(pairs)), dtype=np.int64), np.ones(len(pairs), dtype=bool)
+    counts, degenerate = np.zeros((2, len(pairs)), dtype=np.int64), np.zeros(len(pairs), dtype=bool)
     for at, (prompt, chosen, rejected) in enumerate(zip(pairs.prompt, pairs.chosen, pairs.rejected, strict=True)):
         left = [truncation.left(prompt, answer) for answer in (chosen, rejected)]
         counts[:, at] = [len(answer) for _, answer, _ in left]
-        comparable[at] = all(scored > 0 for *_, scored in left) and left[0][1] != left[1][1]
-    return counts[0], counts[1], comparable
+        degenerate[at] = any(scored < 1 for *_, scored in left) or left[0][1] == left[1][1]
+    return counts[0], counts[1], degenerate
