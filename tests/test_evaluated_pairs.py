@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_trainer import make_trainer, pairs_by_hand
 
-from trl_cpo.pairs import PairLogps
 from trl_cpo.files.atomic import write_json
 from trl_cpo.files.run_files import PAIR_COLUMNS
+from trl_cpo.pairs import PairLogps
 from trl_cpo.run.record import pairs_document
 
 from helpers.tiny import pairs_dataset

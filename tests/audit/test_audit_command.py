@@ -1,20 +1,34 @@
 """`trl-cpo audit` from end to end on tiny models: its numbers against a plain forward, its answers, its refusals."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import weakref
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+import transformers
+import trl
+from datasets import Dataset, load_dataset
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer
+from trl import DPOTrainer
 
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo._trl import reference as seam
 from trl_cpo.cli import main
-from trl_cpo.engine import processes as parallel
-from trl_cpo.engine.reference import table_of
-from trl_cpo.scoring.scorer import Scorer
+from trl_cpo.engine.reference import table_of, tables
+from trl_cpo.engine.reference.digests import text_digest
+from trl_cpo.scoring.token_pairs import TokenPairs, Truncation, answer_tokens
 
-from helpers.tiny import make_model, pair_rows
+from helpers.paths import ROOT, TESTS
+from helpers.tiny import make_model, pair_rows, training_options
 
+GOLDEN = TESTS / "golden"
 N = 24
 
 
@@ -59,8 +73,6 @@ def counted(document, *path):
 
 
 def test_the_numbers_are_those_of_a_plain_forward(audit, pairs_file, model_folder, ref_model_folder, tokenizer):
-    from transformers import AutoModelForCausalLM
-
     code, out, err = audit("--json", "--ref-model", ref_model_folder, "--slice", "kind", "--worst", 2, "--beta", 0.5)
     assert code == 0, err
     document = json.loads(out)
@@ -104,12 +116,11 @@ def test_the_numbers_are_those_of_a_plain_forward(audit, pairs_file, model_folde
 def test_text_and_a_second_run_that_scores_nothing(audit, monkeypatch):
     code, first, _ = audit()
     assert code == 0 and "Where the reference stands (22 pairs scored)" in first and "- First mend the pairs" in first
-    from trl_cpo import CPOConstrainedTrainer
 
     def refuse(*_, **__):
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(CPOConstrainedTrainer, "compute_ref_log_probs", refuse)
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", refuse)
     assert audit()[:2] == (0, first)
     # Another max_length is another table, so that the patch is seen to be where scoring goes through.
     code, _, err = audit("--max-length", 48)
@@ -117,14 +128,8 @@ def test_text_and_a_second_run_that_scores_nothing(audit, monkeypatch):
 
 
 def test_training_finds_the_audits_table(audit, pairs_file, model_folder, tmp_path, tokenizer, monkeypatch):
-    from datasets import load_dataset
-
-    from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-
-    from helpers.tiny import training_options
-
     assert audit()[0] == 0
-    monkeypatch.setattr(CPOConstrainedTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("scored again"))
     args = CPOConstrainedConfig(**training_options(tmp_path / "run", constraint="softplus", precompute_ref_log_probs=True))
     pairs = load_dataset("json", data_files=pairs_file, split="train", cache_dir=str(tmp_path / "data"))
     with pytest.warns(UserWarning, match="Of the 24 pairs"):
@@ -134,13 +139,6 @@ def test_training_finds_the_audits_table(audit, pairs_file, model_folder, tmp_pa
 
 
 def test_tokens_are_counted_as_the_table_counts_them(pairs_file, model_folder, tmp_path, tokenizer, monkeypatch):
-    from datasets import load_dataset
-
-    from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-    from trl_cpo.audit.preflight import TokenPairs, Truncation, answer_tokens
-
-    from helpers.tiny import training_options
-
     monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path / "cache"))
     pairs = load_dataset("json", data_files=pairs_file, split="train", cache_dir=str(tmp_path / "data")).select([0, 1, 2, 3])
     args = CPOConstrainedConfig(
@@ -161,20 +159,77 @@ def test_preflight_alone_loads_no_model(audit, tmp_path, tokenizer):
     assert "FAULT: 1 of 23 (4.3 %) have the same chosen and rejected answer" in out and "Where the reference" not in out
 
 
-def test_processes_agree_though_each_scores_in_a_folder_of_its_own(tmp_path):
-    one, two = (Scorer().config(str(tmp_path / name)) for name in "ab")
-    facts = [parallel.facts_of(args, configs={}, datasets={}) for args in (one, two)]
-    assert parallel.disagreement(["here", "here"], facts) is None
+def test_no_trainer_is_made_and_every_text_is_tokenized_once(audit, ref_model_folder, monkeypatch):
+    """Two models, one of them twice: the pairs' ids are those of the preflight."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a trainer was made")
+
+    for kind in (CPOConstrainedTrainer, DPOTrainer, Trainer):
+        monkeypatch.setattr(kind, "__init__", refuse)
+    prepared, prepare = [], DPOTrainer._prepare_dataset
+
+    def counted(self, dataset, *args):
+        prepared.append(dataset["prompt"][:])
+        return prepare(self, dataset, *args)
+
+    monkeypatch.setattr(DPOTrainer, "_prepare_dataset", counted)
+    code, out, err = audit("--json", "--ref-model", ref_model_folder)
+    assert code == 0, err
+    assert len(prepared) == 1 and len(prepared[0]) == json.loads(out)["sets"][0]["rows"] == N
 
 
-def test_an_adapter_is_scored_as_it_stands(audit, model_folder, tmp_path, tokenizer):
+def test_a_model_is_let_go_before_the_next_is_loaded(audit, ref_model_folder, monkeypatch):
+    loaded, load = [], seam.load_model
+
+    def watched(*args):
+        assert not [ref for ref in loaded if ref() is not None]
+        model = load(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(seam, "load_model", watched)
+    code, _, err = audit("--ref-model", ref_model_folder)
+    assert code == 0, err
+    assert len(loaded) == 2
+
+
+def test_a_table_of_version_0_1_is_found_and_read(audit, pairs_file, model_folder, tmp_path, monkeypatch):
+    """Key and shard of the audit of these pairs and this model, as commit 242b0db wrote them into its cache."""
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("scored again"))
+    key = json.loads((GOLDEN / "reference_table" / "key.json").read_text())
+    # Other versions of libraries have tables of their own, and another transformers other fields in a config.
+    installed = {module.__name__: module.__version__ for module in (torch, transformers, trl)}
+    if key["versions"]["transformers"] != transformers.__version__:
+        config = {name: value for name, value in make_model().config.to_dict().items() if name not in tables._ORIGIN}
+        key["config"] = text_digest(config)
+    folder = tmp_path / "cache" / "scores" / text_digest(key | {"versions": installed})
+    folder.mkdir(parents=True)
+    shutil.copy(GOLDEN / "reference_table" / "000000.safetensors", folder)
+    code, out, err = audit("--json")
+    assert code == 0, err
+    assert json.loads((folder / "manifest.json").read_text())["key"] == key | {"versions": installed}
+    monkeypatch.undo()
+    monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path / "another"))
+    code, scored, err = audit("--json")
+    assert code == 0, err
+    found, again = (json.loads(text)["sets"][0]["all"]["ref_gap"]["sum"] for text in (out, scored))
+    assert found == pytest.approx(again, abs=1e-3)
+
+
+ADAPTERS = {
+    "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    # DPOTrainer would copy none of its weights to the adapter that it takes for its reference.
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_is_scored_as_it_stands(audit, model_folder, tmp_path, tokenizer, kind):
     """A trained adapter against its base: the policy differs, and differs by what merging it gives."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
-    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted = get_peft_model(base, ADAPTERS[kind])
     adapted.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -187,6 +242,48 @@ def test_an_adapter_is_scored_as_it_stands(audit, model_folder, tmp_path, tokeni
     assert numbers[0]["policy"]["gap"] == pytest.approx(numbers[1]["policy"]["gap"], abs=1e-3)
     assert numbers[0]["ref_gap"] == numbers[1]["ref_gap"]
     assert abs(numbers[0]["policy"]["gap"] - numbers[0]["ref_gap"]["sum"]["mean"]) > 0.05
+
+
+def test_training_on_an_adapter_finds_the_audits_table(audit, pairs_file, model_folder, tmp_path, tokenizer, monkeypatch):
+    """DPOTrainer's reference is then its own copy of the adapter."""
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    get_peft_model(base, ADAPTERS["lora"]).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    code, _, err = audit(model=str(tmp_path / "adapter"))
+    assert code == 0, err
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("scored again"))
+    args = CPOConstrainedConfig(**training_options(tmp_path / "run", constraint="clip", precompute_ref_log_probs=True))
+    pairs = load_dataset("json", data_files=pairs_file, split="train", cache_dir=str(tmp_path / "data"))
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", is_trainable=True)
+    with pytest.warns(UserWarning, match="Of the 24 pairs"):
+        trainer = CPOConstrainedTrainer(model=model, args=args, train_dataset=pairs, processing_class=tokenizer)
+    assert len(table_of(trainer, "train")) == 23
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_an_adapter_on_the_head_is_refused(audit, model_folder, tmp_path, tokenizer):
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    get_peft_model(base, LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    code, out, err = audit(model=str(tmp_path / "adapter"))
+    assert code == 2 and out == "" and "changes lm_head" in err and "Merge it into its base" in err
+
+
+def test_two_processes_share_the_work_and_are_one(audit, pairs_file, model_folder, tmp_path):
+    """One document, and the table of one process, to the bit."""
+    code, alone, err = audit("--json")
+    assert code == 0, err
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRL_CPO_CACHE": str(tmp_path / "two")}
+    environment |= {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    launch = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "-m", "trl_cpo", "audit"]
+    command += ["--model", model_folder, "--dataset", pairs_file, "--max-length", "64", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == json.loads(alone)
+    (one,), (two,) = ((tmp_path / name / "scores").glob("*/000000.safetensors") for name in ("cache", "two"))
+    assert one.parent.name == two.parent.name and one.read_bytes() == two.read_bytes()
 
 
 def test_a_draw_is_a_random_one_and_the_same_each_time(audit):

@@ -8,9 +8,11 @@ from datasets import Dataset
 from tokenizers import processors
 
 from trl_cpo._trl.datasets import TOKENIZED_COLUMNS, tokenized
-from trl_cpo.audit.preflight import FINDINGS, TokenPairs, Truncation, answer_tokens, digests, examine
+from trl_cpo.audit.preflight import FINDINGS, digests, examine
 from trl_cpo.audit.quoting import escaped, quoted, trimmed
-from trl_cpo.scoring.scorer import ROW, AuditError, Scorer, base_of_adapter, end_tokens
+from trl_cpo.data.models import ModelError, base_of_adapter, end_tokens
+from trl_cpo.scoring.scorer import ROW, Scorer
+from trl_cpo.scoring.token_pairs import TokenPairs, Truncation, answer_tokens
 
 from helpers.tiny import make_tokenizer, pairs_dataset
 
@@ -211,7 +213,7 @@ def test_an_adapter_names_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     assert base_of_adapter(str(tmp_path)) == "some/base"
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(AuditError, match="names no base model"):
+    with pytest.raises(ModelError, match="names no base model"):
         base_of_adapter(str(tmp_path))
 
 

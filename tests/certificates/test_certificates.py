@@ -16,8 +16,8 @@ from trl_cpo.certificates import CertificateError, certify_run, check, document,
 from trl_cpo.certificates.evidence import read_evidence
 from trl_cpo.cli import main
 from trl_cpo.constraints import CONSTRAINTS, Knobs
-from trl_cpo.pairs import PairLogps
 from trl_cpo.files.run_files import PAIR_COLUMNS
+from trl_cpo.pairs import PairLogps
 from trl_cpo.run.record import pairs_document
 
 from helpers.tiny import make_model, pair_rows, pairs_dataset, training_options

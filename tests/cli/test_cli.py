@@ -12,7 +12,7 @@ import pytest
 
 from trl_cpo import __version__, cli
 from trl_cpo.cli import COMMANDS, command_parser, main
-from trl_cpo.cli.errors import UserError, nearest, said_plainly
+from trl_cpo.cli.errors import UserError, nearest, user_errors
 from trl_cpo.cli.parser import unknown_options
 from trl_cpo.recipes import names, recipe
 
@@ -148,10 +148,10 @@ def test_unknown_options_and_their_values():
 def test_which_errors_are_the_users(tmp_path):
     from trl_cpo.data.loading import load_pairs
 
-    with pytest.raises(UserError, match=r"(?s)There is no file or folder ./none.jsonl.*\nNext: x"), said_plainly("Next: x"):
+    with pytest.raises(UserError, match=r"(?s)There is no file or folder ./none.jsonl.*\nNext: x"), user_errors("Next: x"):
         load_pairs("./none.jsonl")
     for error in (ValueError("a library's"), KeyError("k"), FileNotFoundError("f")):
-        with pytest.raises(type(error)), said_plainly("Next: x"):
+        with pytest.raises(type(error)), user_errors("Next: x"):
             raise error
 
 

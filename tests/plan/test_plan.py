@@ -20,7 +20,7 @@ from transformers import (
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.cli import main
-from trl_cpo.plan import Request, cheapest, estimate
+from trl_cpo.plan import PlanRequest, cheapest, estimate
 from trl_cpo.plan.activations import kept_by
 from trl_cpo.plan.changes import LADDER
 from trl_cpo.plan.memory import HEAD_COPIES, optimizer, weights
@@ -87,7 +87,7 @@ def test_four_bit_weights_are_bitsandbytes(tmp_path):
         real += parameter.numel() * parameter.element_size()
         if hasattr(parameter, "quant_state"):
             real += parameter.quant_state.absmax.numel() * 4
-    request = Request(config=model.config, bits=4, lora_rank=4)
+    request = PlanRequest(config=model.config, bits=4, lora_rank=4)
     assert weights(request, shape_of(model.config)) == pytest.approx(real, rel=1e-3)
     assert NF4_BYTES == 0.5625
 
@@ -101,7 +101,7 @@ def test_optimizer_state_is_the_real_ones(optim, kind):
     held = sum(
         v.numel() * v.element_size() for state in real.state.values() for v in state.values() if v is not None and v.dim()
     )
-    assert optimizer(Request(config=TINY, optim=optim), shape_of(TINY)) == held
+    assert optimizer(PlanRequest(config=TINY, optim=optim), shape_of(TINY)) == held
 
 
 def kept_in(forward, model) -> float:
@@ -164,7 +164,7 @@ def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lor
     )
     trainer.model.train()
     real = kept_in(lambda: trainer.compute_loss(trainer.model, inputs), trainer.model)
-    request = Request(
+    request = PlanRequest(
         config=model.config,
         device="cpu",
         autocast=False,
@@ -180,10 +180,10 @@ def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lor
 
 def test_a_mixture_of_experts_is_refused_in_words():
     with pytest.raises(ValueError, match="mixtral model .* depends on the numbers"):
-        estimate(Request(config=MixtralConfig(**SIZES, num_local_experts=2)))
+        estimate(PlanRequest(config=MixtralConfig(**SIZES, num_local_experts=2)))
 
 
-BASE = Request(config=TINY, gpus=2, parallel="ddp", packed=False, checkpointing=False, max_length=128, micro_batch=4)
+BASE = PlanRequest(config=TINY, gpus=2, parallel="ddp", packed=False, checkpointing=False, max_length=128, micro_batch=4)
 
 
 def peak(**changes):
@@ -193,7 +193,7 @@ def peak(**changes):
 @pytest.mark.parametrize("autocast, each", [(True, 16.0), (False, 20.0)], ids=["bf16", "float32"])
 def test_zero_holds_a_weight_its_gradient_and_its_state(autocast, each):
     """Mixed precision: 2 and 2 bytes, and 12 in float32 (copy and two moments). Float32: 4, 4 and 12."""
-    held = estimate(Request(config=LLAMA_8B, gpus=8, parallel="zero3", autocast=autocast, precomputed=True, max_length=64))
+    held = estimate(PlanRequest(config=LLAMA_8B, gpus=8, parallel="zero3", autocast=autocast, precomputed=True, max_length=64))
     state = held.resident["weights"] + held.resident["optimizer"] + held.backward["gradients"]
     assert 8 * state / held.shape.weights == pytest.approx(each)
 
@@ -219,7 +219,7 @@ class TestWhatMustHold:
 
     @pytest.mark.parametrize("change", LADDER, ids=lambda c: c.option)
     def test_no_change_of_the_ladder_makes_it_worse(self, change):
-        big = Request(
+        big = PlanRequest(
             config=LLAMA_8B, gpus=8, parallel="ddp", packed=False, checkpointing=False, micro_batch=4, optim="adamw_torch"
         )
         for request in (big, dataclasses.replace(big, lora_rank=16), dataclasses.replace(big, parallel="zero3")):
@@ -240,18 +240,18 @@ class TestWhatMustHold:
 
 class TestLadder:
     def test_what_fits_with_one_change_gets_the_first_that_does(self):
-        request = Request(config=LLAMA_8B, lora_rank=16, weight_bytes=2, packed=False, micro_batch=4)
+        request = PlanRequest(config=LLAMA_8B, lora_rank=16, weight_bytes=2, packed=False, micro_batch=4)
         needed = estimate(request).peak
         changes, after = cheapest(request, needed * 0.999)
         assert [change.option for change in changes] == ["--prefix_sharing True"] and after.peak < needed
 
     def test_full_fine_tuning_of_8b_on_one_24_gb_card_ends_in_qlora(self):
-        changes, after = cheapest(Request(config=LLAMA_8B, micro_batch=1), 24e9)
+        changes, after = cheapest(PlanRequest(config=LLAMA_8B, micro_batch=1), 24e9)
         options = " ".join(change.option for change in changes)
         assert "--use_peft" in options and after.peak <= 24e9
 
     def test_none_is_superfluous(self):
-        request = Request(config=LLAMA_8B, micro_batch=8, packed=False, checkpointing=False)
+        request = PlanRequest(config=LLAMA_8B, micro_batch=8, packed=False, checkpointing=False)
         changes, _ = cheapest(request, 24e9)
         for left_out in changes[:-1]:
             made = request
@@ -261,7 +261,7 @@ class TestLadder:
             assert made is None or estimate(made).peak > 24e9, left_out.option
 
     def test_where_nothing_fits_it_says_so(self):
-        assert cheapest(Request(config=LLAMA_8B), 1e9) is None
+        assert cheapest(PlanRequest(config=LLAMA_8B), 1e9) is None
 
 
 def test_without_triton_the_head_holds_its_tiles_several_times():
@@ -326,7 +326,7 @@ class TestCommand:
             (["--prompt_share", "1.5"], "between 0 and 1"),
             (["--offload"], "--offload goes with --parallel zero3"),
             (["--load_in_4bit"], "Add adapters"),
-            (["--model", "./nowhere"], "cannot be read"),
+            (["--model", "./nowhere"], "Cannot load the model ./nowhere"),
             (["--parallel", "zero4"], "zero3"),
             (["--bete", "0.1"], "--beta"),
             (["--use_peft", "--lora_target_modules", "a", "b"], "no linear layer is named a or b"),

@@ -14,9 +14,9 @@ from trl_cpo.cli import main
 from trl_cpo.cli.errors import UserError
 from trl_cpo.cli.options import GROUPS, parse_run, read_config, run_parser
 from trl_cpo.cli.train import command_line_names
+from trl_cpo.files.atomic import strict, write_json
 from trl_cpo.files.outputs import making
 from trl_cpo.recipes import names, recipe
-from trl_cpo.files.atomic import strict, write_json
 
 #: What keeps a run on the CPU and small; a recipe's own values stand for all else.
 ON_CPU = ["--use_cpu", "--bf16", "False"]

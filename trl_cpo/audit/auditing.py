@@ -2,26 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.models import end_tokens, source_of
 from ..scoring.scored_pairs import ScoredPairs
-from ..scoring.scorer import ROW, AuditError, PreparedPairs, Scorer, end_tokens
+from ..scoring.scorer import ROW, PreparedPairs, Scorer
+from ..scoring.steps import PairSet, read_set, score_roles
+from ..scoring.token_pairs import answer_tokens
 from .document import FORMAT, audited_set
 from .measures import Settings
-from .preflight import answer_tokens, digests, examine
+from .preflight import digests, examine
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-DEMO_MODEL = "demo"
 #: The columns in which TRL's own preference sets keep the scores of the two answers.
 SCORE_COLUMNS = ("score_chosen", "score_rejected")
 
 
+class AuditError(ValueError):
+    """A set that cannot be audited: what was got, what is allowed, what to do."""
+
+
 @dataclass(frozen=True)
-class Request:
+class AuditRequest:
     """What is asked for: names as the user gave them, and how to score."""
 
     model: str
@@ -40,21 +42,25 @@ class Request:
     scorer: Scorer = field(default_factory=Scorer)
 
 
-@dataclass(frozen=True)
-class _Set:
-    pairs: "Dataset"
-    rows: int
-    refused: int
-
-
-def audit(request: Request, say: Callable[[str], None] = lambda _: None) -> dict:
+def audit(request: AuditRequest, say: Callable[[str], None] = lambda _: None) -> dict:
     """The audit's document. `say` is told, line by line, what is being done.
 
     Raises:
         ValueError: models, pairs or columns that cannot be audited, in words; before any scoring where it can be known then.
     """
-    model, ref_model = (_folder_of(name) for name in (request.model, request.ref_model))
-    sets = {split: _read(request, split) for split in request.splits}
+    model, ref_model = (None if name is None else source_of(name) for name in (request.model, request.ref_model))
+    sets = {
+        split: read_set(
+            request.dataset,
+            split,
+            config=request.dataset_config,
+            data_dir=request.dataset_data_dir,
+            needs=(*request.slices, *(request.score_columns or ())),
+            max_pairs=request.max_pairs,
+            seed=request.seed,
+        )
+        for split in request.splits
+    }
     scorer = request.scorer
     tokenizer = scorer.tokenizer(model)
     if ref_model is not None:
@@ -88,55 +94,15 @@ def audit(request: Request, say: Callable[[str], None] = lambda _: None) -> dict
     }
     if request.preflight_only:
         return document
-    scored = _scored(scorer, tokenizer, model, ref_model, prepared, say)
+    # Without a reference the model's own start is one.
+    roles = {"ref": model} if ref_model is None else {"ref": ref_model, "policy": model}
+    scored = score_roles(scorer, roles, prepared, tokenizer, say)
     for entry in document["sets"]:
         entry.update(_numbers(request, sets[entry["set"]], prepared[entry["set"]], entry, scored[entry["set"]]))
     return document
 
 
-def _folder_of(model: str | None) -> str | None:
-    if model != DEMO_MODEL:
-        return model
-    from ..data.demo.model import demo_model_folder
-
-    return str(demo_model_folder())
-
-
-def _read(request: Request, split: str) -> _Set:
-    """The pairs of a split with their number in it, HH-RLHF text as messages, a random sample if fewer were asked for."""
-    from ..data.loading import load_pairs, to_conversational
-
-    loaded = load_pairs(request.dataset, split, config=request.dataset_config, data_dir=request.dataset_data_dir)
-    missing = [name for name in (*request.slices, *(request.score_columns or ())) if name not in loaded.column_names]
-    if missing:
-        raise AuditError(
-            f"{request.dataset}, split {split!r}, has no column {' and no column '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(loaded.column_names)}. Give some of these."
-        )
-    rows = len(loaded)
-    pairs, report = to_conversational(loaded.add_column(ROW, list(range(rows))))
-    if request.max_pairs is not None and request.max_pairs < len(pairs):
-        # Drawn at random: an interval from the first rows would be about the first rows.
-        drawn = np.random.default_rng(request.seed).choice(len(pairs), request.max_pairs, replace=False)
-        pairs = pairs.select(sorted(drawn.tolist()))
-    return _Set(pairs, rows, 0 if report is None else sum(report.refused.values()))
-
-
-def _scored(scorer, tokenizer, model, ref_model, prepared, say) -> dict[str, dict[str, np.ndarray]]:
-    """Of each set the log-probabilities, named as in `ScoredPairs`."""
-    seen = {name: one.seen for name, one in prepared.items()}
-    scored: dict[str, dict[str, np.ndarray]] = {name: {} for name in seen}
-    roles = [("ref", model)] if ref_model is None else [("ref", ref_model), ("policy", model)]
-    for role, one in roles:
-        say(f"scoring with {one}")
-        for name, (chosen, rejected) in scorer.score(one, seen, tokenizer).items():
-            if len(chosen) != len(prepared[name].tokens):
-                raise RuntimeError(f"{name}: {len(chosen)} pairs scored of {len(prepared[name].tokens)} prepared.")
-            scored[name] |= {f"{role}_chosen": chosen, f"{role}_rejected": rejected}
-    return scored
-
-
-def _numbers(request: Request, one: _Set, prepared: PreparedPairs, entry: dict, logps: dict[str, np.ndarray]) -> dict:
+def _numbers(request: AuditRequest, one: PairSet, prepared: PreparedPairs, entry: dict, logps: dict[str, np.ndarray]) -> dict:
     tokens = prepared.tokens
     chosen_tokens, rejected_tokens, comparable = answer_tokens(tokens, request.scorer.truncation)
     if not comparable.any():
@@ -167,13 +133,13 @@ def _numbers(request: Request, one: _Set, prepared: PreparedPairs, entry: dict, 
         request.settings,
         preflight=entry["preflight"],
         rows=[tokens.rows[at] for at in kept],
-        text_of=lambda at: prepared.row_of(int(kept[at])),
+        text_of=lambda at: prepared.dataset[int(kept[at])],
         worst=request.worst,
     )
     return audited
 
 
-def _reward_gap(request: Request, one: _Set, column: Callable) -> np.ndarray | None:
+def _reward_gap(request: AuditRequest, one: PairSet, column: Callable) -> np.ndarray | None:
     names = request.score_columns or SCORE_COLUMNS
     if not set(names) <= set(one.pairs.column_names):
         return None

@@ -132,7 +132,8 @@ def escape(ref_gap: np.ndarray, gap: np.ndarray, settings: Settings) -> dict:
     times = {}
     for name, target in (("dpo", -depth), ("clip", np.full_like(depth, settings.gamma))):
         times[name] = escape_time(start, np.zeros_like(start), target, beta=settings.beta).numpy()
-    ratio = np.minimum(times["dpo"] / times["clip"], _LARGEST)
+    with np.errstate(over="ignore"):
+        ratio = np.minimum(times["dpo"] / times["clip"], _LARGEST)
     return {
         "pairs": int(some.sum()),
         "beta_depth": {"50%": quantile(settings.beta * depth, 0.5), "90%": quantile(settings.beta * depth, 0.9)},

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files.outputs import is_taken
+from ..data.models import source_of
 from ..files.atomic import write_json
+from ..files.outputs import is_taken
 from ..files.run_files import PAIR_COLUMNS, PAIRS
-from ..scoring.scorer import ROW, Scorer
+from ..scoring.scorer import Scorer
+from ..scoring.steps import read_set, score_roles
+from ..scoring.token_pairs import answer_tokens
 from .errors import CertificateError
 
 
@@ -44,21 +47,14 @@ def score_to_folder(
         CertificateError: the folder is taken, or no pair can be scored.
         ValueError: the pairs or models cannot be read or used, in words.
     """
-    from ..audit.preflight import answer_tokens
-    from ..data.loading import load_pairs, to_conversational
-
     folder = Path(folder)
     if is_taken(folder):
         raise CertificateError(
             f"{folder} already holds files, and nothing in it is overwritten. Give a new folder for the scores."
         )
-    loaded = load_pairs(dataset, split)
-    pairs, _ = to_conversational(loaded.add_column(ROW, list(range(len(loaded)))))
-    if max_pairs is not None and max_pairs < len(pairs):
-        drawn = np.random.default_rng(0).choice(len(pairs), max_pairs, replace=False)
-        pairs = pairs.select(sorted(drawn.tolist()))
+    pairs = read_set(dataset, split, max_pairs=max_pairs).pairs
     scorer = Scorer(max_length=max_length, dtype=dtype, batch_size=batch_size)
-    sources = {"policy": _folder_of(model)} | ({"ref": _folder_of(ref_model)} if ref_model is not None else {})
+    sources = {"policy": source_of(model)} | ({"ref": source_of(ref_model)} if ref_model is not None else {})
     tokenizer = scorer.tokenizer(sources["policy"])
     if ref_model is not None:
         scorer.check_same_vocabulary(sources["policy"], sources["ref"])
@@ -66,11 +62,10 @@ def score_to_folder(
     chosen_tokens, rejected_tokens, comparable = answer_tokens(prepared.tokens, scorer.truncation)
     if not comparable.any():
         raise CertificateError(f"max_length={max_length} leaves no pair with two answers that differ. Set a larger one.")
-    columns = {}
-    for role, source in sources.items():
-        scored = scorer.score(source, {split: prepared.seen}, tokenizer)[split]
-        for side, logps, tokens in zip(("chosen", "rejected"), scored, (chosen_tokens, rejected_tokens), strict=True):
-            columns[f"{role}_{side}"] = logps / np.maximum(tokens, 1) if reduction == "mean" else logps
+    columns = score_roles(scorer, sources, {split: prepared}, tokenizer)[split]
+    if reduction == "mean":
+        tokens = {"chosen": np.maximum(chosen_tokens, 1), "rejected": np.maximum(rejected_tokens, 1)}
+        columns = {name: logps / tokens[name.split("_")[1]] for name, logps in columns.items()}
     kept = np.flatnonzero(comparable)
     rows = [[float(columns[name][at]) if name in columns else None for name in PAIR_COLUMNS] for at in kept]
     document = {
@@ -89,11 +84,3 @@ def score_to_folder(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / PAIRS, document)
     return folder
-
-
-def _folder_of(model: str) -> str:
-    if model != "demo":
-        return model
-    from ..data.demo.model import demo_model_folder
-
-    return str(demo_model_folder())

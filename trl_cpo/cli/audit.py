@@ -2,7 +2,7 @@
 
 import argparse
 
-from .errors import UserError, said_plainly
+from .errors import UserError, user_errors
 
 HELP = "look before you train: where the reference is misaligned on your pairs, and what the model sees"
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if faults:
         raise UserError("\n".join(faults) + "\nAll options: trl-cpo audit --help")
     # Libraries print to stdout now and then; there the answer stands alone.
-    with said_plainly("All options: trl-cpo audit --help"), redirect_stdout(sys.stderr):
+    with user_errors("All options: trl-cpo audit --help"), redirect_stdout(sys.stderr):
         from accelerate import PartialState
 
         from ..audit.auditing import audit
@@ -89,14 +89,14 @@ def _faults(options: argparse.Namespace) -> list[str]:
 
 
 def _request(options: argparse.Namespace):
-    from ..audit.auditing import Request
+    from ..audit.auditing import AuditRequest
     from ..audit.measures import Settings
     from ..scoring.scorer import Scorer
 
     by_means = options.logps_reduction == "mean"
     # The paper's values for means, TRL's β and the README's γ for sums.
     beta, gamma = (2.5, 0.05) if by_means else (0.1, 1.0)
-    return Request(
+    return AuditRequest(
         model=options.model,
         dataset=options.dataset,
         ref_model=options.ref_model,

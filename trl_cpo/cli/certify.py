@@ -2,7 +2,7 @@
 
 import argparse
 
-from .errors import UserError, said_plainly
+from .errors import UserError, user_errors
 
 HELP = "certify how many held-out pairs a run or model gets right, or check a certificate"
 
@@ -94,7 +94,7 @@ def _certify(options: argparse.Namespace) -> int:
         raise UserError(f"{out} {why}.\nWrite it elsewhere: trl-cpo certify … --out FILE")
     folder = options.run
     # Libraries print to stdout now and then; there the answer stands alone.
-    with said_plainly("All options: trl-cpo certify --help"), redirect_stdout(sys.stderr):
+    with user_errors("All options: trl-cpo certify --help"), redirect_stdout(sys.stderr):
         from ..certificates import certify_run
 
         if options.model is not None:
@@ -138,7 +138,7 @@ def _in_words(document: dict, folder: str, out: str | None) -> str:
 def _check(options: argparse.Namespace) -> int:
     import json
 
-    with said_plainly("All options: trl-cpo certify --help"):
+    with user_errors("All options: trl-cpo certify --help"):
         from ..certificates import check, read_json
 
         found = read_json(options.check)

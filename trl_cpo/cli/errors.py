@@ -23,7 +23,7 @@ def nearest(got: str, allowed: Iterable[str]) -> str:
 
 
 @contextmanager
-def said_plainly(next_command: str) -> Iterator[None]:
+def user_errors(next_command: str) -> Iterator[None]:
     """Turns this package's own refusals into `UserError`s that end with `next_command`; other errors pass as they are.
 
     A refusal is a `ValueError`, `TypeError`, `ImportError`, `OSError` or `FloatingPointError` that a module of this package

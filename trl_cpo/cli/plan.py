@@ -80,7 +80,7 @@ def _for_cpu(options: argparse.Namespace) -> bool:
 
 
 def _request(options: argparse.Namespace, args, policy, device: str):
-    from ..plan import Request
+    from ..plan import PlanRequest
 
     model = options.model or policy.model_name_or_path
     kind = options.parallel or ("ddp" if options.gpus > 1 else "single")
@@ -96,7 +96,7 @@ def _request(options: argparse.Namespace, args, policy, device: str):
             "--per_device_train_batch_size N …"
         )
     targets = policy.lora_target_modules or ["all-linear"]
-    return Request(
+    return PlanRequest(
         config=_config(model, args, policy),
         gpus=options.gpus,
         parallel="single" if options.gpus == 1 and kind == "ddp" else kind,
@@ -120,19 +120,9 @@ def _request(options: argparse.Namespace, args, policy, device: str):
 
 
 def _config(model: str, args, policy):
-    from transformers import AutoConfig
+    from ..data.models import ModelError, read_config, source_of
 
-    from ..run.arguments import DEMO_MODEL
-
-    if model == DEMO_MODEL:
-        from ..data.demo.model import demo_model_folder
-
-        model = str(demo_model_folder())
     try:
-        return AutoConfig.from_pretrained(model, revision=policy.model_revision, trust_remote_code=bool(args.trust_remote_code))
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"The config of the model {model!r} cannot be read: {first}\nGive a folder with a config.json, or a hub name where "
-            "there is a network: trl-cpo plan --model path/to/model"
-        ) from error
+        return read_config(source_of(model), revision=policy.model_revision, trust_remote_code=bool(args.trust_remote_code))
+    except ModelError as error:
+        raise UserError(f"{error}\nAll options: trl-cpo plan --help") from error

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from .errors import UserError, said_plainly
+from .errors import UserError, user_errors
 
 HELP = "Train with a constraint on the preference gap, from a recipe or from TRL's options."
 #: Every option of TRL's DPOConfig, ModelConfig and ScriptArguments is handed on.
@@ -60,6 +60,6 @@ def run(options: argparse.Namespace) -> int:
     parsed = parse_run(options.passed_on, options.config[0] if options.config else None)
     from ..run.training import train
 
-    with said_plainly("All options: trl-cpo train --help"):
+    with user_errors("All options: trl-cpo train --help"):
         train(*parsed)
     return 0

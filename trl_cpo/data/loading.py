@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import hh
-from .demo import PAIR_FILES
+from .demo import DEMO, PAIR_FILES
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-DEMO = "demo"
 # By the end of a file's name, the packaged loader of datasets that reads it.
 FILE_KINDS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".parquet": "parquet"}
 _ALLOWED = (

@@ -1,6 +1,6 @@
 """What a run holds in memory, from the model's config alone: `estimate` says what is resident, `changes` what makes it fit."""
 
 from .changes import Change, cheapest
-from .memory import Estimate, Request, estimate
+from .memory import Estimate, PlanRequest, estimate
 
-__all__ = ["Change", "Estimate", "Request", "cheapest", "estimate"]
+__all__ = ["Change", "Estimate", "PlanRequest", "cheapest", "estimate"]

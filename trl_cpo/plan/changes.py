@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .memory import Estimate, Request, estimate
+from .memory import Estimate, PlanRequest, estimate
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,19 @@ class Change:
 
     option: str
     cost: str
-    made: Callable[[Request], Request | None]
+    made: Callable[[PlanRequest], PlanRequest | None]
 
 
-def _smaller(request: Request) -> Request | None:
+def _smaller(request: PlanRequest) -> PlanRequest | None:
     if request.micro_batch == 1:
         return None
     return replace(request, micro_batch=1, accumulation=request.accumulation * request.micro_batch)
 
 
-def _sharded(kind: str) -> Callable[[Request], Request | None]:
+def _sharded(kind: str) -> Callable[[PlanRequest], PlanRequest | None]:
     order = ("single", "ddp", "zero1", "zero2", "zero3")
 
-    def made(request: Request) -> Request | None:
+    def made(request: PlanRequest) -> PlanRequest | None:
         if request.gpus == 1 or request.parallel == "fsdp2" or order.index(request.parallel) >= order.index(kind):
             return None
         if kind == "zero3" and request.bits < 16:
@@ -40,7 +40,7 @@ def _sharded(kind: str) -> Callable[[Request], Request | None]:
     return made
 
 
-def _offloaded(request: Request) -> Request | None:
+def _offloaded(request: PlanRequest) -> PlanRequest | None:
     possible = request.parallel == "zero3" and not request.offload and request.bits >= 16 and request.device == "cuda"
     return replace(request, offload=True) if possible else None
 
@@ -110,7 +110,7 @@ LADDER: tuple[Change, ...] = (
 )
 
 
-def cheapest(request: Request, memory: float) -> tuple[list[Change], Estimate] | None:
+def cheapest(request: PlanRequest, memory: float) -> tuple[list[Change], Estimate] | None:
     """The cheapest changes that bring a run under `memory` bytes a device, and what it then needs; None if none do.
 
     One change that does it alone, the first on the ladder; else the ladder's changes from its top down as far as needed,
@@ -138,7 +138,7 @@ def cheapest(request: Request, memory: float) -> tuple[list[Change], Estimate] |
     return taken, estimate(_all(request, taken))
 
 
-def _all(request: Request, changes: list[Change]) -> Request | None:
+def _all(request: PlanRequest, changes: list[Change]) -> PlanRequest | None:
     for change in changes:
         request = change.made(request)
         if request is None:

@@ -36,7 +36,7 @@ CPU_BYTES = 4.1e7
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """One training run, as far as its memory goes.
 
     Attributes:
@@ -96,7 +96,7 @@ class Estimate:
         step: beside it, while the optimizer steps.
     """
 
-    request: Request
+    request: PlanRequest
     shape: Shape
     resident: dict[str, float]
     forward: dict[str, float]
@@ -124,7 +124,7 @@ class Estimate:
         return sum(self.at_peak.values())
 
 
-def base_bytes(request: Request, shape: Shape) -> float:
+def base_bytes(request: PlanRequest, shape: Shape) -> float:
     """A model's weights in bytes, before they are shared out: quantized where they are, else as loaded."""
     if request.bits >= 16:
         return request.held_bytes * shape.weights
@@ -132,12 +132,12 @@ def base_bytes(request: Request, shape: Shape) -> float:
     return each * shape.quantizable + request.held_bytes * (shape.weights - shape.quantizable)
 
 
-def weights(request: Request, shape: Shape) -> float:
+def weights(request: PlanRequest, shape: Shape) -> float:
     """The policy's, without adapters: all of them, or a part on each device with ZeRO-3 and FSDP2 (none, offloaded)."""
     return 0.0 if request.offload else base_bytes(request, shape) / _shares_of_weights(request)
 
 
-def gathered(request: Request, shape: Shape) -> float:
+def gathered(request: PlanRequest, shape: Shape) -> float:
     """Sharded weights put together for use: two blocks, and the head, in the precision of the computation."""
     if _shares_of_weights(request) == 1 and not request.offload:
         return 0.0
@@ -145,14 +145,14 @@ def gathered(request: Request, shape: Shape) -> float:
     return each * (2 * shape.block + max(shape.head, shape.hidden * shape.vocabulary))
 
 
-def reference(request: Request, shape: Shape) -> float:
+def reference(request: PlanRequest, shape: Shape) -> float:
     """A second model: none with adapters, whose base is the reference, and none where it is scored beforehand."""
     if request.lora_rank or (request.precomputed and request.parallel != "fsdp2"):
         return 0.0
     return weights(request, shape)
 
 
-def trainable(request: Request, shape: Shape) -> tuple[float, float]:
+def trainable(request: PlanRequest, shape: Shape) -> tuple[float, float]:
     """Trainable weights, and bytes of one: adapters are float32 (PEFT raises them), except beside ZeRO-3."""
     if not request.lora_rank:
         return shape.weights, request.held_bytes
@@ -160,13 +160,13 @@ def trainable(request: Request, shape: Shape) -> tuple[float, float]:
     return shape.lora_weights(request.lora_rank, list(request.lora_targets)), each
 
 
-def adapters(request: Request, shape: Shape) -> float:
+def adapters(request: PlanRequest, shape: Shape) -> float:
     """LoRA's weights."""
     count, each = trainable(request, shape)
     return count * each / _shares_of_weights(request) if request.lora_rank else 0.0
 
 
-def optimizer(request: Request, shape: Shape) -> float:
+def optimizer(request: PlanRequest, shape: Shape) -> float:
     """The optimizer's moments, and with ZeRO in half precision its float32 copy of the weights; a part each when sharded."""
     if request.offload:
         return 0.0
@@ -178,19 +178,19 @@ def optimizer(request: Request, shape: Shape) -> float:
     return count * kept / shares
 
 
-def gradients(request: Request, shape: Shape) -> float:
+def gradients(request: PlanRequest, shape: Shape) -> float:
     """Gradients of the trainable weights in their type; a part each with ZeRO-2, ZeRO-3 and FSDP2."""
     count, each = trainable(request, shape)
     return count * each / (request.gpus if request.parallel in ("zero2", "zero3", "fsdp2") else 1)
 
 
-def buckets(request: Request, shape: Shape) -> float:
+def buckets(request: PlanRequest, shape: Shape) -> float:
     """DDP's buckets, a second copy of the gradients, held from the first step on."""
     count, each = trainable(request, shape)
     return count * each if request.parallel == "ddp" and request.gpus > 1 else 0.0
 
 
-def rows(request: Request) -> tuple[int, float, float]:
+def rows(request: PlanRequest) -> tuple[int, float, float]:
     """Rows, tokens a row, and scored tokens of a micro-batch whose rows are all of the greatest length.
 
     Padded: 2B rows of L tokens. Packed: one row, a pair in it of `p + 2 (L − p)` tokens.
@@ -202,7 +202,7 @@ def rows(request: Request) -> tuple[int, float, float]:
     return 2 * request.micro_batch, length, scored
 
 
-def activations(request: Request, shape: Shape) -> float:
+def activations(request: PlanRequest, shape: Shape) -> float:
     """What the policy's forward keeps for backward, counted on the architecture itself (`activations.kept_by`).
 
     With checkpointing a block keeps its input alone, and one block at a time is computed again. Attention by segments, as
@@ -221,14 +221,14 @@ def activations(request: Request, shape: Shape) -> float:
     return shape.layers * count * tokens * shape.hidden * request.held_bytes + a_block + outside
 
 
-def workspace(request: Request, shape: Shape) -> float:
+def workspace(request: PlanRequest, shape: Shape) -> float:
     """What a block's backward has in hand: two tensors as wide as its widest layer."""
     count, tokens, _ = rows(request)
     widest = max((max(inside, outside) for _, inside, outside in shape.linears), default=shape.hidden)
     return 2 * count * tokens * widest * (2 if request.autocast or request.held_bytes == 2 else 4)
 
 
-def head(request: Request, shape: Shape) -> float:
+def head(request: PlanRequest, shape: Shape) -> float:
     """The output head's working space: tiles of logits, never all of them."""
     count, tokens, scored = rows(request)
     positions = scored if request.device == "cuda" or request.packed else count * tokens
@@ -238,12 +238,12 @@ def head(request: Request, shape: Shape) -> float:
     return tile * 4 * HEAD_COPIES
 
 
-def head_gradient(request: Request, shape: Shape) -> float:
+def head_gradient(request: PlanRequest, shape: Shape) -> float:
     """The head's gradient, collected in float32 where the head is trained."""
     return 0.0 if request.lora_rank else 4.0 * shape.hidden * shape.vocabulary
 
 
-def temporaries(request: Request, shape: Shape) -> float:
+def temporaries(request: PlanRequest, shape: Shape) -> float:
     """What the optimizer's step needs beside its state: one tensor of the weights' size unless it is fused or in 8 bits."""
     if "fused" in request.optim or "8bit" in request.optim or "paged" in request.optim:
         return 0.0
@@ -251,12 +251,12 @@ def temporaries(request: Request, shape: Shape) -> float:
     return count * each / (request.gpus if request.parallel in ("zero1", "zero2", "zero3", "fsdp2") else 1)
 
 
-def allowance(request: Request, shape: Shape) -> float:
+def allowance(request: PlanRequest, shape: Shape) -> float:
     """The process's own, beside tensors."""
     return CUDA_BYTES if request.device == "cuda" else CPU_BYTES
 
 
-Term = Callable[[Request, Shape], float]
+Term = Callable[[PlanRequest, Shape], float]
 #: Name to term, by when it is held.
 RESIDENT: dict[str, Term] = {
     "weights": weights,
@@ -272,7 +272,7 @@ BACKWARD: dict[str, Term] = {"gradients": gradients}
 STEP: dict[str, Term] = {"gradients": gradients, "optimizer temporaries": temporaries}
 
 
-def estimate(request: Request) -> Estimate:
+def estimate(request: PlanRequest) -> Estimate:
     """What each device holds, in bytes, at the moment that needs most: from the config alone, no weight is loaded.
 
     Raises:
@@ -290,9 +290,9 @@ def estimate(request: Request) -> Estimate:
     return Estimate(request, shape, resident, forward, terms(BACKWARD), terms(STEP))
 
 
-def _shares_of_weights(request: Request) -> int:
+def _shares_of_weights(request: PlanRequest) -> int:
     return request.gpus if request.parallel in ("zero3", "fsdp2") else 1
 
 
-def _dtype(request: Request) -> torch.dtype:
+def _dtype(request: PlanRequest) -> torch.dtype:
     return torch.bfloat16 if request.held_bytes == 2 else torch.float32

@@ -6,8 +6,6 @@ from trl import ModelConfig, ScriptArguments
 
 from ..config import CPOConstrainedConfig
 
-DEMO_MODEL = "demo"
-
 
 @dataclass
 class PairArguments(ScriptArguments):

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from ..data.loading import NoSuchSplit, hold_out, load_pairs, to_conversational
+from ..data.loading import NoSuchSplit, hold_out
+from ..data.reading import first_pairs, read_pairs
 
 if TYPE_CHECKING:
     from ..data.hh import RowReport
@@ -17,8 +18,8 @@ def load_sets(options: "PairArguments"):
         SourceError: the pairs cannot be read or used, or the source lacks a split that was asked for.
     """
 
-    def load(split):
-        return load_pairs(
+    def read(split):
+        return read_pairs(
             options.dataset_name,
             split,
             config=options.dataset_config,
@@ -26,13 +27,10 @@ def load_sets(options: "PairArguments"):
             streaming=options.dataset_streaming,
         )
 
-    def first(pairs, count):
-        return pairs if count is None else pairs.take(min(count, len(pairs)) if hasattr(pairs, "__len__") else count)
-
     reports, held_out = {}, None
-    train, reports["train"] = to_conversational(load(options.dataset_train_split))
+    train, reports["train"] = read(options.dataset_train_split)
     try:
-        test = load(options.dataset_test_split)
+        test, reports["test"] = read(options.dataset_test_split)
     except NoSuchSplit as error:
         # Where there is another split, or one was asked for by name, a part of the training pairs is not what was meant.
         asked = options.dataset_test_split != type(options).dataset_test_split
@@ -41,9 +39,7 @@ def load_sets(options: "PairArguments"):
         count = options.held_out if options.held_out < 1 else int(options.held_out)
         train, test = hold_out(train, count, seed=0)
         held_out = len(test)
-    else:
-        test, reports["test"] = to_conversational(test)
-    return first(train, options.max_train_pairs), first(test, options.max_test_pairs), reports, held_out
+    return first_pairs(train, options.max_train_pairs), first_pairs(test, options.max_test_pairs), reports, held_out
 
 
 def say_reports(reports: "Mapping[str, RowReport | None]", say: Callable[[str], None]) -> None:

@@ -6,9 +6,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.models import read_config, source_of
 from ..files.atomic import write_json
 from ..files.run_files import LOG, METRICS, PAIRS
-from .arguments import DEMO_MODEL
 from .data import load_sets, say_reports
 from .record import pairs_document, versions
 
@@ -46,20 +46,6 @@ def checkpoint_of(args: "RunConfig") -> str | None:
             "folder."
         )
     return None if found is None else str(found)
-
-
-def check_model_is_there(model: str, policy: "PolicyConfig", args: "RunConfig") -> None:
-    """Raises `ValueError` if there is no model of that name or in that folder, before any weights are looked for."""
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(model, revision=policy.model_revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"Cannot load the model {model}: {reason} Give --model_name_or_path a folder written by save_pretrained, a name on "
-            "the hub (needs a network or the local cache), or 'demo'."
-        ) from error
 
 
 def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -> Path:
@@ -124,13 +110,14 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
             say(f"      no test split: held {held_out} of {held_out + len(train_set)} pairs out")
 
         say(f"[2/4] Loading the model: {policy.model_name_or_path}")
-        model = policy.model_name_or_path
-        if model == DEMO_MODEL:
-            from ..data.demo.model import demo_model_folder
-
-            with state.main_process_first():
-                model = str(demo_model_folder())
-        check_model_is_there(model, policy, args)
+        with state.main_process_first():
+            model = source_of(policy.model_name_or_path)
+        read_config(
+            model,
+            revision=policy.model_revision,
+            trust_remote_code=args.trust_remote_code,
+            option="--model_name_or_path",
+        )
     loading = dict(revision=policy.model_revision, attn_implementation=policy.attn_implementation, dtype=policy.dtype)
     args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
     args.eval_on_start = checkpoint is None

@@ -1,4 +1,4 @@
-"""The table of a trainer's reference: what it is keyed by, found if it is there, scored where it is not."""
+"""The table of a reference: what it is keyed by, found if it is there, scored where it is not."""
 
 import dataclasses
 import logging
@@ -15,13 +15,14 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from ..._trl.datasets import TOKENIZED_COLUMNS, is_its_collator
-from ..._trl.models import Reference, model_id, reference_engine, reference_of
+from ..._trl.models import model_id
 from ...files.cache import cache_root
 from ..model_state import evaluation_mode
 from ..precision import float32_products
 from .digests import text_digest, tokens_digest, weights_digest
 from .filling import agreed, as_columns, fill, from_main, stored
 from .layout import Layout
+from .source import ReferenceSource
 from .store import ScoreStore, ScoreTable
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,9 @@ _SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEG
 
 
 class ReferenceTables:
-    """The tables of one trainer, by the name of their dataset.
+    """The tables of one reference, by the name of their dataset.
 
-    They are scored in evaluation mode, whatever the trainer's is: with dropout on, a log-probability is a random number.
+    They are scored in evaluation mode, whatever the model's is: with dropout on, a log-probability is a random number.
     """
 
     def __init__(self):
@@ -50,10 +51,25 @@ class ReferenceTables:
         self._weights, self._weights_rest = None, False
 
     def table(self, trainer, dataset: Dataset, name: str, batch_size: int, *, packed: bool, as_dpo_trainer: bool) -> ScoreTable:
-        """The reference's log-probabilities of a prepared dataset; scores what is not stored. Called by every process.
+        """The log-probabilities of a prepared dataset under a trainer's reference; see `of_source`."""
+        return self.of_source(
+            ReferenceSource.of_trainer(trainer), dataset, name, batch_size, packed=packed, as_dpo_trainer=as_dpo_trainer
+        )
+
+    def of_source(
+        self,
+        source: ReferenceSource,
+        dataset: Dataset,
+        name: str,
+        batch_size: int,
+        *,
+        packed: bool,
+        as_dpo_trainer: bool = False,
+    ) -> ScoreTable:
+        """The log-probabilities of a prepared dataset; scores what is not stored. Called by every process.
 
         Args:
-            trainer: whose `compute_ref_log_probs` gives them.
+            source: what gives them.
             dataset: with token ids.
             name: of the dataset, for people and `table_of`.
             batch_size: pairs in a forward of one process.
@@ -64,11 +80,9 @@ class ReferenceTables:
             BadScores: the reference gives NaN, infinities or zeros.
             OSError: the cache folder cannot be written.
         """
-        accelerator = trainer.accelerator
-        reference = reference_of(trainer)
+        accelerator, reference = source.accelerator, source.reference
         weights = self._weights or agreed(
-            accelerator,
-            weights_digest(accelerator.unwrap_model(reference.model), adapters=reference.adapters, keep=reference.adapter),
+            accelerator, weights_digest(source.model, adapters=reference.adapters, keep=reference.adapter)
         )
         if self._weights_rest:
             self._weights = weights
@@ -76,32 +90,33 @@ class ReferenceTables:
         if as_dpo_trainer:
             layout = Layout.as_dpo_trainer(len(dataset), batch_size, accelerator.num_processes)
         else:
-            layout = Layout.by_length(_row_tokens(lengths, trainer.args.max_length), batch_size)
-        parts = key_parts(trainer, reference, dataset, packed)
+            layout = Layout.by_length(_row_tokens(lengths, source.max_length), batch_size)
+        parts = key_parts(source, dataset, packed)
         parts |= {"weights": weights, "tokens": agreed(accelerator, tokens), "pairs": len(dataset), "order": layout.order}
         store = ScoreStore(cache_root() / "scores" / text_digest(parts), layout.shards)
-        about = {"key": parts, "dataset": name, "model": model_id(accelerator.unwrap_model(reference.model))}
+        about = {"key": parts, "dataset": name, "model": model_id(source.model)}
         found, missing = from_main(accelerator, lambda: stored(store, layout, about))
         if missing:
-            self._score(trainer, dataset, found, missing, store, layout, name)
+            self._score(source, dataset, found, missing, store, layout, name)
         elif accelerator.is_main_process:
             logger.info("All %d reference log-probabilities of the %s dataset are in %s", len(found), name, store.folder)
         self.tables[name] = found
         return found
 
-    def _score(self, trainer, dataset, table, missing, store, layout, name) -> None:
-        accelerator, model = trainer.accelerator, reference_engine(trainer)
+    @staticmethod
+    def _score(source, dataset, table, missing, store, layout, name) -> None:
+        accelerator, model = source.accelerator, source.engine()
         todo, started = sum(len(layout.shards[shard]) for shard in missing), time.perf_counter()
         if accelerator.is_main_process:
             logger.info("Scoring %d of %d pairs of the %s dataset into %s", todo, len(table), name, store.folder)
 
         def forward(rows: tuple[int, ...]) -> torch.Tensor:
-            batch = send_to_device(trainer.data_collator(dataset.__getitems__(list(rows))), accelerator.device)
-            return as_columns(*trainer.compute_ref_log_probs(model, batch), batch["completion_mask"])
+            batch = send_to_device(source.collator(dataset.__getitems__(list(rows))), accelerator.device)
+            return as_columns(*source.logps(model, batch), batch["completion_mask"])
 
-        quiet = trainer.args.disable_tqdm or bool(os.environ.get("TQDM_DISABLE"))
+        shows_progress = source.shows_progress and not os.environ.get("TQDM_DISABLE")
         with evaluation_mode(model):
-            fill(table, missing, store, layout, forward, accelerator, name=name, shows_progress=not quiet)
+            fill(table, missing, store, layout, forward, accelerator, name=name, shows_progress=bool(shows_progress))
         if accelerator.is_main_process:
             seconds = time.perf_counter() - started
             logger.info("Scored %d pairs of the %s dataset in %.1f s, %.2f a second", todo, name, seconds, todo / seconds)
@@ -112,10 +127,9 @@ def _row_tokens(lengths: dict[str, np.ndarray], max_length: int | None) -> np.nd
     return sum(np.minimum(prompt + answer, max_length or np.inf) for answer in (chosen, rejected))
 
 
-def key_parts(trainer, reference: Reference, dataset: Dataset, packed: bool) -> dict[str, Any]:
+def key_parts(source: ReferenceSource, dataset: Dataset, packed: bool) -> dict[str, Any]:
     """What changes a reference's log-probabilities beside its weights and the token ids, in readable form."""
-    accelerator, args, collator = trainer.accelerator, trainer.args, trainer.data_collator
-    model = accelerator.unwrap_model(reference.model)
+    accelerator, reference, model = source.accelerator, source.reference, source.model
     kind = type(model.get_base_model() if reference.adapters else model)
     config = {name: value for name, value in model.config.to_dict().items() if name not in _ORIGIN}
     sharded = accelerator.distributed_type in _SHARDED
@@ -133,10 +147,10 @@ def key_parts(trainer, reference: Reference, dataset: Dataset, packed: bool) -> 
         "device": accelerator.device.type,
         "sharded": f"{accelerator.distributed_type.value} {stage}".strip() if sharded else None,
         "forward": "packed" if packed else "padded",
-        "ld_alpha": args.ld_alpha,
-        "max_length": args.max_length,
-        "truncation_mode": args.truncation_mode,
-        "collator": _collator(collator, dataset),
+        "ld_alpha": source.ld_alpha,
+        "max_length": source.max_length,
+        "truncation_mode": source.truncation_mode,
+        "collator": _collator(source.collator, dataset),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl)},
     }
 
