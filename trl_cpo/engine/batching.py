@@ -126,7 +126,7 @@ class TokenBudget(Sampler[list[int]]):
         total = sum(costs)
         if tokens * len(costs) < total * micro_batches:
             raise ValueError(
-                f"tokens_per_step={tokens} is too small: one pair for each of the {micro_batches} micro-batches of a step takes "
+                f"tokens_per_step={tokens} is too small: one pair for each of a step's {micro_batches} micro-batches takes "
                 f"{-(-total * micro_batches // len(costs))} tokens on average. Raise it, or lower gradient_accumulation_steps."
             )
         self.costs = list(costs)

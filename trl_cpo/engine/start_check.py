@@ -60,7 +60,7 @@ class StartCheck:
 
 
 def exemption(*, wanted: bool, reference_given: bool, reads_reference: bool, adapter: Any) -> str | None:
-    """Why a run may start away from its reference; None if it must not. `adapter`: the PEFT config of a new adapter, or None."""
+    """Why a run may start away from its reference; None if it must not. `adapter`: a new adapter's PEFT config, or None."""
     if not wanted:
         return "check_reference=False"
     if reference_given:
