@@ -128,7 +128,7 @@ def test_steps_under_a_budget_are_even_where_texts_are_not():
 @pytest.mark.parametrize(
     "options, match",
     [
-        (dict(tokens=39, micro_batches=2), "less than one pair for each of a step's 2 micro-batches holds, 40 tokens"),
+        (dict(tokens=39, micro_batches=2), "one pair for each of a step's 2 micro-batches takes 40 tokens"),
         (dict(tokens=1000, micro_batches=5), "Got 4 training pairs, fewer than the 5 micro-batches"),
     ],
 )

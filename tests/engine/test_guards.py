@@ -147,7 +147,7 @@ def test_precomputed_values_of_another_pair(make):
         values = trainer.train_dataset[column][:]
         shifted = trainer.train_dataset.remove_columns(column).add_column(column, [*values[1:], values[0]])
         trainer.train_dataset = shifted
-    assert_stopped_before_the_first_step(trainer, "stale or another model's, tokenizer's or chat template's")
+    assert_stopped_before_the_first_step(trainer, "are stale, or come from another model, tokenizer or chat template")
 
 
 def test_it_can_be_switched_off(make, model_folder, seen):
