@@ -1,4 +1,4 @@
-"""Sentences for options that cannot be: what was got, and what is allowed."""
+"""Error sentences for invalid options: what was got, and what is allowed."""
 
 import difflib
 import math
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def one_of(name: str, got: object, allowed: Iterable[str]) -> str:
-    """The sentence for a value that is not among the allowed names, with the nearest of them offered."""
+    """The error sentence for a value that is not an allowed name; suggests the nearest one."""
     allowed = list(allowed)
     nearest = difflib.get_close_matches(str(got), allowed, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -14,7 +14,7 @@ def one_of(name: str, got: object, allowed: Iterable[str]) -> str:
 
 
 def is_finite(number: int | float) -> bool:
-    """Whether a number is finite as a float, which an integer beyond the largest float is not."""
+    """Whether a number is finite as a float; an integer beyond the largest float is not."""
     try:
         return math.isfinite(number)
     except OverflowError:
@@ -22,7 +22,7 @@ def is_finite(number: int | float) -> bool:
 
 
 def is_true_or_false(name: str, value: object, optional: bool = False) -> list[str]:
-    """The fault of a value that must be a bool (or None), if it has one."""
+    """A list with the error sentence if `value` is not a bool (or None, if `optional`); else an empty list."""
     if isinstance(value, bool) or (optional and value is None):
         return []
     return [f"{name} must be {'True, False or None' if optional else 'True or False'}; got {value!r}."]

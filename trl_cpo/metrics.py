@@ -1,4 +1,4 @@
-"""What is logged about the gap: one literal table of names and formulas, and sums that average correctly."""
+"""The `cpo/*` metrics: a literal table of names and formulas, and sums that average correctly over batches."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,8 +21,8 @@ class PairView:
     gamma: float
 
 
-#: Metric name (logged as `cpo/<name>`) to (formula for people, value per pair of shape (B,)). Each metric is the mean
-#: of its values over all pairs that were seen since the last log, on all processes.
+#: Metric name (logged as `cpo/<name>`) to (formula as text, function giving one value per pair, (B,)). What is logged is
+#: the mean over all pairs seen since the last log, on all processes.
 METRICS: dict[str, tuple[str, Callable[[PairView], Tensor]]] = {
     "gap": ("δ_θ = s_θ(chosen) − s_θ(rejected)", lambda v: v.pairs.gap),
     "ref_gap": ("δ_ref = s_ref(chosen) − s_ref(rejected)", lambda v: v.pairs.ref_gap),
@@ -30,7 +30,7 @@ METRICS: dict[str, tuple[str, Callable[[PairView], Tensor]]] = {
     "prefers_chosen": ("[δ_θ > 0]", lambda v: v.pairs.gap > 0),
     "beats_reference": ("[δ_θ > δ_ref]: the reward accuracy", lambda v: v.pairs.gap > v.pairs.ref_gap),
     "in_undesirable_region": (
-        "[δ_θ < 0 and δ_θ > δ_ref]: the loss has fallen, the policy still prefers the rejected response",
+        "[δ_θ < 0 and δ_θ > δ_ref]: the loss has fallen, but the policy still prefers the rejected response",
         lambda v: in_undesirable_region(v.pairs.gap, v.pairs.ref_gap),
     ),
     "violation": ("max(0, γ − δ_θ)", lambda v: torch.relu(v.gamma - v.pairs.gap)),
@@ -50,44 +50,44 @@ METRICS: dict[str, tuple[str, Callable[[PairView], Tensor]]] = {
     ),
 }
 
-#: The column of each metric in what `per_pair` gives.
+#: The column of each metric in the result of `per_pair`.
 COLUMNS = {name: column for column, name in enumerate(METRICS)}
 
 
 def per_pair(view: PairView) -> Tensor:
-    """Every metric of every pair, (B, len(METRICS)), columns in the order of the table; conditions are 0 or 1."""
+    """Every metric of every pair, (B, len(METRICS)); columns in the order of the table, conditions as 0 or 1."""
     with torch.no_grad():
         columns = [value(view) for _, value in METRICS.values()]
         return torch.stack([column.to(view.pairs.gap.dtype) for column in columns], dim=1)
 
 
 class MetricLedger:
-    """Sums of per-pair metrics, so that a mean over many batches weighs every pair the same whatever its batch's size.
+    """Sums of per-pair metrics: a mean over several batches weighs every pair equally, whatever the batch sizes.
 
-    Sums stay on the device until `means` is asked for: adding a batch does not wait for it.
+    Sums stay on the device until `flush`, so adding a batch does not wait for it.
     """
 
-    #: A resumed run that finds none counts from its start, which is said of all logs together.
+    #: Empty: the warning about a checkpoint of another trainer already mentions the metrics.
     starts_anew = ""
 
     def __init__(self):
         self._sums: list[Tensor] = []
-        # What a resumed run had counted before it was interrupted: rows of sums, float64.
+        # Sums counted before the interruption of a resumed run, (batches, metrics), float64.
         self._resumed = torch.zeros(0, len(METRICS), dtype=torch.float64)
         #: Pairs added since the last flush.
         self.count = 0
-        #: Pairs that no mean counts, since the last flush, by reason (`trl_cpo.engine.guards`).
+        #: Pairs left out of the means since the last flush, by reason (`trl_cpo.engine.guards`).
         self.left_out: Counter[str] = Counter()
 
     def add(self, rows: Tensor) -> None:
-        """Adds the pairs of one batch, (B, len(METRICS)), as `per_pair` makes them."""
+        """Adds one batch: the result of `per_pair`, (B, len(METRICS))."""
         self._sums.append(rows.sum(dim=0))
         self.count += len(rows)
 
     def flush(self, prefix: str = "") -> dict[str, float]:
-        """The mean of each metric over the pairs added since the last flush, as `<prefix>cpo/<name>`; empty if none.
+        """Returns the mean of each metric since the last flush, as `<prefix>cpo/<name>`, and clears the sums.
 
-        Beside them how many pairs were left out, by reason, where there were any.
+        Also returns how many pairs were left out, by reason. Without pairs there are no means.
         """
         left_out = {f"{prefix}cpo/{reason}": number for reason, number in self.left_out.items()}
         self.left_out.clear()
@@ -99,31 +99,34 @@ class MetricLedger:
         return means | left_out
 
     def _rows(self) -> Tensor:
-        # Summed in float64, on the CPU because not every device has it.
+        # float64 for exact sums; on the CPU, because not every device supports it.
         return torch.cat([self._resumed, torch.stack(self._sums).cpu().double()]) if self._sums else self._resumed
 
     def state_dict(self) -> dict[str, Any]:
-        """What was added since the last flush, as exact plain numbers: the pairs, and each metric's sum by batch."""
+        """Everything added since the last flush, as exact plain numbers: the count, and each metric's sum per batch."""
         sums = dict(zip(METRICS, self._rows().T.tolist(), strict=True))
         return {"count": self.count, "left_out": dict(self.left_out), "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` gave, in place of what was added. Raises `ValueError` if the metrics are others."""
+        """Replaces the sums with those of a `state_dict`. Raises `ValueError` if it holds other metrics."""
         if state["sums"].keys() != METRICS.keys():
             other = sorted(state["sums"].keys() ^ METRICS.keys())
-            raise ValueError(f"The saved sums are of other metrics than these: {', '.join(other)} on one side only.")
+            raise ValueError(
+                f"The saved metrics are not this version's: {', '.join(other)} on one side only. Resume with the version "
+                "of trl-cpo that wrote the checkpoint."
+            )
         self.clear()
         self._resumed = torch.tensor([state["sums"][name] for name in METRICS], dtype=torch.float64).T.contiguous()
         self.count = int(state["count"])
         self.left_out.update(state["left_out"])
 
     def begin(self) -> None:
-        """Start of training: drop pairs counted since the last log of another run."""
+        """Start of training: drops pairs left over from an earlier run."""
         self.clear()
 
     reset = begin
 
     def clear(self) -> None:
-        """Forgets what was added."""
+        """Drops everything added."""
         self._sums, self._resumed, self.count = [], self._resumed[:0], 0
         self.left_out.clear()

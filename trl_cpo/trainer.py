@@ -19,15 +19,16 @@ class CPOConstrainedTrainer(DPOTrainer):
     """
     Trainer for Constrained Preference Optimization: DPO with a constraint on the policy's own preference gap.
 
-    DPO lowers `−log σ(β(δ_θ − δ_ref))`, which rewards beating the reference; where the reference prefers the rejected
-    response the loss can fall while the policy still does. This trainer moves the target, `−log σ(β(δ_θ − t))`, or adds
-    a penalty on `max(0, γ − δ_θ)`, as `args.constraint` says. With `constraint="none"` it is DPOTrainer bit for bit.
+    DPO minimizes `−log σ(β(δ_θ − δ_ref))`, which rewards beating the reference. Where the reference prefers the rejected
+    response, the loss can fall while the policy still prefers it too. This trainer moves the target, `−log σ(β(δ_θ − t))`,
+    or adds a penalty on `max(0, γ − δ_θ)`; `args.constraint` selects which. With `constraint="none"` it is DPOTrainer,
+    bit for bit.
 
     Method: [Conditional Equivalence of DPO and RLHF](https://huggingface.co/papers/2605.20834), ICML 2026. Not to be
-    taken for `trl.experimental.cpo.CPOTrainer`, which is *Contrastive* Preference Optimization (arXiv 2401.08417).
+    confused with `trl.experimental.cpo.CPOTrainer`, which is *Contrastive* Preference Optimization (arXiv 2401.08417).
 
-    Takes the arguments of [`~trl.DPOTrainer`], with `args` a [`CPOConstrainedConfig`], and raises what the engine's
-    [`~trl_cpo.engine.DPOTrainer`] raises.
+    Takes the arguments of [`~trl.DPOTrainer`], with `args` a [`CPOConstrainedConfig`]. Raises the same errors as the
+    engine's [`~trl_cpo.engine.DPOTrainer`].
 
     Example:
 
@@ -47,7 +48,7 @@ class CPOConstrainedTrainer(DPOTrainer):
     args: CPOConstrainedConfig
     config_class, run_suffix = CPOConstrainedConfig, "CPO"
 
-    # "cpo" alone is the tag of the contrastive method's models.
+    # Not "cpo", which is the tag of the contrastive method's models.
     _tag_names = ["trl", "dpo", "constrained-preference-optimization", "trl-cpo"]
     _name = "Constrained Preference Optimization"
     _paper = {
@@ -79,8 +80,8 @@ class CPOConstrainedTrainer(DPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """DPOTrainer's loss at the constraint's target margin, plus what the constraint adds.
 
-        `mean_i ℓ(δ_θ,i; t_i) + mean_i added_i`, in nats; degenerate pairs keep DPO's target, and nothing is added to
-        them. Raises as [`~trl_cpo.engine.DPOTrainer.guarded_loss`].
+        `mean_i ℓ(δ_θ,i; t_i) + mean_i added_i`, in nats. Degenerate pairs keep DPO's target and get nothing added.
+        Raises the same errors as [`~trl_cpo.engine.DPOTrainer.guarded_loss`].
         """
         return self.guarded_loss(
             model,
@@ -118,7 +119,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         ledger = self._ledgers["eval"]
         ledger.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        # Under the set's own prefix: with several sets, DPOTrainer's metrics all come under "eval_".
+        # With several sets, DPOTrainer logs all its metrics under "eval_"; ours go under the set's own prefix.
         pairs, prefix = ledger.count, f"{metric_key_prefix}_"
         output.metrics.update(ledger.flush(prefix))
         output.metrics[f"{prefix}cpo/pairs"] = pairs
@@ -128,7 +129,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # A training's log may come right after an evaluation, which leaves the model as it evaluates.
+        # A training log may follow an evaluation, which leaves the model in evaluation mode.
         if self.model.training or "loss" in logs:
             logs.update(self._ledgers["train"].flush())
             if self._dual is not None:

@@ -76,7 +76,7 @@ def test_a_policy_without_numbers_stops_the_run_with_step_pairs_and_causes(make)
         trainer.train()
     assert trainer.state.global_step == 2
     message = str(error.value)
-    assert message.startswith("Step 3: log-probabilities that are NaN or infinite: pair 0 of the micro-batch of process 0")
+    assert message.startswith("Step 3: log-probabilities are NaN or infinite for pair 0 of the micro-batch of process 0")
     assert "the policy's" in message and "the reference's" not in message and "learning_rate" in message
     first = trainer.processing_class.decode(trainer.train_dataset[0]["prompt_ids"][:4])
     assert any(row["prompt"][:6] in message for row in pair_rows(12)), (message, first)
@@ -107,7 +107,7 @@ def test_a_reference_without_numbers_for_one_pair_is_refused_with_its_text(make)
         trainer.compute_loss(trainer.model, batch)
     message = str(error.value)
     assert "pair 2 of the micro-batch of process 0 (the reference's, " in message and "; pair" not in message
-    assert "take these pairs out" in message
+    assert "remove these pairs" in message
     text = trainer.processing_class.decode(batch["input_ids"][2][:6].tolist())
     assert text in message
 

@@ -128,8 +128,8 @@ def test_steps_under_a_budget_are_even_where_texts_are_not():
 @pytest.mark.parametrize(
     "options, match",
     [
-        (dict(tokens=39, micro_batches=2), "less than one pair for each of a step's 2 micro-batches holds, 40 tokens"),
-        (dict(tokens=1000, micro_batches=5), "5 micro-batches and there are 4 pairs"),
+        (dict(tokens=39, micro_batches=2), "one pair for each of a step's 2 micro-batches takes 40 tokens"),
+        (dict(tokens=1000, micro_batches=5), "Got 4 training pairs, fewer than the 5 micro-batches"),
     ],
 )
 def test_a_budget_that_no_step_can_keep_is_refused(options, match):
@@ -283,9 +283,9 @@ def test_the_smallest_budget_is_exact():
 
 def test_a_budget_is_looked_at_before_training(tmp_path, tokenizer, model_folder):
     args = CPOConstrainedConfig(**training_options(tmp_path), tokens_per_step=10)
-    with pytest.raises(ValueError, match="tokens_per_step=10 is less than one pair"):
+    with pytest.raises(ValueError, match="tokens_per_step=10 is too small: one pair"):
         CPOConstrainedTrainer(model=model_folder, args=args, processing_class=tokenizer, train_dataset=pairs_dataset())
-    with pytest.raises(ValueError, match="auto_find_batch_size=True looks for a number of pairs"):
+    with pytest.raises(ValueError, match="auto_find_batch_size=True searches for a number of pairs"):
         CPOConstrainedConfig(**training_options(tmp_path, auto_find_batch_size=True), tokens_per_step=500)
 
 

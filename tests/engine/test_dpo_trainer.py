@@ -96,7 +96,7 @@ def test_its_checkpoint_is_one_for_the_constraint_and_the_other_way_round(tmp_pa
     trainer_of(tmp_path / "a", small_model, tokenizer, stop=2).train()
     trainer_of(tmp_path / "a", small_model, tokenizer, kind=ours).train(resume_from_checkpoint=True)
     trainer_of(tmp_path / "b", small_model, tokenizer, stop=2, kind=ours).train()
-    with pytest.warns(UserWarning, match="the metrics state in it is not used"):
+    with pytest.warns(UserWarning, match="its metrics state is not used"):
         trainer_of(tmp_path / "b", small_model, tokenizer).train(resume_from_checkpoint=True)
 
 

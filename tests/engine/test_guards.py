@@ -123,13 +123,13 @@ def test_weights_changed_after_the_trainer_was_made(make, options):
     trainer = make(options)
     with torch.no_grad():
         trainer.model.model.layers[1].self_attn.q_proj.weight.mul_(1.02)
-    cause = "stale or another model's" if options else "no longer what"
-    assert_stopped_before_the_first_step(trainer, cause, "make the trainer last")
+    cause = "are stale, or come from another model" if options else "the model object differs from"
+    assert_stopped_before_the_first_step(trainer, cause, "create the trainer last")
 
 
 def test_an_adapter_that_changes_the_model_under_it(make):
     trainer = make(peft_config=LoraConfig(**LORA, init_lora_weights="pissa"))
-    assert_stopped_before_the_first_step(trainer, "init_lora_weights='pissa' changes the model under the adapter")
+    assert_stopped_before_the_first_step(trainer, "init_lora_weights='pissa' changes the base model")
 
 
 def test_a_reference_adapter_that_is_not_the_start(make, model_folder):
@@ -147,7 +147,7 @@ def test_precomputed_values_of_another_pair(make):
         values = trainer.train_dataset[column][:]
         shifted = trainer.train_dataset.remove_columns(column).add_column(column, [*values[1:], values[0]])
         trainer.train_dataset = shifted
-    assert_stopped_before_the_first_step(trainer, "stale or another model's, tokenizer's or chat template's")
+    assert_stopped_before_the_first_step(trainer, "are stale, or come from another model, tokenizer or chat template")
 
 
 def test_it_can_be_switched_off(make, model_folder, seen):
@@ -209,7 +209,7 @@ def test_noise_does_not_excuse_another_reference(make, tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1.02)
     trainer = make({"disable_dropout": False}, model=model)
-    assert_stopped_before_the_first_step(trainer, "no longer what")
+    assert_stopped_before_the_first_step(trainer, "the model object differs from")
     assert trainer.model.training and trainer.model.model.layers[0].self_attn.training
 
 

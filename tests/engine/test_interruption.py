@@ -87,8 +87,8 @@ def test_terminated_and_resumed_is_uninterrupted(
     assert (interruption.value.step, interruption.value.checkpoint) == (saved_at, str(checkpoint))
     assert newest_checkpoint(tmp_path / "resumed") == checkpoint and fault_of(checkpoint) is None
     said = capfd.readouterr().err
-    assert said.count("SIGTERM: training ends after the step in work") == 1
-    assert f"Ended by SIGTERM after step {saved_at}. Go on from {checkpoint}" in said
+    assert said.count("SIGTERM: training ends after the current step") == 1
+    assert f"Ended by SIGTERM after step {saved_at}. Resume from {checkpoint}" in said
     resumed = trainer_of(tmp_path / "resumed", small_model, tokenizer, **options)
     resumed.train(resume_from_checkpoint=True)
     if options.get("save_strategy", "steps") == "steps" and options.get("save_steps", 2) == 2:
@@ -113,7 +113,7 @@ def test_in_another_thread_it_says_that_it_cannot_listen(tmp_path, tokenizer, sm
     said = []
 
     def train():
-        with pytest.warns(UserWarning, match="in another one. SIGTERM ends this process at once"):
+        with pytest.warns(UserWarning, match="outside the main thread.*SIGTERM will end this process at once"):
             trainer.train()
         said.append(trainer.state.global_step)
 

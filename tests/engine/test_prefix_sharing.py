@@ -125,7 +125,7 @@ def test_models_that_cannot_be_packed_are_padded_with_one_line(make, caplog):
 
 
 def test_models_that_cannot_be_packed_are_refused_where_it_is_demanded(make):
-    with pytest.raises(NotPackable, match="prefix_sharing=True, and it does not fit MambaForCausalLM"):
+    with pytest.raises(NotPackable, match="prefix_sharing=True does not work with MambaForCausalLM"):
         make(options={"constraint": "clip", "prefix_sharing": True}, model=make_mamba(0), ref_model=make_mamba(1))
 
 

@@ -51,7 +51,7 @@ def test_processes_that_agree_are_left_alone(tmp_path):
         ({"seed": 4}, "args.seed: 3 on processes 0, 2; 4 on process 1"),
         ({"per_device_train_batch_size": 2}, "args.per_device_train_batch_size"),
         ({"loss_type": ["hinge"]}, """args.loss_type: "['sigmoid']" on processes 0, 2; "['hinge']" on process 1"""),
-        ({"model_init_kwargs": {"dtype": "float64"}}, "args.model_init_kwargs.dtype: 'not there' on processes 0, 2"),
+        ({"model_init_kwargs": {"dtype": "float64"}}, "args.model_init_kwargs.dtype: 'missing' on processes 0, 2"),
         ({"tmp_path": "elsewhere"}, "args.output_dir"),
     ],
 )

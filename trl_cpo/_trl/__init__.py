@@ -1,8 +1,8 @@
-"""The seam: everything that this package knows about the inside of TRL and transformers.
+"""The seam: all code that depends on internals of TRL and transformers.
 
-upstream       which versions, and which of their methods and private attributes it rests on
-loss           DPOTrainer's loss with the reference's gap moved to a target, observed from outside
-models         where models came from, and what the reference is
+upstream       supported versions, and the methods and private attributes relied on
+loss           DPOTrainer's loss at a moved target, observed from outside
+models         where a model was loaded from, and which one is the reference
 datasets       how pairs are tokenized and loaded
-training_loop  what the training loop counts, and where it saves
+training_loop  the training loop's counters, and where it saves
 """

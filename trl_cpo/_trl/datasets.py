@@ -1,4 +1,4 @@
-"""The datasets of a trainer: how they are tokenized, and how training pairs are loaded."""
+"""How DPOTrainer tokenizes datasets and loads training pairs."""
 
 import json
 from functools import partial
@@ -11,40 +11,39 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import seed_worker
 from trl import DPOTrainer
 
-#: Columns that DPOTrainer adds to a dataset of text when it prepares it.
+#: Columns that DPOTrainer adds to a text dataset when it prepares it.
 TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-
-#: Columns that it reads precomputed log-probabilities from.
+#: Columns from which DPOTrainer reads precomputed log-probabilities from.
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def with_reference_logps(dataset: Dataset, chosen, rejected) -> Dataset:
-    """`dataset` with the reference's log-probabilities (N,), float32, in the columns where DPOTrainer looks for them."""
+    """`dataset` with the reference's log-probabilities, (N,) each, as float32 in the columns that DPOTrainer reads."""
     values = dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True))
     columns = Dataset.from_dict(values, features=Features({name: Value("float32") for name in values}))
-    # Already there in a set that was prepared before and is handed over again.
+    # A dataset that was prepared before already has these columns.
     dataset = dataset.remove_columns([name for name in values if name in dataset.column_names])
     return concatenate_datasets([dataset, columns], axis=1)
 
 
 def is_its_collator(collator: Any) -> bool:
-    """Whether `collator` is DPOTrainer's own, which reads the token ids and nothing else."""
+    """Whether `collator` is DPOTrainer's own, which reads only the token ids."""
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     return type(collator) is DataCollatorForPreference
 
 
 def tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args, name: str) -> Dataset:
-    """`dataset` with the token ids that DPOTrainer would train on, without a trainer or a model.
+    """`dataset` with the token ids that DPOTrainer would train on; needs no trainer and no model.
 
-    Pairs whose prompt alone fills `args.max_length` are left out, as DPOTrainer leaves them out.
+    Drops pairs whose prompt alone fills `args.max_length`, as DPOTrainer does.
     """
     return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, args, name)
 
 
 def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
-    """The token ids of a row's prompt by itself, as DPOTrainer makes them before it looks where the answers begin."""
+    """The token ids of a row's prompt alone, as DPOTrainer tokenizes it to find where the answers begin."""
     from trl.data_utils import _tokenize
 
     prompt, tools = row["prompt"], row.get("tools")
@@ -55,10 +54,10 @@ def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> lis
 
 
 def train_dataloader(trainer: DPOTrainer, batches: Sampler[list[int]]) -> DataLoader:
-    """The trainer's loader of training pairs, with these batches, of any sizes, dealt to its processes in turn.
+    """The trainer's loader of training pairs with given batches, of any sizes; the processes take them in turn.
 
     Args:
-        batches: gives the rows of each micro-batch, as many micro-batches as the processes can share evenly.
+        batches: yields the rows of each micro-batch; their number must be a multiple of the number of processes.
     """
     args, accelerator = trainer.args, trainer.accelerator
     loader = DataLoader(
@@ -72,7 +71,7 @@ def train_dataloader(trainer: DPOTrainer, batches: Sampler[list[int]]) -> DataLo
         prefetch_factor=args.dataloader_prefetch_factor,
         worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
     )
-    # Accelerate fills batches up to one size unless told not to.
+    # By default Accelerate fills all batches up to one size.
     even, accelerator.even_batches = accelerator.even_batches, False
     try:
         return accelerator.prepare(loader)

@@ -1,12 +1,12 @@
 """The loss seam: DPOTrainer's own loss, with the reference's gap moved to a target margin, observed from outside.
 
-It rests on how TRL's `compute_loss` is built inside, which the identity tests hold (tests/test_identity.py):
+It relies on these internals of TRL's `compute_loss`, which the identity tests check (tests/test_identity.py):
 
-- `compute_loss` calls its `model` argument once (and once more, afterwards, for `return_outputs=True`) with
-  `fused_lm_head=True` and reads per-token values off what comes back;
-- where `precompute_ref_logps` is true it takes the reference's log-probabilities from `inputs`, and only after that call;
-- `compute_ref_log_probs(model, inputs)` gives the numbers it would have computed itself;
-- `_metrics[mode]` holds one number per logged name and call, averaged in `log`.
+- `compute_loss` calls its `model` argument once with `fused_lm_head=True` and reads per-token values from the output;
+  `return_outputs=True` adds a second call afterwards.
+- With `precompute_ref_logps` it takes the reference's log-probabilities from `inputs`, after the first call.
+- `compute_ref_log_probs(model, inputs)` returns the numbers that it would otherwise compute itself.
+- `_metrics[mode]` holds one number per logged name and call; `log` averages them.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from trl import __version__ as trl_version
 
 from ..pairs import PairLogps, completion_lengths, degenerate_pairs, sequence_logps
 
-#: What each of DPOTrainer's loss types reads: the difference of summed log-ratios ("sum") or of their means per token
-#: ("mean"), one side's log-ratio by itself ("one side"), or no reference at all ("no reference").
+#: What each of DPOTrainer's loss types depends on: the difference of summed log-ratios ("sum") or of their means per token
+#: ("mean"), each side's log-ratio by itself ("one side"), or no reference at all ("no reference").
 LOSS_READS = {
     "sigmoid": "sum",
     "hinge": "sum",
@@ -40,20 +40,20 @@ LOSS_READS = {
     "aot_unpaired": "one side",
 }
 
-#: The loss type that is `sigmoid` over means per token instead of sums.
+#: For a loss type over sums, the same loss over means per token.
 MEAN_OF = {"sigmoid": "sigmoid_norm"}
 
 
 @dataclass(frozen=True)
 class ObservedLoss:
-    """What DPOTrainer's loss gave for a batch of B pairs, and the log-probabilities that it used.
+    """DPOTrainer's loss for a batch of B pairs, and the log-probabilities that it used.
 
     Attributes:
-        loss: scalar, nats: the mean pair loss at the targets, plus the mean of what was added.
-        outputs: what `return_outputs=True` gave beside it; empty without.
-        pairs: log-probabilities, (B,) each, the policy's with their graph.
+        loss: scalar, nats: the mean pair loss at the targets, plus the mean added loss.
+        outputs: the model outputs under `return_outputs=True`; otherwise empty.
+        pairs: log-probabilities, (B,) each; the policy's keep their graph.
         target: target margins t, (B,), nats.
-        degenerate: (B,), bool: pairs that compare no two answers.
+        degenerate: (B,), bool: pairs whose answers cannot be compared.
     """
 
     loss: Tensor
@@ -64,7 +64,7 @@ class ObservedLoss:
 
 
 class _Observed:
-    """Stands in for `model` in DPOTrainer's loss: the first call goes through `forward`, and what it gave is reported."""
+    """Stands in for `model` in DPOTrainer's loss: sends the first call through `forward` and reports its output."""
 
     def __init__(self, model: Callable, forward: Callable, report: Callable[[Any], None]):
         self._model = model
@@ -99,24 +99,24 @@ def observed_loss(
 ) -> ObservedLoss:
     """DPOTrainer's own loss at a target margin, `mean_i ℓ(δ_i; t_i) + mean_i added_i`.
 
-    DPO's loss at the target t is DPO's loss against a reference whose gap is t, so the rejected side of the reference
-    is lowered by `t − δ_ref` (times the response's length where the loss averages per token) on the way in, and the
-    logged `rewards/*` are put back to the true reference on the way out. No forward is run that DPOTrainer would not
-    run, and in its order. Degenerate pairs keep DPO's target, and nothing is added to them.
+    DPO's loss at the target t equals DPO's loss against a reference whose gap is t. So the reference's rejected
+    log-probability is lowered by `t − δ_ref` before the loss (times the response's length where the loss averages per
+    token), and the logged `rewards/*` are corrected to the true reference after it. The forwards are those of DPOTrainer,
+    in the same order. Degenerate pairs keep DPO's target and get nothing added.
 
     Args:
-        trainer: the trainer whose loss it is.
+        trainer: the trainer that computes the loss.
         compute_loss: the bound `compute_loss` of TRL's DPOTrainer.
-        model: the policy, wrapped as the training loop has it.
-        inputs: a collated batch; it is not changed.
-        forward: what computes the policy's log-probabilities in place of `model`; may be `model`.
-        reduction: "sum" or "mean", how the returned log-probabilities are reduced over tokens.
-        target_of: gives the target margins (B,) of a batch, in nats of `reduction`; None leaves DPO's loss untouched.
-        added_loss: gives what is added to each pair's loss, (B,), or None.
+        model: the policy, wrapped as in the training loop.
+        inputs: a collated batch; not modified.
+        forward: called in place of `model` for the policy's log-probabilities; may be `model`.
+        reduction: "sum" or "mean": how the returned log-probabilities are reduced over tokens.
+        target_of: returns the target margins (B,) of a batch, in nats of `reduction`; None leaves DPO's loss untouched.
+        added_loss: returns the term added to each pair's loss, (B,), or None.
         return_outputs: passed on, as are `kwargs`.
 
     Raises:
-        RuntimeError: DPOTrainer did not call `model` the way this module rests on.
+        RuntimeError: DPOTrainer did not call `model` exactly as expected.
     """
     inputs = dict(inputs)
     mask = inputs["completion_mask"]
@@ -128,8 +128,8 @@ def observed_loss(
         return (chosen / chosen_lengths, rejected / rejected_lengths) if reduction == "mean" else (chosen, rejected)
 
     def report(outputs) -> None:
-        # Called after the policy's forward, where DPOTrainer would run the reference: with dropout left on, running it
-        # before would draw the random numbers in another order.
+        # DPOTrainer runs the reference after the policy's forward. With dropout on, another order would draw other random
+        # numbers.
         if not precomputed:
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = _live_reference_logps(trainer, inputs)
         reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
@@ -153,8 +153,9 @@ def observed_loss(
         trainer.precompute_ref_logps = precomputed
     if observed.calls != 1 + bool(return_outputs):
         raise RuntimeError(
-            f"DPOTrainer of TRL {trl_version} called the model {observed.calls} times in one loss, where trl-cpo knows "
-            "of one call: it cannot tell which log-probabilities the loss used. Please report this, with the TRL version."
+            f"DPOTrainer of TRL {trl_version} called the model {observed.calls} times in one loss; trl-cpo expects "
+            f"{1 + bool(return_outputs)}. It cannot tell which log-probabilities the loss used. Please report this, with the "
+            "TRL version."
         )
     if "log_ratios" in seen:
         _restore_rewards(trainer, seen["log_ratios"])
@@ -166,19 +167,19 @@ def observed_loss(
 
 
 def reference_logps(trainer: DPOTrainer, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The reference's summed log-probabilities of a batch, chosen and rejected, (B,), nats: precomputed or computed now."""
+    """The reference's summed log-probabilities, chosen and rejected, (B,), nats; precomputed ones, else computed now."""
     if trainer.precompute_ref_logps:
         return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
     return _live_reference_logps(trainer, inputs)
 
 
 def _live_reference_logps(trainer: DPOTrainer, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    # Not `or`: a compiled model has no truth value.
+    # Not `or`: a compiled model cannot be converted to bool.
     return trainer.compute_ref_log_probs(trainer.model if trainer.ref_model is None else trainer.ref_model, inputs)
 
 
 def policy_logps(trainer: DPOTrainer, forward: Callable, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The policy's summed log-probabilities of a batch, chosen and rejected, (B,), nats, by a forward of its own."""
+    """The policy's summed log-probabilities, chosen and rejected, (B,), nats, from one more forward."""
     mask = inputs["completion_mask"]
     others = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
     features = {name: value for name, value in inputs.items() if name not in others}
@@ -189,7 +190,7 @@ def policy_logps(trainer: DPOTrainer, forward: Callable, inputs: dict[str, Tenso
 
 
 def _restore_rewards(trainer: DPOTrainer, log_ratios: Tensor) -> None:
-    """Sets the `rewards/*` just logged for a moved target to DPO's meaning, β (s_θ − s_ref), from (B, 2) log-ratios."""
+    """Replaces the `rewards/*` just logged at a moved target by DPO's, β (s_θ − s_ref), from (B, 2) log-ratios."""
     rewards = trainer.beta * log_ratios
     chosen, rejected = trainer.accelerator.gather(rewards).unbind(dim=1)
     logged = trainer._metrics["train" if trainer.model.training else "eval"]

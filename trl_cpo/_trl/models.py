@@ -1,4 +1,4 @@
-"""The models of a trainer: where they came from, and what the reference is."""
+"""The models of a trainer: where they were loaded from, and which one is the reference."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ def model_id(model) -> str:
 
 
 def config_of(model, args):
-    """The config of a model, read from its name or folder where it is not loaded yet."""
+    """The config of a model; loaded from its name or folder if the model is not loaded yet."""
     if not isinstance(model, str):
         return model.config
     init = args.model_init_kwargs or {}
@@ -25,7 +25,7 @@ def config_of(model, args):
 
 
 def load_processing_class(model, args):
-    """The tokenizer or processor that DPOTrainer would load for `model` itself, so that it can be checked first."""
+    """Loads the tokenizer or processor that DPOTrainer would load for `model`, so that it can be checked first."""
     path = model if isinstance(model, str) else model_id(model)
     revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
     return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code)
@@ -33,12 +33,12 @@ def load_processing_class(model, args):
 
 @dataclass(frozen=True)
 class Reference:
-    """What a trainer's `compute_ref_log_probs` computes with.
+    """The model behind a trainer's `compute_ref_log_probs`.
 
     Attributes:
-        model: the model, as DPOTrainer has it; sharded and wrapped where it is.
+        model: the model as DPOTrainer holds it, possibly sharded or wrapped.
         adapters: names of its PEFT adapters.
-        adapter: the one that is switched on for the reference; None: none is.
+        adapter: the adapter that is active for the reference; None if none is.
     """
 
     model: torch.nn.Module
@@ -47,7 +47,7 @@ class Reference:
 
 
 def reference_of(trainer: DPOTrainer) -> Reference:
-    """The reference of a trainer: its reference model, else its model under the "ref" adapter or under none."""
+    """The reference of a trainer: `ref_model`, else its model with the adapter "ref", else its model without an adapter."""
     model = trainer.model if trainer.ref_model is None else trainer.ref_model
     bare = trainer.accelerator.unwrap_model(model)
     if not is_peft_model(bare):
@@ -59,9 +59,9 @@ def reference_of(trainer: DPOTrainer) -> Reference:
 
 
 def reference_engine(trainer: DPOTrainer) -> torch.nn.Module:
-    """What `compute_ref_log_probs` takes as its model before training has wrapped it, as DPOTrainer precomputes.
+    """The model to pass to `compute_ref_log_probs` before training has wrapped it, as DPOTrainer does to precompute.
 
-    With DeepSpeed the weights are then not in their place yet, and an inference engine puts them there.
+    With DeepSpeed the weights are not in place at that point; an inference engine puts them there.
     """
     if trainer.ref_model is not None:
         return trainer.ref_model
@@ -77,11 +77,11 @@ def reference_engine(trainer: DPOTrainer) -> torch.nn.Module:
 
 
 def release_reference_engine(trainer: DPOTrainer) -> None:
-    """Takes the inference engine of a precomputed reference off the model, before training wraps it in its own.
+    """Removes the inference engine of a precomputed reference from the model, before training wraps it in its own engine.
 
-    DPOTrainer leaves it there. Under ZeRO-3 its hooks would run in every forward of the training beside the training's own,
-    and end it with an IndexError where the engine had just begun to record the order of the layers (DeepSpeed 0.19.8:
-    wrapping a model again numbers its layers anew).
+    DPOTrainer leaves it attached. Under ZeRO-3 its hooks would then run in every training forward beside training's own.
+    Because wrapping a model again renumbers its layers (DeepSpeed 0.19.8), they can fail with an IndexError while the engine
+    is still recording the order of the layers.
     """
     engine = getattr(trainer, "_precompute_engine", None)
     if engine is not None:
@@ -90,5 +90,5 @@ def release_reference_engine(trainer: DPOTrainer) -> None:
 
 
 def reference_origin(trainer: DPOTrainer) -> dict[str, Any]:
-    """Whether it was computed beforehand, whether it is the model with another adapter or none, and where it is loaded from."""
+    """The reference's origin: precomputed or not, the policy's own PEFT model or not, and where the model was loaded from."""
     return dict(precomputed=trainer.precompute_ref_logps, is_peft=is_peft_model(trainer.model), source=model_id(trainer.model))

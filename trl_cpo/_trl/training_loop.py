@@ -1,4 +1,4 @@
-"""What the training loop counts and where it saves, as transformers and TRL keep them."""
+"""The training loop's counters and save locations, as transformers and TRL keep them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ def run_folder(trainer: DPOTrainer, trial: Any = None) -> str:
 
 @contextmanager
 def saving_into(trainer: DPOTrainer, folder: str) -> Iterator[None]:
-    """Has `_save_checkpoint` write into `folder` in place of the run's own, and push nothing to the hub."""
+    """Within the block, `_save_checkpoint` writes into `folder` instead of the run's folder and pushes nothing."""
     trainer._get_output_dir = lambda trial: folder
     trainer._push_from_checkpoint = lambda checkpoint: None
     try:
@@ -25,9 +25,9 @@ def saving_into(trainer: DPOTrainer, folder: str) -> Iterator[None]:
 
 @contextmanager
 def saving_weights_on_each_node(trainer: DPOTrainer) -> Iterator[None]:
-    """Has a model that is whole on every process write its weights wherever `args.save_on_each_node` asks for them.
+    """Within the block, an unsharded model saves its weights on every node if `args.save_on_each_node` asks for that.
 
-    `save_pretrained` leaves them out on all processes but the very first, and writes the rest.
+    By default `save_pretrained` writes the weights on the very first process only, and everything else on each node.
     """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
@@ -42,12 +42,12 @@ def saving_weights_on_each_node(trainer: DPOTrainer) -> Iterator[None]:
 
 
 def push_checkpoint(trainer: DPOTrainer, folder: str) -> None:
-    """Uploads a checkpoint as `args.hub_strategy` says."""
+    """Uploads a checkpoint according to `args.hub_strategy`."""
     trainer._push_from_checkpoint(folder)
 
 
 def loop_state(trainer: DPOTrainer) -> dict[str, Any]:
-    """What training has counted on this process and no checkpoint of transformers or TRL holds, as exact plain numbers."""
+    """This process's counters that no checkpoint of transformers or TRL contains, as exact plain numbers."""
     return {
         "loss": trainer._tr_loss.item(),
         "loss_logged": trainer._total_loss_scalar,
@@ -60,9 +60,9 @@ def loop_state(trainer: DPOTrainer) -> dict[str, Any]:
 
 
 def load_loop_state(trainer: DPOTrainer, states: Sequence[dict[str, Any]]) -> None:
-    """Takes up what `loop_state` gave on each of the processes, once training has set its counters to zero.
+    """Restores the counters saved by `loop_state` on each process; call it after training has zeroed them.
 
-    With another number of processes than there were, each takes the mean of the losses and the first one's metrics.
+    If the number of processes has changed, every process takes the mean of the losses and process 0's metrics.
     """
     index, same = trainer.accelerator.process_index, len(states) == trainer.accelerator.num_processes
     mine = states[index if same else 0]
@@ -72,7 +72,7 @@ def load_loop_state(trainer: DPOTrainer, states: Sequence[dict[str, Any]]) -> No
     trainer._globalstep_last_logged = mine["last_logged_step"]
     trainer._initial_global_step = mine["first_step"]
     trainer._total_train_tokens = mine["tokens"]
-    # Which metrics are logged goes by the model's mode, which no step sets where none is left to train.
+    # The model's mode decides which metrics are logged. If no step is left to train, nothing else sets it.
     trainer.model.train(mine["training"])
     trainer._metrics["train"].clear()
     trainer._metrics["train"].update({name: list(values) for name, values in mine["metrics"].items()})

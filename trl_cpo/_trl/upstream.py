@@ -1,7 +1,7 @@
-"""What this package rests on inside TRL and transformers: the versions, the methods overridden, the private names read.
+"""What this package relies on inside TRL and transformers: versions, overridden methods, private names.
 
-A name that is missing stops a trainer at its construction. Without that, a method renamed upstream would leave ours
-uncalled, and exact resume would be lost without a word.
+A missing name stops the trainer at construction. Otherwise, after a rename upstream our override would never be called, and
+exact resume would be lost silently.
 """
 
 from collections.abc import Iterator
@@ -19,28 +19,28 @@ SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 
 _DPO = "trl:DPOTrainer"
 
-#: Methods of DPOTrainer that our trainers override, and why. The private ones must also still be called upstream.
+#: Methods of DPOTrainer that our trainers override, and why. Private ones must also still be called upstream.
 OVERRIDDEN = {
-    "compute_loss": "the loss at the constraint's target, plus what it adds",
+    "compute_loss": "the loss at the constraint's target, plus its added term",
     "compute_ref_log_probs": "the reference goes through the packed forward",
-    "_precompute_ref_logps": "reference tables that outlive a run and are keyed by the real weights",
-    "_prepare_dataset": "datasets are refused in words",
+    "_precompute_ref_logps": "reference tables that outlive a run, keyed by the actual weights",
+    "_prepare_dataset": "invalid datasets are refused with an explanation",
     "_get_train_sampler": "balance_tokens",
     "_get_dataloader": "an evaluation is whole, whatever training drops",
     "get_train_dataloader": "tokens_per_step",
     "evaluation_loop": "log-probabilities and metrics of every held-out pair",
     "log": "cpo/* metrics as means over pairs",
-    "train": "resumes from whole checkpoints alone; SIGTERM",
-    "_save_checkpoint": "checkpoints come into place whole, with what transformers loses",
+    "train": "resumes only from complete checkpoints; SIGTERM",
+    "_save_checkpoint": "checkpoints appear complete, with the state that transformers loses",
     "_save": "weights on every machine under save_on_each_node",
-    "_maybe_log_save_evaluate": "the checkpoint that SIGTERM asks for",
-    "_init_training_state": "the place in a stream that is gone through more than once",
-    "_run_epoch": "a run resumed at its last step ends there; batching",
-    "_evaluate": "no second evaluation at the start of a resumed run",
-    "_finalize_training": "the summary is of the whole run",
+    "_maybe_log_save_evaluate": "the checkpoint on SIGTERM",
+    "_init_training_state": "the position in a stream that is read more than once",
+    "_run_epoch": "a run resumed at its last step ends there; batch order per epoch",
+    "_evaluate": "a resumed run does not repeat the evaluation at the start",
+    "_finalize_training": "the summary covers the whole run",
 }
 
-#: Private names that are read, by where they live: "module:class" for methods and attributes, "module" for functions.
+#: Private names that are read, by owner: "module:class" for methods and attributes, "module" for functions.
 READ = {
     _DPO: (
         "_get_output_dir",
@@ -71,24 +71,24 @@ READ = {
 
 
 def check_upstream(version_of_trl: str | None = None) -> None:
-    """Raises `ImportError` if the installed TRL is not supported, or lacks something that this package rests on."""
+    """Raises `ImportError` if the installed TRL is not supported, or a name that this package relies on is missing."""
     found = trl_version if version_of_trl is None else version_of_trl
     if not SUPPORTED_TRL.contains(Version(found).base_version):
         raise ImportError(
-            f"trl-cpo works with TRL {SUPPORTED_TRL}, and TRL {found} is installed. It builds on the inside of "
-            "DPOTrainer, which changes between releases, so other versions could train on wrong numbers without a "
-            f"sign of it. Install a supported one: pip install 'trl{SUPPORTED_TRL}'."
+            f"TRL {found} is installed; trl-cpo supports TRL {SUPPORTED_TRL}. It relies on internals of DPOTrainer that "
+            "change between releases, so another version could silently train on wrong numbers. Install a supported one: "
+            f"pip install 'trl{SUPPORTED_TRL}'."
         )
     missing = missing_upstream()
     if missing:
         raise ImportError(
-            f"trl-cpo rests on names inside its host libraries that are not there: {', '.join(missing)}. Installed are "
-            f"{', '.join(_versions())}. Install the versions of constraints.txt, or a trl-cpo that knows these."
+            f"The installed libraries lack names that trl-cpo relies on: {', '.join(missing)}. Installed: "
+            f"{', '.join(_versions())}. Install the versions in constraints.txt, or a trl-cpo that supports yours."
         )
 
 
 def missing_upstream() -> list[str]:
-    """What is listed here and is not upstream, as `module:class.name`; empty where all is there."""
+    """Listed names that are missing upstream, as `module:class.name`; empty if none is."""
     missing = []
     upstream = _resolved(_DPO)
     called = set(_names_used(upstream))
@@ -112,7 +112,7 @@ def _resolved(owner: str) -> Any:
 
 
 def _names_used(cls: type) -> Iterator[str]:
-    """Names of attributes and methods that the code of a class and its bases mentions: instance attributes are set there."""
+    """Attribute and method names used in the code of a class and its bases; instance attributes are found only there."""
     for base in getattr(cls, "__mro__", ()):
         for member in vars(base).values():
             function = getattr(member, "fget", None) or getattr(member, "__func__", member)

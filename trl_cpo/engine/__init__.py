@@ -1,12 +1,19 @@
 """DPOTrainer with exact resume, a packed forward and guards: an engine that knows no constraint.
 
-dpo_trainer  DPOTrainer, on top of resume.trainer   config     DPOConfig
-preflight    what is wrong before anything loads    processes  processes that disagree
-guards       what a batch's numbers must be         start_check  whether a run starts at its reference
-batching     which pairs share a micro-batch        forward    each prompt once, no padding
-reference    tables of log-probabilities            resume     checkpoints, exact resume
-interruption SIGTERM                                shutdown   the end of a process
-model_state  looking without a trace                precision  how many digits a product has
+dpo_trainer   DPOTrainer, built on resume.trainer
+config        DPOConfig
+preflight     checks before anything is loaded
+processes     checks that all processes agree
+guards        checks on every batch: finite numbers, comparable answers
+start_check   check that a run starts at its reference
+batching      which pairs share a micro-batch
+forward       packed forward: each prompt once, no padding
+reference     tables of reference log-probabilities
+resume        checkpoints and exact resume
+interruption  checkpoint on SIGTERM
+shutdown      workaround for a crash at exit
+model_state   running a model without side effects
+precision     precision of matrix products
 """
 
 from importlib import import_module
@@ -21,7 +28,7 @@ __all__ = ["DPOConfig", "DPOTrainer"]
 if not TYPE_CHECKING:
 
     def __getattr__(name: str):
-        # Looked up when first used: the forward and the reference tables are used without a trainer too.
+        # Imported on first use: the forward and the reference tables also work without a trainer.
         homes = {"DPOConfig": "config", "DPOTrainer": "dpo_trainer"}
         if name in homes:
             return getattr(import_module(f"{__name__}.{homes[name]}"), name)

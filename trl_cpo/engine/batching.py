@@ -1,4 +1,4 @@
-"""Which pairs go into which micro-batch and which optimizer step, so that all of them cost about the same."""
+"""Samplers that form micro-batches and optimizer steps of about equal cost."""
 
 import bisect
 import heapq
@@ -12,10 +12,10 @@ from torch.utils.data import Sampler
 def pair_tokens(
     prompt: int, chosen: int, rejected: int, max_length: int | None = None, truncation_mode: str = "keep_start"
 ) -> int:
-    """Tokens that a pair costs with what its two rows begin with computed once, each row cut at max_length as TRL cuts it.
+    """Tokens that a pair costs when the part shared by its two rows is computed once; rows are truncated as in TRL.
 
-    That beginning is the prompt, whatever is cut behind it. Under "keep_end" it is what is left of the prompt where both
-    rows lose as much; where they lose different amounts they begin at different tokens, and have nothing in common.
+    Under "keep_start" the shared part is the prompt, as far as both rows keep it. Under "keep_end" it is what is left of the
+    prompt if both rows lose the same number of tokens; otherwise they start at different tokens and share nothing.
     """
     whole = prompt + chosen, prompt + rejected
     rows = whole if max_length is None else tuple(min(tokens, max_length) for tokens in whole)
@@ -28,10 +28,15 @@ def pair_tokens(
 
 
 def deal(costs: Sequence[int], groups: int) -> list[list[int]]:
-    """Deals items to `groups` groups of equal size with sums as even as greedy dealing makes them.
+    """Deals items greedily to `groups` groups of equal size, so that their sums are about even.
 
-    The costliest item left goes to the group with the smallest sum that has room. Returns positions in `costs`, groups in
-    falling order of their sums; `len(costs)` must be a multiple of `groups`.
+    The costliest remaining item goes to the group with the smallest sum that still has room.
+
+    Returns:
+        Positions in `costs`, one list per group, groups by decreasing sum.
+
+    Raises:
+        ValueError: `len(costs)` is not a multiple of `groups`.
     """
     size = len(costs) // groups
     if size * groups != len(costs):
@@ -47,19 +52,19 @@ def deal(costs: Sequence[int], groups: int) -> list[list[int]]:
 
 
 class BalancedSampler(Sampler[int]):
-    """Shuffled order in which the micro-batches of each optimizer step hold about as many tokens as each other.
+    """Shuffled order in which all micro-batches of an optimizer step have about the same number of tokens.
 
-    The pairs of step k are places k·N to (k+1)·N of the epoch's random permutation, N = micro_batch · micro_batches, as in
-    plain shuffling: lengths decide only which micro-batch of the step a pair is in. All micro-batches have the same number
-    of pairs, so the step's loss, the mean of their means, is the mean over the same pairs, and its gradient the same but
-    for rounding. Every process draws the same order from `seed` and the epoch, and takes its own micro-batches of it;
-    neighbouring micro-batches, which run at the same time on different processes, cost most nearly the same.
+    Step k takes places k·N to (k+1)·N of the epoch's random permutation, N = micro_batch · micro_batches, as in plain
+    shuffling; lengths decide only which micro-batch of the step a pair is in. All micro-batches have the same number of
+    pairs. So the step's loss, the mean of their means, is the mean over the same pairs, and its gradient is the same up to
+    rounding. Every process draws the same order from `seed` and the epoch and takes its own micro-batches from it.
+    Neighbouring micro-batches, which run at the same time on different processes, are the closest in cost.
 
     Args:
         costs: tokens of each pair.
         micro_batch: pairs in a micro-batch of one process.
         micro_batches: micro-batches in an optimizer step, over all processes and accumulation steps.
-        seed: of the permutation, with the epoch added.
+        seed: seed of the permutation; the epoch is added.
     """
 
     def __init__(self, costs: Sequence[int], *, micro_batch: int, micro_batches: int, seed: int):
@@ -82,7 +87,7 @@ class BalancedSampler(Sampler[int]):
         step = self.micro_batch * self.micro_batches
         for start in range(0, len(order), step):
             pairs = order[start : start + step]
-            if len(pairs) < step:  # the epoch's last, short step stays as it was drawn
+            if len(pairs) < step:  # the epoch's last, short step keeps its order
                 yield from pairs
                 return
             for group in deal([self.costs[i] for i in pairs], self.micro_batches):
@@ -90,39 +95,38 @@ class BalancedSampler(Sampler[int]):
 
 
 class TokenBudget(Sampler[list[int]]):
-    """Shuffled micro-batches of optimizer steps that all hold at most about `tokens` tokens, and as many pairs as that makes.
+    """Shuffled micro-batches of optimizer steps with a token budget: each step takes about `tokens` tokens.
 
-    The epoch's random permutation is cut, in its order, into S = ⌈all tokens / `tokens`⌉ steps at the places nearest to
-    equal shares of its tokens; so no step holds more than its share and one round of pairs, a pair for each micro-batch.
-    A step's micro-batches have the same number of pairs and about the same tokens (`deal`). S is the same in every epoch, and
-    at most the number of rounds. Up to `micro_batches` − 1 pairs at the end of the permutation, others in each epoch, are
-    left out of it.
+    The epoch's random permutation is cut, in order, into S = ⌈all tokens / `tokens`⌉ steps, as close as possible to equal
+    shares of its tokens. The unit of cutting is a round: one pair for each micro-batch of a step. So no step exceeds its
+    share by more than one round. The micro-batches of a step have the same number of pairs and about the same number of
+    tokens (`deal`). S is the same in every epoch, and at most the number of rounds. Each epoch leaves out up to
+    `micro_batches` − 1 pairs, those at the end of its permutation.
 
-    A step's mean over its pairs would give pairs in steps of long ones more weight. Multiplied by (pairs in the
-    micro-batch) / `mean_pairs`, losses give every pair of an epoch the same: over an epoch, the mean over steps of
-    the losses so weighed is the mean over pairs.
+    Averaging each step over its pairs would give more weight to pairs in steps with few, long pairs. So the loss of a
+    micro-batch is multiplied by its number of pairs over `mean_pairs`; every pair of an epoch then weighs the same.
 
     Args:
         costs: tokens of each pair.
-        tokens: most tokens of a mean optimizer step, over all processes and accumulation steps.
+        tokens: token budget of an average optimizer step, over all processes and accumulation steps.
         micro_batches: micro-batches in an optimizer step, over all processes and accumulation steps.
-        seed: of the permutation, with the epoch added.
+        seed: seed of the permutation; the epoch is added.
 
     Raises:
-        ValueError: there are fewer pairs than micro-batches, or a pair for each of these holds more than `tokens`, on average.
+        ValueError: there are fewer pairs than micro-batches, or an average round has more than `tokens` tokens.
     """
 
     def __init__(self, costs: Sequence[int], *, tokens: int, micro_batches: int, seed: int):
         self._rounds = len(costs) // micro_batches
         if not self._rounds:
             raise ValueError(
-                f"A step has {micro_batches} micro-batches and there are {len(costs)} pairs to train on. Lower "
+                f"Got {len(costs)} training pairs, fewer than the {micro_batches} micro-batches of one step. Lower "
                 "gradient_accumulation_steps, or train on more pairs."
             )
         total = sum(costs)
         if tokens * len(costs) < total * micro_batches:
             raise ValueError(
-                f"tokens_per_step={tokens} is less than one pair for each of a step's {micro_batches} micro-batches holds, "
+                f"tokens_per_step={tokens} is too small: one pair for each of a step's {micro_batches} micro-batches takes "
                 f"{-(-total * micro_batches // len(costs))} tokens on average. Raise it, or lower gradient_accumulation_steps."
             )
         self.costs = list(costs)
@@ -149,7 +153,7 @@ class TokenBudget(Sampler[list[int]]):
         start = 0
         for step in range(1, self.steps + 1):
             end = _nearest(ends, ends[-1] * step / self.steps)
-            end = max(start + 1, min(end, self._rounds - (self.steps - step)))  # every step has its round
+            end = max(start + 1, min(end, self._rounds - (self.steps - step)))  # at least one round per step
             pairs = order[start * size : end * size]
             for group in deal([self.costs[i] for i in pairs], size):
                 yield [pairs[i] for i in group]
@@ -157,7 +161,7 @@ class TokenBudget(Sampler[list[int]]):
 
 
 def _nearest(ends: Sequence[int], share: float) -> int:
-    """How many of the rounds whose running sums `ends` are come nearest to `share`."""
+    """The number of rounds whose cumulative tokens, `ends`, come closest to `share`."""
     above = min(bisect.bisect_left(ends, share), len(ends) - 1)
     below = ends[above - 1] if above else 0
     return above + (ends[above] - share <= share - below)

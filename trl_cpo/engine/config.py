@@ -1,4 +1,4 @@
-"""The engine's DPOConfig: TRL's, and the fields of packing, batching and the start check."""
+"""The engine's DPOConfig: TRL's fields, plus those for packing, batching and the start check."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ _BOUNDS: dict[str, tuple[float, bool, bool]] = {
 
 
 def documented(cls: type) -> type:
-    """Completes the docstring of a dataclass: its own fields under "Parameters:", each with its help."""
+    """Class decorator: lists a dataclass's own fields, with their help, under "Parameters:" in its docstring."""
     lines = []
     documents = [base for base in cls.__mro__[1:] if "Parameters:" in (base.__doc__ or "")]
     elsewhere = {each.name for base in documents if dataclasses.is_dataclass(base) for each in dataclasses.fields(base)}
@@ -62,22 +62,22 @@ class DPOConfig(trl.DPOConfig):
         ValueError: naming every fault of these fields at once.
 
     > [!NOTE]
-    > Where the machine has no bfloat16 and `bf16` was not set, training is in float32, where TRL's config raises.
+    > If the machine has no bfloat16 and `bf16` is not set, training runs in float32; TRL's config raises an error.
     """
 
     prefix_sharing: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute each pair's prompt once and pack pairs without padding: the same log-probabilities to float "
-            "rounding, in less time and memory. Default: wherever a constraint is on and a probe of the model finds it exact; "
-            "plain DPO runs TRL's own forward, bit for bit. True: always, refusing models that cannot be packed. False: never."
+            "help": "Compute each pair's prompt once and pack pairs without padding: the same log-probabilities up to float "
+            "rounding, in less time and memory. Default: on with a constraint, if a probe of the model finds it exact; plain "
+            "DPO runs TRL's own forward, bit for bit. True: always on; models that cannot be packed are refused. False: off."
         },
     )
     balance_tokens: bool = field(
         default=False,
         metadata={
-            "help": "Deal the pairs of each optimizer step to processes and micro-batches so that each computes about as "
-            "many tokens. The pairs of a step, and its loss, stay those of a plain shuffle."
+            "help": "Deal the pairs of each optimizer step to processes and micro-batches so that all compute about the same "
+            "number of tokens. A step's pairs, and its loss, stay those of a plain shuffle."
         },
     )
     tokens_per_step: int | None = field(
@@ -112,7 +112,7 @@ class DPOConfig(trl.DPOConfig):
         super().__post_init__()
 
     def faults(self) -> list[str]:
-        """What is wrong with these fields, one sentence each."""
+        """The faults of these fields, one sentence each; empty if there are none."""
         faults = is_true_or_false("prefix_sharing", self.prefix_sharing, optional=True)
         faults += is_true_or_false("balance_tokens", self.balance_tokens)
         faults += is_true_or_false("check_reference", self.check_reference)
@@ -148,30 +148,31 @@ class DPOConfig(trl.DPOConfig):
         orders = [f"{name}={getattr(self, name)}" for name, given in asked.items() if given]
         if orders and self.train_sampling_strategy != "random":
             faults.append(
-                f"{orders[0]} orders the training pairs itself; got train_sampling_strategy="
-                f"{self.train_sampling_strategy!r} beside it. Leave one of them out."
+                f"{orders[0]} sets the order of the training pairs; it cannot be combined with train_sampling_strategy="
+                f"{self.train_sampling_strategy!r}. Leave one of them out."
             )
         if self.tokens_per_step is not None and self.auto_find_batch_size:
             faults.append(
-                "auto_find_batch_size=True looks for a number of pairs, and tokens_per_step sets none. Leave one of them out."
+                "auto_find_batch_size=True searches for a number of pairs per batch, but tokens_per_step varies it. Leave one "
+                "of them out."
             )
         return faults
 
     @property
     def is_plain_dpo(self) -> bool:
-        """Whether the loss is DPO's own, so that the trainer must be TRL's bit for bit."""
+        """Whether the loss is plain DPO, so that the trainer must match TRL's bit for bit."""
         return True
 
     @property
     def packs(self) -> bool | None:
-        """Whether to pack: True always, False never, None where a probe of the model finds it exact.
+        """Whether to pack: True always, False never, None if a probe of the model finds it exact.
 
-        Plain DPO is TRL's bit for bit, so there packing has to be asked for.
+        Plain DPO must match TRL bit for bit, so it packs only under `prefix_sharing=True`.
         """
         return bool(self.prefix_sharing) if self.is_plain_dpo else self.prefix_sharing
 
     def _has_bf16(self) -> bool:
-        # On the CPU TRL's config uses bfloat16 only when told `use_cpu`; then it is left alone.
+        # On a CPU, TRL's config turns bfloat16 on only under `use_cpu`; leave that to it.
         if self.use_cpu:
             return True
         return is_torch_bf16_gpu_available() or is_torch_xla_available()

@@ -1,4 +1,4 @@
-"""DPOTrainer with exact resume, packing and guards."""
+"""TRL's DPOTrainer with exact resume, packing and guards."""
 
 import warnings
 from collections.abc import Callable
@@ -43,25 +43,29 @@ class DPOTrainer(ResumableTrainer):
     """
     TRL's DPOTrainer with exact resume, a packed forward, and guards. It knows no constraint.
 
-    With the fields of [`DPOConfig`] at their defaults it is TRL's, bit for bit. A method on top of it overrides
-    `compute_loss` by a call of `guarded_loss` with its own target and added term, `set_up` for what it needs, `on_batch`
-    to count, and `stateful` for what a checkpoint has to hold.
-    What it overrides of TRL and transformers, and why, is listed in `trl_cpo._trl.upstream`.
+    With the fields of [`DPOConfig`] at their defaults it is TRL's, bit for bit. A method built on it overrides:
+
+    - `compute_loss`, to call `guarded_loss` with its own target and added term;
+    - `set_up`, to prepare its state and callbacks;
+    - `on_batch`, to update counters and metrics;
+    - `stateful`, to put that state into checkpoints.
+
+    `trl_cpo._trl.upstream` lists what is overridden of TRL and transformers, and why.
 
     Args: those of [`~trl.DPOTrainer`], with `args` a [`DPOConfig`].
 
     Raises:
-        ImportError: the installed TRL or transformers is not one that this package knows.
-        TypeError: `args` is TRL's own config.
-        ProcessesDisagree: the processes of a distributed run were started with other settings or data.
+        ImportError: the installed TRL or transformers is not supported.
+        TypeError: `args` is TRL's own config, or `ref_model` is not a model.
+        ProcessesDisagree: the processes of a distributed run were started with different settings or data.
         ValueError: the dataset is empty or lacks a column, the tokenizer cannot pad or end a text, or `ref_model` has
-            another vocabulary or is no model.
+            another vocabulary.
     """
 
-    #: The configuration that `args` must be, and what a run's folder is called after where there is none.
+    #: The class that `args` must be an instance of, and the suffix of the default output folder.
     config_class: type[DPOConfig] = DPOConfig
     run_suffix = "DPO"
-    #: Who leaves degenerate pairs out of account, as a warning about them says it; None: nobody.
+    #: Start of the sentence in a warning that says who leaves degenerate pairs out; None: nobody does.
     leaves_out_degenerate: str | None = None
 
     args: DPOConfig
@@ -88,7 +92,7 @@ class DPOTrainer(ResumableTrainer):
     ):
         check_upstream()
         args = self._config(args, model)
-        # Not handed on as `callbacks`: those of the user come first.
+        # Not passed on as `callbacks`, because the user's come first.
         own_callbacks = self.set_up(args)
         processing_class = preflight(
             args,
@@ -102,11 +106,11 @@ class DPOTrainer(ResumableTrainer):
         pause_at_exit()
         self._order: BalancedSampler | TokenBudget | None = None
         self._sharing = PrefixSharing(args.packs, args.max_length, verbose=args.process_index == 0, compiled=args.torch_compile)
-        #: What `precompute_ref_log_probs` computed or found; `trl_cpo.engine.reference.table_of` reads it.
+        #: Tables that `precompute_ref_log_probs` computed or found; `trl_cpo.engine.reference.table_of` reads them.
         self.reference_tables = ReferenceTables()
-        #: By metric prefix ("eval", or "eval_<name>" with several sets), the log-probabilities of every pair of that set's
-        #: latest evaluation: gathered over processes, each pair once, in the order in which the set was gone through, on
-        #: the CPU; and which of these pairs are degenerate, (n,), bool.
+        #: Log-probabilities of every pair in the latest evaluation of each set, by metric prefix ("eval", or "eval_<name>"
+        #: with several sets): gathered over processes, each pair once, in evaluation order, on the CPU. Beside them, which
+        #: of these pairs are degenerate, (n,), bool.
         self.evaluated_pairs: dict[str, PairLogps] = {}
         self.evaluated_degenerate: dict[str, Tensor] = {}
         self._evaluated: list[tuple[Tensor, Tensor]] = []
@@ -137,9 +141,9 @@ class DPOTrainer(ResumableTrainer):
         for callback in own_callbacks:
             self.add_callback(callback)
         if args.tokens_per_step is not None:
-            self.get_train_dataloader()  # says now what is wrong with the budget
+            self.get_train_dataloader()  # raises now if the budget is too small
         keep_trainable(self.model)
-        # Sharded models can run only once training has wrapped them; the first batch probes those.
+        # Sharded models cannot run before training wraps them; they are probed at the first batch.
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._sharing.of(self.model)
 
@@ -156,17 +160,17 @@ class DPOTrainer(ResumableTrainer):
             )
         return args
 
-    # What a method on top of this adds
+    # Hooks for a method built on this trainer
 
     def set_up(self, args: DPOConfig) -> list[TrainerCallback]:
-        """Called once, before anything is loaded. Gives callbacks to add after those of the user."""
+        """Prepares the method's state; called once, before anything is loaded. Returns callbacks to add after the user's."""
         return []
 
     def on_batch(self, batch: GatheredBatch) -> None:
-        """Called with every batch of training and evaluation, as all processes together have it."""
+        """Called with every training and evaluation batch, gathered over all processes."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss, guarded, through the packed forward where it is in use."""
+        """TRL's loss with the guards, through the packed forward if it is in use."""
         return self.guarded_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def guarded_loss(
@@ -180,15 +184,15 @@ class DPOTrainer(ResumableTrainer):
         target_of: Callable[[PairLogps], Tensor] | None = None,
         added_loss: Callable[[PairLogps], Tensor | None] | None = None,
     ):
-        """DPO's loss of a batch at a target margin, plus what is added to it; checked on all processes.
+        """DPO's loss of a batch at a target margin, plus an added term; checked on all processes.
 
-        `mean_i ℓ(δ_i; t_i) + mean_i added_i`, in nats (`trl_cpo._trl.loss.observed_loss`). WPO weights and
-        `loss_weights` act on the first term alone. Under `tokens_per_step` what is trained on is this times the pairs
-        here over those of a mean micro-batch.
+        `mean_i ℓ(δ_i; t_i) + mean_i added_i`, in nats; the arguments are those of `trl_cpo._trl.loss.observed_loss`. WPO
+        weights and `loss_weights` apply to the first term only. Under `tokens_per_step` the training loss is multiplied by
+        this micro-batch's number of pairs over the mean number.
 
         Raises:
             FloatingPointError: in training, a log-probability or the loss is not finite.
-            ValueError: on the first micro-batch of a run, the policy is not its reference.
+            ValueError: on the first micro-batch of a run, the policy differs from its reference.
         """
         observed = observed_loss(
             self,
@@ -220,7 +224,7 @@ class DPOTrainer(ResumableTrainer):
         deviation = self.accelerator.gather(self._start_check.deviation(pairs.detach(), mask, reduction))
         if not (deviation > 1).any():
             return
-        # Live dropout and noise on embeddings make the two differ in training alone.
+        # In training mode, dropout and embedding noise alone make the two differ.
         with evaluation_mode(model, self.ref_model):
             logps = policy_logps(self, self._sharing.of(model), inputs), reference_logps(self, inputs)
         deviation = self._start_check.deviation(PairLogps(*logps[0], *logps[1]), mask, "sum")
@@ -230,7 +234,7 @@ class DPOTrainer(ResumableTrainer):
             raise ValueError(self._start_check.message(deviation, causes))
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        """TRL's, keeping the log-probabilities of every pair in `evaluated_pairs`."""
+        """TRL's evaluation loop; also stores the log-probabilities of every pair in `evaluated_pairs`."""
         self._evaluated = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._evaluated:
@@ -243,14 +247,14 @@ class DPOTrainer(ResumableTrainer):
     # The reference, and the forward
 
     def compute_ref_log_probs(self, model, inputs):
-        """The reference's log-probabilities of a batch, through the packed forward where it is in use."""
-        keep_trainable(model)  # a precomputed reference runs before the trainer is whole
+        """The reference's log-probabilities of a batch, through the packed forward if it is in use."""
+        keep_trainable(model)  # a precomputed reference runs before __init__ gets to its own call
         return super().compute_ref_log_probs(self._sharing.of(model), inputs)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)
-        # Asked for, and not found: sharded models cannot be probed before they are wrapped.
+        # From the setting, not from a probe: sharded models cannot be probed before they are wrapped.
         packed = self._sharing.wanted is not False
         as_dpo_trainer = not packed and self.args.is_plain_dpo
         table = self.reference_tables.table(self, dataset, name, batch_size, packed=packed, as_dpo_trainer=as_dpo_trainer)
@@ -259,12 +263,12 @@ class DPOTrainer(ResumableTrainer):
     # The data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        # Evaluation sets given to `evaluate` are seen here first.
+        # Datasets passed to `evaluate` were not checked before.
         validation.check_preference_dataset(dataset, f"the {dataset_name} dataset")
         given = dataset
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         validation.check_not_all_dropped(dataset, dataset_name, args.max_length)
-        # A streamed set is seen row by row; `guarded_loss` counts there.
+        # Streamed datasets cannot be scanned; `guarded_loss` counts their degenerate pairs.
         if isinstance(dataset, Dataset) and args.process_index == 0:
             message = validation.degenerate_message(
                 validation.degenerate_rows(dataset, args.max_length, args.truncation_mode),
@@ -286,7 +290,7 @@ class DPOTrainer(ResumableTrainer):
         return self._order
 
     def get_train_dataloader(self):
-        """TRL's, or under `tokens_per_step` one whose micro-batches `TokenBudget` forms."""
+        """TRL's data loader, or one over the micro-batches of `TokenBudget` under `tokens_per_step`."""
         if self.args.tokens_per_step is None:
             return super().get_train_dataloader()
         self._order = TokenBudget(self._costs(), tokens=self.args.tokens_per_step, **self._dealing())
@@ -303,12 +307,12 @@ class DPOTrainer(ResumableTrainer):
 
     @property
     def mean_pairs(self) -> float | None:
-        """Pairs of a mean optimizer step, over all processes, where steps hold different numbers of them."""
+        """Mean number of pairs in an optimizer step, over all processes, if steps differ in it; else None."""
         order = self._order
         return order.mean_pairs * order.micro_batches if isinstance(order, TokenBudget) else None
 
     def _costs(self, train_dataset: Dataset | None = None) -> list[int]:
-        """Tokens that every training pair costs."""
+        """The cost of every training pair, in tokens."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         lengths = zip(*(map(len, dataset[name]) for name in TOKENIZED_COLUMNS), strict=True)
         cut = dict(max_length=self.args.max_length, truncation_mode=self.args.truncation_mode)
@@ -323,6 +327,6 @@ class DPOTrainer(ResumableTrainer):
 
     def _run_epoch(self, *args, **kwargs):
         if self._order is not None:
-            # Where a resumed epoch skips batches and there are several processes, Accelerate does not reach the sampler.
+            # Accelerate does not reach the sampler when a resumed epoch of several processes skips batches.
             self._order.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Checks on a batch before it may move weights: finite numbers, two answers that differ, a start at the reference."""
+"""Checks on a batch before it may change weights: finite numbers, and two answers that differ."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from transformers import TrainerCallback
 from .._trl.loss import ObservedLoss
 from ..pairs import PairLogps
 
-#: Micro-batches in a row with numbers that are not finite after which a float16 run is stopped all the same: the loss
-#: scaler mends an overflow of gradients within a few, and none of the forward.
+#: Consecutive micro-batches with non-finite numbers after which a float16 run is stopped. The loss scaler recovers from
+#: overflowing gradients within a few steps, but never from an overflow in the forward.
 FLOAT16_PATIENCE = 20
 
 
 @dataclass(frozen=True)
 class GatheredBatch:
-    """What a batch of pairs gave on all processes, known on every one of them alike.
+    """The results of a batch of pairs from all processes; the same on every process.
 
     Attributes:
         logps: (N, 4), as `PairLogps.rows` makes them, nats.
         targets: (N,), the target margin of each pair, nats.
-        degenerate: (N,), bool: pairs that compare no two answers.
+        degenerate: (N,), bool: pairs whose answers cannot be compared.
         losses: (N,), the loss of each pair's micro-batch.
         sound: whether every log-probability and every loss is finite.
         reference_sound: whether every log-probability of the reference is finite.
@@ -41,7 +41,7 @@ class GatheredBatch:
 
     @classmethod
     def of(cls, observed: ObservedLoss, gather: Callable[[Tensor], Tensor]) -> "GatheredBatch":
-        """Gathers a batch over all processes: one collective, and one wait for the device."""
+        """Gathers a batch over all processes, with one collective and one wait for the device."""
         pairs = observed.pairs.detach()
         loss = observed.loss.detach().expand(len(observed.target))
         marks = torch.stack([observed.target, observed.degenerate, loss], dim=1)
@@ -61,14 +61,14 @@ class GatheredBatch:
         return self.logps.isfinite().all(dim=1)
 
     def counted(self) -> tuple[PairLogps, Tensor]:
-        """Log-probabilities and targets of the pairs that metrics and multiplier count: finite, and not degenerate."""
+        """Log-probabilities and targets of the pairs that metrics and multiplier count: finite and not degenerate."""
         if self.all_counted:
             return PairLogps.from_rows(self.logps), self.targets
         counted = self.finite & ~self.degenerate
         return PairLogps.from_rows(self.logps[counted]), self.targets[counted]
 
     def left_out(self) -> dict[str, int]:
-        """How many pairs `counted` leaves out, by reason; empty if none."""
+        """The number of pairs that `counted` leaves out, by reason; empty if none."""
         if self.all_counted:
             return {}
         counts = {
@@ -79,9 +79,9 @@ class GatheredBatch:
 
 
 class BatchGuard:
-    """Stops a training before a batch whose numbers are not finite reaches the weights.
+    """Stops training before a batch with non-finite numbers reaches the weights.
 
-    Under fp16 the loss scaler skips such steps, so a few in a row are left to it (`FLOAT16_PATIENCE`).
+    Under fp16 the loss scaler skips such steps, so a few in a row are tolerated (`FLOAT16_PATIENCE`).
     """
 
     def __init__(self, accelerator: Accelerator, decode: Callable[[Any], str]):
@@ -90,17 +90,18 @@ class BatchGuard:
         self._unsound = 0  # micro-batches in a row
 
     def gathered(self, observed: ObservedLoss, inputs: dict[str, Tensor], *, training: bool, step: int) -> GatheredBatch:
-        """The batch of all processes, each of which has to call this.
+        """Gathers the batch of all processes; every process must call it.
 
         Args:
-            observed: what the loss gave on this process.
+            observed: the loss and log-probabilities of this process.
             inputs: the collated batch.
-            training: whether weights will move by it. Rows repeated to fill the last batch are trained on, so they
-                count in training; in evaluation they do not.
-            step: the optimizer step it is for, from 1.
+            training: whether the batch is trained on. Rows repeated to fill the last batch count in training, because they
+                are trained on; in evaluation they do not.
+            step: number of the optimizer step, from 1.
 
         Raises:
-            FloatingPointError: in training, a log-probability or the loss is not finite; names pairs and remedy.
+            FloatingPointError: in training, a log-probability or the loss is not finite. The message names the pairs and
+                a remedy.
         """
         gather = self._accelerator.gather if training else self._accelerator.gather_for_metrics
         batch = GatheredBatch.of(observed, gather)
@@ -119,21 +120,21 @@ class BatchGuard:
 
 
 def not_finite_message(batch: GatheredBatch, *, step: int, per_process: int, text_of: Callable[[int], str], rank: int) -> str:
-    """The sentences for numbers that are not finite: which pairs and which model, what usually causes it, what to do.
+    """The error message for non-finite numbers: which pairs and which model, the usual causes, what to do.
 
     Args:
-        batch: one that is not `sound`.
-        step: the optimizer step it was for, from 1.
-        per_process: pairs that each process brought to it.
-        text_of: gives the text of pair i of this process's micro-batch.
-        rank: this process.
+        batch: a batch that is not `sound`.
+        step: number of the optimizer step, from 1.
+        per_process: pairs in the micro-batch of each process.
+        text_of: returns the text of pair i of this process's micro-batch.
+        rank: index of this process.
     """
     bad = (~batch.finite).nonzero().flatten().tolist()
     if not bad:
         return (
             f"The loss of step {step} is not finite ({batch.losses[~batch.losses.isfinite()][0].item()}), though every "
-            "log-probability is: the loss itself overflowed. Nothing of this step has reached the weights. Lower beta or "
-            "the weight of the constraint, or use a loss_type that does not grow exponentially (discopop, forward_kl and "
+            "log-probability is: the loss itself overflowed. This step has not changed the weights. Lower beta or the weight "
+            "of the constraint, or use a loss_type that does not grow exponentially (discopop, forward_kl and "
             "alpha_divergence do)."
         )
     lines = []
@@ -146,21 +147,21 @@ def not_finite_message(batch: GatheredBatch, *, step: int, per_process: int, tex
     more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
     if batch.reference_sound:
         remedy = (
-            "Nothing of this step has reached the weights, but a step before may have broken them: a learning rate that is "
-            "too high and an overflow in float16 are the usual causes. Resume from the last checkpoint with a lower "
-            "learning_rate or with bf16, and look at the pairs named if it is always these."
+            "This step has not changed the weights, but an earlier step may have broken them. Usual causes: a learning rate "
+            "that is too high, or an overflow in float16. Resume from the last checkpoint with a lower learning_rate or with "
+            "bf16. If it is always the same pairs, inspect them."
         )
     else:
         remedy = (
-            "The reference never changes, so these pairs can never be trained on: its weights may hold NaN, its precision "
-            "may overflow (float16), or a token may be impossible under it. Load it in bfloat16 or float32, or take these "
-            "pairs out of the dataset."
+            "The reference never changes, so these pairs can never be trained on. Its weights may hold NaN, float16 may "
+            "overflow, or a token may have probability zero under it. Load it in bfloat16 or float32, or remove these pairs "
+            "from the dataset."
         )
-    return f"Step {step}: log-probabilities that are NaN or infinite: {'; '.join(lines)}{more}. {remedy}"
+    return f"Step {step}: log-probabilities are NaN or infinite for {'; '.join(lines)}{more}. {remedy}"
 
 
 def _texts(input_ids: Tensor, attention_mask: Tensor | None, decode: Callable[[Any], str], length: int = 80) -> Callable:
-    """What gives the beginning of the text of pair i of a collated batch, as its chosen row has it."""
+    """Returns a function that gives the first characters of pair i of a collated batch, from its chosen row."""
 
     def beginning(pair: int) -> str:
         ids = input_ids[pair]
@@ -173,12 +174,12 @@ def _texts(input_ids: Tensor, attention_mask: Tensor | None, decode: Callable[[A
 
 
 class FiniteWeights(TrainerCallback):
-    """Stops a run before weights that are NaN or infinite are saved, or are given out as its result.
+    """Stops a run before NaN or infinite weights are saved or returned as its result.
 
-    Log-probabilities are looked at in every batch; weights that the last gradient broke have not been through one yet.
+    Every batch's log-probabilities are checked, but weights broken by the last gradient have not seen a batch yet.
 
     Args:
-        gather: gives a (1,) tensor of every process, concatenated, so that all stop together.
+        gather: concatenates a (1,) tensor of every process, so that all stop together.
     """
 
     def __init__(self, gather: Callable[[Tensor], Tensor], device: torch.device):
@@ -186,7 +187,7 @@ class FiniteWeights(TrainerCallback):
         self._device = device
 
     def before_saving(self, model: torch.nn.Module, step: int) -> None:
-        """Called by every process just before a checkpoint is written, whatever asked for it."""
+        """Checks the weights before a checkpoint is written; every process must call it."""
         self._look(model, step, "Nothing was saved; resume from the checkpoint before it")
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
@@ -196,12 +197,12 @@ class FiniteWeights(TrainerCallback):
         broken = torch.zeros(1, device=self._device)
         for parameter in model.parameters():
             if parameter.requires_grad:
-                # What this process holds of it: a ZeRO-3 partition, an FSDP shard, or all.
+                # This process's part: a ZeRO-3 partition, an FSDP shard, or the whole parameter.
                 held = getattr(parameter, "ds_tensor", parameter).detach()
                 held = held.to_local() if hasattr(held, "to_local") else held
                 broken += (~held.isfinite()).any().to(self._device)
         if self._gather(broken).any():
             raise FloatingPointError(
-                f"After step {step} trained weights are NaN or infinite: its gradient was. {remedy}, with a lower "
-                "learning_rate, or with bf16 in place of fp16."
+                f"After step {step} trained weights are NaN or infinite, because its gradient was. {remedy}, with a lower "
+                "learning_rate, or with bf16 instead of fp16."
             )

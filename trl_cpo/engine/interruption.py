@@ -1,4 +1,4 @@
-"""SIGTERM while training: the step in work is finished, a checkpoint written by all processes together, and the run ends."""
+"""SIGTERM while training: the run finishes its step, all processes write a checkpoint together, and it exits."""
 
 import os
 import signal
@@ -14,11 +14,11 @@ from transformers import TrainerCallback
 
 
 class TrainingInterrupted(SystemExit):
-    """Training was ended by SIGTERM after a checkpoint; not caught, it ends the script with exit status 143 (128 + 15).
+    """Raised when SIGTERM ended training, after a checkpoint; uncaught, it exits with status 143 (128 + 15).
 
     Attributes:
         step: the optimizer step after which the checkpoint was written.
-        checkpoint: its folder.
+        checkpoint: the folder of that checkpoint.
     """
 
     def __init__(self, step: int, checkpoint: str):
@@ -27,31 +27,31 @@ class TrainingInterrupted(SystemExit):
 
 
 class Interruption(TrainerCallback):
-    """What `enable_jit_checkpoint=True` does here, in place of transformers' callback of that name.
+    """Implements `enable_jit_checkpoint=True`, in place of transformers' own callback.
 
-    That one saves where the signal finds it, within a step, and each process by itself. Here the processes agree after each
-    optimizer step (one float is gathered) on whether any of them was told to end; the checkpoint is then an ordinary one.
+    transformers saves wherever the signal arrives, within a step, and each process by itself. Here the processes agree after
+    each optimizer step (by gathering one float) whether any of them got the signal; the checkpoint is then an ordinary one.
 
     Args:
-        accelerator: asked for how many processes there are, and for what all of them say.
-        wanted: whether to listen at all.
+        accelerator: used to gather over processes.
+        wanted: whether to handle the signal at all.
     """
 
     def __init__(self, accelerator: Accelerator, wanted: bool):
         self._accelerator, self._wanted = accelerator, wanted
         self._signalled = False
-        #: Whether a checkpoint is due that ends the training: known after a step, the same on every process.
+        #: Whether training must end with a checkpoint; decided after a step, the same on every process.
         self.due = False
-        #: Its folder, once it is in its place.
+        #: The folder of that checkpoint, once it is complete.
         self.checkpoint: str | None = None
 
     @contextmanager
     def listening(self, *, more_follows: bool) -> Iterator[None]:
-        """Catches SIGTERM while a training runs; what it did before is put back.
+        """Handles SIGTERM within the block; restores the previous handler afterwards.
 
         Args:
-            more_follows: whether other trainings come after this one (a search). A signal that came too late for a checkpoint
-                of this one then ends the process; else the script is let go on, to save what was trained.
+            more_follows: whether more trainings follow (a hyperparameter search). A signal that came too late for a checkpoint
+                of this training then ends the process; otherwise the script continues, so that it can save its result.
         """
         self._signalled = self.due = False
         self.checkpoint = None
@@ -60,8 +60,8 @@ class Interruption(TrainerCallback):
             return
         if threading.current_thread() is not threading.main_thread():
             warnings.warn(
-                "enable_jit_checkpoint=True has no effect: signals reach the main thread alone, and train() was called in "
-                "another one. SIGTERM ends this process at once.",
+                "enable_jit_checkpoint=True has no effect: train() was called outside the main thread, and only the main "
+                "thread receives signals. SIGTERM will end this process at once. Call train() in the main thread.",
                 stacklevel=4,
             )
             yield
@@ -72,15 +72,15 @@ class Interruption(TrainerCallback):
             yield
         finally:
             _listening.discard(os.getpid())
-            # None stands for a handler that was not set from Python.
+            # None means that the handler was not set from Python.
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
             if self._signalled and self.checkpoint is None and more_follows:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _on_sigterm(self, *_: Any) -> None:
-        # A second signal changes nothing: launchers send several.
+        # Launchers send several signals; only the first counts.
         if not self._signalled and self._accelerator.is_local_main_process:
-            _say("\nSIGTERM: training ends after the step in work, with a checkpoint.")
+            _say("\nSIGTERM: training ends after the current step, with a checkpoint.")
         self._signalled = True
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -89,28 +89,28 @@ class Interruption(TrainerCallback):
             self.due |= bool(self._accelerator.gather(told).any())
 
     def saved(self, checkpoint: str) -> None:
-        """Called by every process once a checkpoint is in its place."""
+        """Called by every process once a checkpoint is complete."""
         if self.due:
             self.checkpoint = checkpoint
 
     def end(self, step: int) -> None:
-        """Raises `TrainingInterrupted`, on all processes, once what was due is written and every callback has seen it."""
-        # The first process may still be uploading, and a launcher ends it soon after the others are gone.
+        """Raises `TrainingInterrupted` on all processes; call it once the checkpoint is written and all callbacks have run."""
+        # Process 0 may still be uploading, and a launcher ends it soon after the others exit.
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
-            _say(f"Ended by SIGTERM after step {step}. Go on from {self.checkpoint}")
+            _say(f"Ended by SIGTERM after step {step}. Resume from {self.checkpoint}")
         raise TrainingInterrupted(step, self.checkpoint)
 
 
-#: Ids of processes that listen: this one, and never a child of it, which inherits the set and the handler.
+#: Ids of processes that handle SIGTERM: this one while it trains. A forked child inherits the set, but is not in it.
 _listening: set[int] = set()
 
 
 def _restore_default_handler() -> None:
-    """In a forked child (a data loader's worker): signals to the process's group end it no more, and `terminate` does."""
+    """Runs in a forked child (a data-loader worker): lets `terminate` end it, and keeps signals to the process group away."""
     if os.getppid() in _listening:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # torch 2.13's launcher signals the whole group, and training ends with an error when a worker dies.
+        # torch 2.13's launcher signals the whole process group, and training fails when a worker dies.
         with suppress(OSError):
             os.setpgid(0, 0)
 
@@ -120,14 +120,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def _say(text: str) -> None:
-    # A signal may come in the middle of a print, which cannot be begun again there; and nobody may be reading any more.
+    # Not print: the signal may interrupt a print, which is not reentrant. And the reader of stderr may be gone.
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
 @contextmanager
 def hide_jit_checkpoint(args: Any) -> Iterator[None]:
-    """Hides `enable_jit_checkpoint` from transformers' `Trainer`, which would put its own handler in place."""
+    """Within the block, hides `enable_jit_checkpoint` from transformers' `Trainer`, which would install its own handler."""
     wanted, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
     try:
         yield

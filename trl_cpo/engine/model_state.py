@@ -1,4 +1,4 @@
-"""Running a model to look at it, without a trace."""
+"""Running a model without side effects."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def evaluation_mode(*models: torch.nn.Module | None) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards modes, buffers and all random states are as they were.
+    """Sets evaluation mode without gradients; afterwards restores modes, buffers and all random states.
 
-    Random states are those of torch (on the CPU and on the models' devices), NumPy and Python. None among the models is
-    left out; a wrapped model (DDP, FSDP, DeepSpeed, PEFT) is run as it is.
+    Random states are those of torch (on the CPU and on the models' devices), NumPy and Python. A model that is None is
+    skipped; a wrapped model (DDP, FSDP, DeepSpeed, PEFT) can be run as it is.
     """
     models = tuple(model for model in models if model is not None)
     modules = [module for model in models for module in model.modules()]
@@ -42,10 +42,10 @@ def evaluation_mode(*models: torch.nn.Module | None) -> Iterator[None]:
 
 
 def keep_trainable(model: torch.nn.Module) -> None:
-    """Keeps 4-bit layers from being repacked, for good, by their first evaluation on a CPU with AVX512-BF16.
+    """Prevents 4-bit layers from being repacked permanently at their first evaluation on a CPU with AVX512-BF16.
 
-    bitsandbytes 0.50.2 repacks them for a kernel without a backward. A QLoRA run would go on after any evaluation with a
-    gradient norm of zero. Elsewhere, and for models without such layers, this changes nothing.
+    bitsandbytes 0.50.2 repacks them for a kernel without a backward; after any evaluation a QLoRA run would continue with
+    a gradient norm of zero. On other devices, and for models without such layers, this does nothing.
     """
     for module in _repacked_layers(model.modules()):
         module.support_avx512bf16_for_cpu = False
@@ -57,11 +57,11 @@ def _repacked_layers(modules) -> list[torch.nn.Module]:
 
 
 def snapshot(model: torch.nn.Module) -> Callable[[], None]:
-    """Records what modules keep of their runs, as rotary frequencies that grow with the longest sequence seen.
+    """Records the state that modules keep between calls, such as rotary frequencies that follow the longest sequence seen.
 
     Returns:
-        What puts buffers, and the numbers, texts and tensors beside them, back as they are now. Large buffers (causal
-        masks, quantized weights) are put back, but what is in them is not: keeping it would cost memory.
+        A function that restores all buffers, and the numbers, strings and tensors stored beside them. Of large buffers
+        (causal masks, quantized weights) it restores the reference only, not the contents: a copy would cost memory.
     """
     modules = [_Snapshot(module) for module in model.modules() if module._buffers]
 
@@ -73,7 +73,7 @@ def snapshot(model: torch.nn.Module) -> Callable[[], None]:
 
 
 class _Snapshot:
-    """The buffers of one module and the plain attributes beside them."""
+    """The buffers and plain attributes of one module."""
 
     SMALL = 2**16
 

@@ -1,28 +1,28 @@
-"""How many digits a float32 product really has here."""
+"""The precision in which a model is really computed."""
 
 import torch
 from accelerate import Accelerator
 
-# What the older of PyTorch's two settings calls the same.
+# Values of PyTorch's older setting, by the names of the newer one.
 _NAMES = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 
 
 def float32_products(device: str) -> str:
-    """What matrix products of float32 are computed in on `device` ("cpu", "cuda", …): "ieee" (float32), "tf32" or "bf16".
+    """The precision of float32 matrix products on `device` ("cpu", "cuda", …): "ieee" (float32), "tf32" or "bf16".
 
-    It is read where PyTorch keeps it, because not only `TrainingArguments.tf32` sets it: `torch_compile` does, and so does
-    `torch.set_float32_matmul_precision` in anyone's script.
+    Reads PyTorch's own setting, because `TrainingArguments.tf32` is not the only way to change it: `torch_compile` does too,
+    and so does `torch.set_float32_matmul_precision` in a user's script.
     """
-    # Since PyTorch 2.9 there are two ways to set it, and after the newer one the older can no longer be read.
+    # Since PyTorch 2.9 there are two settings. Once the newer one is used, the older one cannot be read.
     if not hasattr(torch.backends, "fp32_precision"):
         return _NAMES[torch.get_float32_matmul_precision()]
     backend = torch.backends.mkldnn if device == "cpu" else torch.backends.cuda
     precision = backend.matmul.fp32_precision
-    return "ieee" if precision == "none" else precision  # "none": nobody has set it
+    return "ieee" if precision == "none" else precision  # "none": never set
 
 
 def in_half_precision(model: torch.nn.Module, accelerator: Accelerator) -> bool:
-    """Whether any part of a model is computed in fewer digits than float32's: half precision, TF32, 4 or 8 bits."""
+    """Whether any part of a model is computed in lower precision than float32: half precision, TF32, 4 or 8 bits."""
     quantized = getattr(model, "is_quantized", False) or any(p.dtype in (torch.uint8, torch.int8) for p in model.parameters())
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     coarse = float32_products(accelerator.device.type) != "ieee"

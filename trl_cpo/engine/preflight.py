@@ -1,4 +1,4 @@
-"""All that can be found wrong before anything is loaded."""
+"""All checks that can run before anything is loaded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,16 +23,16 @@ def preflight(
     quantization_config: Any,
     peft_config: Any,
 ) -> Any:
-    """Looks at a trainer's arguments, cheapest first, and gives the tokenizer or processor to use.
+    """Checks a trainer's arguments, cheapest first, and returns the tokenizer or processor to use.
 
     Args:
         datasets: "train_dataset" and "eval_dataset", each a dataset, a dictionary of datasets, or None.
-        processing_class: None to load the model's own.
+        processing_class: the tokenizer or processor; None to load the model's own.
 
     Raises:
-        ProcessesDisagree: the processes of this run were started with other settings or data.
-        TypeError: `ref_model` is no model.
-        ValueError: the launch, a dataset, the tokenizer or the reference's vocabulary does not fit.
+        ProcessesDisagree: the processes of this run were started with different settings or data.
+        TypeError: `ref_model` is not a model.
+        ValueError: the launch, a dataset, the tokenizer or the reference's vocabulary is unsuitable.
     """
     check_launch(args)
     configs = {
@@ -41,7 +41,7 @@ def preflight(
         "peft_config": peft_config,
         "quantization_config": quantization_config,
     }
-    # First of all: what is the same on every process passes or fails the checks that follow on every process.
+    # First, because identical arguments pass or fail the following checks on every process alike.
     check_agreement(lambda: facts_of(args, configs=configs, datasets=datasets))
     for name, dataset in datasets.items():
         if dataset is not None:

@@ -1,4 +1,4 @@
-"""Several processes: launches that would not do what was asked, and processes that disagree, before anything is loaded."""
+"""Checks on runs of several processes, before anything is loaded: the launch, and that all processes agree."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 
-#: Fields of a configuration that may differ between processes: they are about the process, its machine or its log.
+#: Configuration fields that may differ between processes, because they concern the process, its machine or its log.
 PER_PROCESS = {
     "dataloader_num_workers",
     "dataloader_pin_memory",
@@ -28,13 +28,13 @@ PER_PROCESS = {
     "run_name",
 }
 #: Keys inside dictionaries of options that may differ: `device_map={"": local_rank}` is the usual way to load 4-bit models,
-#: and a model's folder may lie elsewhere on another machine.
+#: and a model's folder may have another path on another machine.
 _OWN_KEYS = {"_commit_hash", "_name_or_path", "base_model_name_or_path", "device_map", "name_or_path", "token"}
-#: Packages whose version changes numbers or what is sent between processes.
+#: Packages whose version affects the numbers or the communication between processes.
 PACKAGES = ("trl-cpo", "trl", "transformers", "torch", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
-#: Kinds of processes that Accelerate shards with FSDP: those on devices that it takes for GPUs.
+#: Distributed types that Accelerate can shard with FSDP: those on devices that it treats as GPUs.
 _SHARDED = ("MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_SDAA", "MULTI_HPU", "MULTI_NEURON")
-#: Rows of a dataset that are compared, evenly spaced, the first and the last among them.
+#: Number of dataset rows to compare: evenly spaced, including the first and the last.
 SAMPLED_ROWS = 32
 
 
@@ -52,27 +52,27 @@ def uses_fsdp(args: Any) -> bool:
 
 
 def check_launch(args: Any, kind: DistributedType | None = None) -> None:
-    """Raises `ValueError` if the launcher asked for something that would quietly not happen.
+    """Raises `ValueError` if the launcher's request would silently not be met.
 
-    That is, for sharding on a device that Accelerate does not shard on, or for several processes that do not know of each
-    other and would each train a model of its own.
+    That is the case for sharding on a device that Accelerate does not shard on, and for several processes without a process
+    group, each of which would train its own model.
 
     Args:
         args: the `TrainingArguments`.
-        kind: how the processes work together; by default what Accelerate says.
+        kind: the distributed type; Accelerate's by default.
     """
     kind = PartialState().distributed_type if kind is None else kind
     if uses_fsdp(args) and kind not in (*_SHARDED, "FSDP", "XLA"):
         raise ValueError(
-            f"FSDP was asked for, and Accelerate does not shard on this kind of device ({args.device.type}, "
-            f"{kind.value}): every process would hold the whole model, or train by itself. Run it on GPUs; on CPUs "
-            "use DDP or ZeRO (accelerate launch --config_file deepspeed_configs/zero3.yaml)."
+            f"FSDP was asked for, but Accelerate does not shard on this kind of device ({args.device.type}, {kind.value}). "
+            "Every process would hold the whole model, or train by itself. Run on GPUs; on CPUs use DDP or ZeRO "
+            "(accelerate launch --config_file deepspeed_configs/zero3.yaml)."
         )
     started = int(os.environ.get("WORLD_SIZE") or 1)
     if kind == DistributedType.NO and started > 1:
         raise ValueError(
-            f"This is one of {started} processes (WORLD_SIZE={started}), and it would train by itself: no process group was "
-            "made. Without a GPU say use_cpu=True (--use_cpu), and launch with "
+            f"This is one of {started} processes (WORLD_SIZE={started}), but there is no process group: it would train by "
+            "itself. Without a GPU set use_cpu=True (--use_cpu), and launch with "
             f"`accelerate launch --multi_gpu --num_processes {started}` or `torchrun --nproc_per_node {started}`."
         )
 
@@ -83,13 +83,13 @@ def _digest(value: Any) -> str:
 
 
 def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    """Settings as `prefix.key` to what is compared and shown: plain values as they are, others as a digest."""
+    """Flattens settings to `prefix.key`: values to compare and show, long or secret ones as a digest."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
         found = {}
         for key, inner in value.items():
-            # Never shown, whatever they are called.
+            # Secrets are never shown in a message.
             secret = any(word in str(key).lower() for word in ("token", "secret", "password", "api_key"))
             if key not in _OWN_KEYS:
                 found.update({f"{prefix}.{key}": _digest(inner)} if secret else _flat(f"{prefix}.{key}", inner))
@@ -116,12 +116,12 @@ def _dataset(name: str, dataset: Any) -> dict[str, Any]:
     columns = getattr(dataset, "column_names", None)
     found = {f"{name}.type": type(dataset).__name__, f"{name}.columns": sorted(columns) if columns else columns}
     if isinstance(dataset, Dataset):
-        # Not the fingerprint: it is of the path and the time of the file as well, which are a machine's own. A streamed set
-        # may be a part for each process.
+        # Not the fingerprint, which also depends on the file's path and time and so differs between machines. Streamed
+        # datasets are skipped: each process may read its own part.
         count = len(dataset)
         found[f"{name}.rows"] = count
         picked = sorted({round(i * (count - 1) / max(SAMPLED_ROWS - 1, 1)) for i in range(SAMPLED_ROWS)} if count else [])
-        # As stored: an image is not decoded.
+        # Arrow gives rows as stored, without decoding images.
         rows = dataset.with_format("arrow")[picked].to_pylist() if picked else []
         if rows:
             found[f"{name}.first row"], found[f"{name}.last row"] = _digest(rows[0]), _digest(rows[-1])
@@ -144,7 +144,7 @@ def _settings(args: Any) -> dict[str, Any]:
     found = _flat("args", {key: value for key, value in args.to_dict().items() if key not in left_out})
     launched = ("ACCELERATE_USE_", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_", "ACCELERATE_DEEPSPEED_", "FSDP_")
     for key in os.environ:
-        # A file's path may be a machine's own; what stands in it is compared below.
+        # A config file's path may differ between machines; its contents are compared below.
         if key.startswith(launched) and not key.endswith("CONFIG_FILE"):
             found[f"environment.{key}"] = os.environ[key]
     if getattr(args, "deepspeed_plugin", None) is not None:
@@ -160,12 +160,12 @@ def _config(name: str, config: Any) -> dict[str, Any]:
 
 
 def facts_of(args: Any, *, configs: Mapping[str, Any], datasets: Mapping[str, Any]) -> dict[str, Any]:
-    """What every process of a run must have in common, by name.
+    """Facts that must be the same on every process of a run, by name.
 
     Args:
         args: the `TrainingArguments`.
-        configs: by name, what has a `to_dict`, a callable that gives it, or None.
-        datasets: by name, a dataset, a dictionary of datasets, or None. Of a streamed one only the columns are taken.
+        configs: by name, an object with a `to_dict`, a callable that returns one, or None.
+        datasets: by name, a dataset, a dictionary of datasets, or None. Streamed datasets contribute only their columns.
     """
     facts = _versions()
     parts: list[tuple[str, Callable[[], dict[str, Any]]]] = [("args", lambda: _settings(args))]
@@ -176,17 +176,17 @@ def facts_of(args: Any, *, configs: Mapping[str, Any], datasets: Mapping[str, An
     for name, part in parts:
         try:
             facts.update(part())
-        # Whatever it is: a process that raised here would leave the others waiting. One that fails everywhere is raised by
-        # the checks that come after, in their own words.
+        # Any exception: a process that raised here would leave the others waiting. A fault on every process is reported by
+        # the checks that follow.
         except Exception as error:
             facts[name] = f"{type(error).__name__}: {error}"[:300]
     return facts
 
 
 def check_agreement(facts: Callable[[], Mapping[str, Any]]) -> None:
-    """Raises `ProcessesDisagree`, on every process, if what `facts` gives differs; names each fact and who has what.
+    """Raises `ProcessesDisagree` on every process if `facts` differ; the message lists each one and which process has what.
 
-    Gathers over all processes of the run: each must call it. With one process, and on TPUs, `facts` is not called.
+    Gathers over all processes, so each must call it. With a single process, and on TPUs, it does nothing.
     """
     state = PartialState()
     if state.num_processes == 1 or state.distributed_type == DistributedType.XLA:
@@ -198,8 +198,8 @@ def check_agreement(facts: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def disagreement(hosts: list[str], facts: list[Mapping[str, Any]]) -> str | None:
-    """What differs between processes, in words; None if nothing does. By rank: where it runs, and its facts."""
-    missing = "not there"
+    """The message about facts that differ, or None. `hosts` and `facts` are lists by rank."""
+    missing = "missing"
     lines = []
     for name in dict.fromkeys(name for theirs in facts for name in theirs):
         ranks: dict[str, list[int]] = {}
@@ -211,9 +211,9 @@ def disagreement(hosts: list[str], facts: list[Mapping[str, Any]]) -> str | None
         return None
     shown = lines[:20] + [f"  and {len(lines) - 20} more"] * (len(lines) > 20)
     return (
-        f"The {len(facts)} processes of this run were started differently, and would wait for each other for ever or learn "
-        "from mixed-up numbers:\n" + "\n".join(shown) + "\nStart every process with the same script, options, data and "
-        "package versions; a seed, a path or a shuffle that each process chooses for itself is the usual cause."
+        f"The {len(facts)} processes of this run were started differently. They would wait for each other forever, or train "
+        "on mixed-up numbers:\n" + "\n".join(shown) + "\nStart every process with the same script, options, data and "
+        "package versions. The usual cause is a seed, a path or a shuffle that each process chooses for itself."
     )
 
 

@@ -1,21 +1,21 @@
-"""A run of several processes on CPUs ends as it went: gloo's threads let go of their tensors before Python does."""
+"""Works around a gloo crash (SIGABRT) at interpreter exit of runs with several processes on CPUs."""
 
 import atexit
 import time
 
 import torch.distributed as dist
 
-#: Seconds that a process lends its threads at its end.
+#: Seconds that a process pauses at exit, for gloo's threads to release their tensors.
 PAUSE = 0.3
 
 
 def pause_at_exit() -> None:
-    """Makes this process pause at its exit if it belongs to a process group of gloo; says nothing and talks to nobody.
+    """Registers a short pause at exit if this process belongs to a gloo process group; communicates with no other process.
 
-    In PyTorch 2.13 a thread of gloo may still hold a tensor of the last collective when Python shuts down. To let go of
-    it the thread needs Python's lock, which Python then answers by ending the thread, and C++ by `std::terminate`: the
-    process dies with SIGABRT, "terminate called without an active exception", after all its work is done, and the
-    launcher calls the run failed. Destroying the group does not wait for the thread where a wrapped model still holds it.
+    In PyTorch 2.13 a gloo thread may still hold a tensor of the last collective when Python shuts down. To release it, the
+    thread needs the GIL; Python then ends the thread, which C++ answers with `std::terminate`. The process dies with SIGABRT
+    ("terminate called without an active exception") after all its work is done, and the launcher reports a failed run.
+    Destroying the process group does not help: it does not wait for the thread while a wrapped model still holds the group.
     """
     if dist.is_available() and dist.is_initialized() and "gloo" in dist.get_backend_config():
         atexit.unregister(_pause)
@@ -23,5 +23,5 @@ def pause_at_exit() -> None:
 
 
 def _pause() -> None:
-    # Asleep, the main thread does not hold the lock.
+    # A sleeping main thread does not hold the GIL.
     time.sleep(PAUSE)

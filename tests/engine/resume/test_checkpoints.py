@@ -276,7 +276,7 @@ def test_a_folder_above_a_run_may_have_any_name(tmp_path):
     fake_checkpoint(run, 6)
     assert list(whole_checkpoints(run)) == [6]
     fake_checkpoint(staging(run), 8)
-    assert "was being written or deleted" in fault_of(staging(run) / "checkpoint-8")
+    assert "while writing or deleting it" in fault_of(staging(run) / "checkpoint-8")
     assert f"checkpoint there is {run / 'checkpoint-6'}" in str(checkpoints.refusal(staging(run) / "checkpoint-8", "x"))
 
 
@@ -418,13 +418,13 @@ def no_weights(folder: Path):
     ("damage", "words"),
     [
         (break_nothing, None),
-        (half_weights, "model.safetensors has 5 bytes and not 10"),
+        (half_weights, "model.safetensors has 5 bytes, expected 10"),
         (no_optimizer, "optimizer.pt is missing"),
         (torn_state, "trainer_state.json cannot be read"),
         (no_state, "has no trainer_state.json"),
         (torn_own_state, "trl_cpo_state.json cannot be read"),
         (torn_into_depth, "trainer_state.json cannot be read"),
-        (of_another_format, "has the format None, and this version of trl-cpo reads 1"),
+        (of_another_format, "has format None; this version of trl-cpo reads format 1"),
         (no_weights, "holds no weights"),
         (shutil.rmtree, "no such folder"),
     ],
@@ -443,7 +443,7 @@ def test_what_is_not_whole_is_seen_and_not_picked(tmp_path, damage, words):
     assert newest_checkpoint(tmp_path) == tmp_path / ("checkpoint-10" if words is None else "checkpoint-2")
     if words:
         text = str(checkpoints.refusal(folder, fault))
-        assert words in text and f"newest whole checkpoint there is {tmp_path / 'checkpoint-2'}" in text
+        assert words in text and f"Resume from {tmp_path / 'checkpoint-2'}, the newest complete checkpoint" in text
         assert "train from the start" in str(checkpoints.refusal(tmp_path / "empty" / "checkpoint-1", "no"))
 
 
@@ -461,7 +461,7 @@ def test_a_half_written_checkpoint_is_refused_before_the_model_is_touched(tmp_pa
     shutil.copytree(tmp_path / "checkpoint-2", staging(tmp_path) / "checkpoint-3")
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     monkeypatch.setattr(CPOConstrainedTrainer, "_load_from_checkpoint", lambda *_: pytest.fail("touched"))
-    newest = rf"newest whole checkpoint there is {tmp_path / 'checkpoint-2'}; resume from that"
+    newest = rf"Resume from {tmp_path / 'checkpoint-2'}, the newest complete checkpoint there"
     with pytest.raises(CheckpointError, match=f"(?s)checkpoint-4: it has no trainer_state.json.*{newest}"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     with pytest.raises(CheckpointError, match=f"(?s)there is no such folder.*{newest}"):
@@ -470,7 +470,7 @@ def test_a_half_written_checkpoint_is_refused_before_the_model_is_touched(tmp_pa
     assert trainer._resumption.prepare(True) == str(tmp_path / "checkpoint-2")
     assert not staging(tmp_path).exists(), "what a killed run left is cleared"
     shutil.rmtree(tmp_path / "checkpoint-2")
-    with pytest.raises(CheckpointError, match="no whole checkpoint in .* call train\\(\\) without"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint in .* call train\\(\\) without"):
         trainer.train(resume_from_checkpoint=True)
     assert trainer._resumption.prepare(False) is None and trainer._resumption.prepare(None) is None
 
@@ -479,7 +479,7 @@ def test_staged_checkpoints_are_not_resumed_from(tmp_path):
     folder = fake_checkpoint(staging(tmp_path), 4)
     assert "being written" in fault_of(folder)
     fake_checkpoint(tmp_path, 2)
-    assert f"newest whole checkpoint there is {tmp_path / 'checkpoint-2'}" in str(checkpoints.refusal(folder, "x"))
+    assert f"Resume from {tmp_path / 'checkpoint-2'}, the newest complete checkpoint" in str(checkpoints.refusal(folder, "x"))
 
 
 # The trainer's side
@@ -580,7 +580,7 @@ def test_a_checkpoint_of_plain_trl_is_resumed_as_trl_does(tmp_path, tokenizer, s
     again = trainer_of(tmp_path / "again", small_model, tokenizer, plain=True)
     again.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
     ours = trainer_of(tmp_path / "ours", small_model, tokenizer, constraint="none")
-    with pytest.warns(UserWarning, match="was not written by trl-cpo. The loss, the metrics and num_tokens .* start from zero"):
+    with pytest.warns(UserWarning, match="was not written by trl-cpo. As in TRL, train_loss .*num_tokens .* start from zero"):
         ours.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
     for a, b in zip(again.state.log_history, ours.state.log_history, strict=True):
         b = {k: v for k, v in b.items() if not k.startswith("cpo/")}
@@ -591,14 +591,18 @@ def test_a_checkpoint_of_plain_trl_is_resumed_as_trl_does(tmp_path, tokenizer, s
 @pytest.mark.parametrize(
     ("first", "then", "words"),
     [
-        (DUAL, dict(constraint="clip"), "constraint was 'lagrangian' and is 'clip'.* dual state in it is not used"),
+        (DUAL, dict(constraint="clip"), "constraint was 'lagrangian' and is 'clip'.* its dual state is not used"),
         (
             dict(constraint="clip"),
             DUAL,
             "(?s)was 'clip' and is 'lagrangian'.* it holds no dual state: the multiplier starts from dual_init",
         ),
         (dict(constraint="clip"), dict(constraint="clip", gamma=2.0), "gamma was 0.5 and is 2.0. Training goes on"),
-        (dict(constraint="clip", save_only_model=True), dict(constraint="clip"), "optimizer and the schedule start anew"),
+        (
+            dict(constraint="clip", save_only_model=True),
+            dict(constraint="clip"),
+            "optimizer and the schedule start from scratch",
+        ),
     ],
     ids=["dual to none", "none to dual", "gamma", "weights alone"],
 )
@@ -621,7 +625,7 @@ def test_whatever_else_was_changed_is_named(tmp_path, tokenizer, small_model):
         )._resumption.prepare(str(tmp_path / "checkpoint-2"))
     text = " ".join(str(w.message) for w in caught)
     assert all(re.search(f"{name} was .* and is {value}", text) for name, value in changed.items())
-    assert "the training pairs are not those that it was trained on (6 then, 6 now" in text
+    assert "the training pairs have changed: in number (6 then, 6 now" in text
     elsewhere = dict(run_name="other", logging_steps=1, save_steps=1, save_total_limit=3, dataloader_num_workers=1)
     again = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", **elsewhere)
     assert again._resumption.prepare(str(tmp_path / "checkpoint-2"))
@@ -691,7 +695,9 @@ def test_what_another_process_cannot_resume_from_is_refused_here_too(tmp_path, t
 def test_a_checkpoint_that_is_not_whole_somewhere_ends_training_at_once(tmp_path, tokenizer, small_model, monkeypatch):
     trainer = trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=2)
     monkeypatch.setattr(checkpoints, "fault_within", lambda folder: "it holds no weights")
-    with pytest.raises(CheckpointError, match="checkpoint-2 was written, .*: on process 0, it holds no weights. It is left in"):
+    with pytest.raises(
+        CheckpointError, match="checkpoint-2 was just written .*: on process 0, it holds no weights. It stays in"
+    ):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*")) and (staging(tmp_path) / "checkpoint-2").is_dir()
 

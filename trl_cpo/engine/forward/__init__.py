@@ -1,12 +1,12 @@
-"""The packed, prefix-shared forward over preference pairs.
+"""The packed forward over preference pairs, with shared prompts. Modules, and what they import:
 
-plan      where every token goes          (torch only)
-mask      what a packed token sees        plan
-segments  attention by parts of a pair    plan, mask
-repack    the backbone's door             plan
-adapter   called in place of the model    mask, plan, repack, segments
-probing   what the model itself shows     all of these
-sharing   one forward for each model      adapter, plan, probing, repack, segments
+plan      where every token goes              (torch only)
+mask      attention masks for packed rows     plan
+segments  attention per part of a pair        plan, mask
+repack    hooks around the backbone           plan
+adapter   called in place of the model        mask, plan, repack, segments
+probing   tests on the model itself           all of these
+sharing   one forward for each model          adapter, plan, probing, repack, segments
 """
 
 from .adapter import PackedPairForward

@@ -1,4 +1,4 @@
-"""The packed forward: called like the model, by TRL's DPO loss, and answering in TRL's layout."""
+"""The packed forward: called like the model by TRL's DPO loss, and returning outputs in TRL's layout."""
 
 import dataclasses
 import logging
@@ -13,7 +13,7 @@ from .segments import MASKED_ATTENTION, NAME, register, segment_masks
 
 logger = logging.getLogger(__name__)
 
-# What was said about a model, so that a reason is logged once for it however many adapters stand around it.
+# Reasons already logged per model, so that each is logged once, however many adapters wrap the model.
 _LOGGED: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 DENSE, SEGMENTS = "dense", "segments"
@@ -24,21 +24,22 @@ _KNOWN = frozenset(
 
 
 class PackedPairForward:
-    """A model's forward over pairs that computes each pair's common prefix once and no padding.
+    """A model's forward over pairs that computes each pair's common prefix once, and no padding.
 
-    Calling it with a batch as TRL's collator makes it, rows [chosen; rejected], calls the model once and returns its
-    `FusedCausalLMOutput` with every field as the padded call would have it, (2B, T-1) per token, gradients included.
-    It holds for models that `probe` finds fit; `packed_forward` does both.
+    Takes a batch from TRL's collator, rows [chosen; rejected], and calls the model once. Returns its `FusedCausalLMOutput`
+    with every field as in the padded call, (2B, T-1) per token, including gradients. Correct for models that `probe`
+    accepts; `packed_forward` combines the two.
 
     Args:
         model: causal language model with TRL's fused head, bare or wrapped (PEFT, DDP, DeepSpeed, FSDP).
         attention: "segments" (attention per part of a pair; needs a model on sdpa) or "dense" (tree mask).
-        row_length: places in a packed row with dense masks; None: as many as the longest pair takes.
-        max_length: longest sequence it is known to be right for; a batch with a longer one runs padded. None: any.
-        required: raise where a batch cannot be packed, instead of running it padded.
+        row_length: places in a packed row with dense masks; None: the length of the longest pair.
+        max_length: longest sequence for which packing is known to be correct; a batch with a longer one runs padded.
+            None: any length.
+        required: raise an error if a batch cannot be packed, instead of running it padded.
 
     Attributes:
-        last_plan: how the last batch was packed; None where it ran padded.
+        last_plan: how the last batch was packed; None if it ran padded.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class PackedPairForward:
         required: bool = False,
     ):
         if attention not in (DENSE, SEGMENTS):
-            raise ValueError(f"got attention={attention!r}, allowed are {DENSE!r} and {SEGMENTS!r}")
+            raise ValueError(f"Got attention={attention!r}; allowed are {DENSE!r} and {SEGMENTS!r}.")
         self.model = model
         self.attention = attention
         self.row_length = row_length
@@ -65,7 +66,7 @@ class PackedPairForward:
             use_segments(self._inner)
 
     def around(self, model: torch.nn.Module) -> "PackedPairForward":
-        """The same forward around another wrapping of the model, or around its reference of the same architecture."""
+        """The same forward for another wrapper of the model, or for a reference of the same architecture."""
         return PackedPairForward(
             model,
             attention=self.attention,
@@ -75,11 +76,11 @@ class PackedPairForward:
         )
 
     def __call__(self, **inputs):
-        """Run the batch packed, or padded where it cannot be packed.
+        """Runs the batch packed, or padded if it cannot be packed.
 
         Args:
-            **inputs: what TRL's loss passes a model: input_ids, attention_mask, labels, all (2B, T), `use_cache`,
-                `fused_lm_head=True`, and with mixtures of experts `output_router_logits`.
+            **inputs: the arguments that TRL's loss passes to a model: input_ids, attention_mask and labels, all (2B, T),
+                `use_cache`, `fused_lm_head=True`, and `output_router_logits` for mixtures of experts.
 
         Raises:
             NotPackable: the batch cannot be packed and packing is required.
@@ -114,18 +115,18 @@ class PackedPairForward:
             one_row=self.attention == SEGMENTS,
         )
         if self.max_length is not None and plan.longest > self.max_length:
-            # Without the length, so that it is one line in the log and not one for every length.
+            # Without the batch's length, so that the reason is logged once and not for every length.
             raise NotPackable(f"a sequence is longer than the {self.max_length} tokens probed")
         if inputs["input_ids"].size(1) != plan.longest and rope_follows_length(self._config):
-            raise NotPackable("the model's rotary frequencies follow the padded length, which no row fills")
+            raise NotPackable("the model's rotary frequencies depend on the padded length, and no row is that long")
         return plan
 
     def _run(self, plan: PackingPlan, inputs: dict, mask_plan: PackingPlan | None = None):
-        """Run a planned batch; the probe gives another plan for the mask, to try what a mistake would do."""
+        """Runs a planned batch. The probe passes another plan for the mask, to measure the effect of a mistake."""
         device = inputs["input_ids"].device
         scored, labels = plan.scored, plan.labels
         if not len(scored):
-            # Nothing is scored: one place without a label keeps the outputs tied to the model, as TRL's zeros are.
+            # Nothing is scored: one place without a label keeps the outputs in the model's graph, like TRL's zeros.
             scored, labels = torch.zeros(1, dtype=torch.long), torch.full((1,), -100)
         call = {name: value for name, value in inputs.items() if name != "labels"}
         with packed_backbone(backbone_of(self.model), plan, self._masks(mask_plan or plan, device), scored):
@@ -136,7 +137,7 @@ class PackedPairForward:
     def _masks(self, plan: PackingPlan, device: torch.device) -> torch.Tensor | dict[str, torch.Tensor]:
         if self.attention == SEGMENTS:
             return segment_masks(plan, self._kinds)
-        # Eager attention adds its mask to the scores; sdpa takes a bool one.
+        # Eager attention adds its mask to the scores; sdpa takes a bool mask.
         additive = self._inner.dtype if self._config._attn_implementation == "eager" else None
         return dense_masks(plan, self._kinds, additive, device)
 
@@ -148,9 +149,9 @@ class PackedPairForward:
 
 
 def _spread(values: torch.Tensor, plan: PackingPlan) -> torch.Tensor:
-    """Put values (1, N) at the scored tokens' places in TRL's layout (2B, T-1), zeros elsewhere."""
+    """Places values (1, N) at the scored tokens in TRL's layout (2B, T-1), with zeros elsewhere."""
     if not len(plan.target):
-        # A sum of nothing: zeros that backward() can start from.
+        # Zeros with a graph, so that backward() works.
         return (values * 0).sum().to(values.dtype).expand(plan.output_shape)
     rows, columns = plan.output_shape
     flat = values.new_zeros(rows * columns).scatter(0, plan.target.to(values.device), values[0])
@@ -158,10 +159,10 @@ def _spread(values: torch.Tensor, plan: PackingPlan) -> torch.Tensor:
 
 
 def use_segments(model: torch.nn.Module) -> None:
-    """Switch a transformers model from sdpa to attention by segments; other calls of it are computed as before.
+    """Switches a transformers model from sdpa to attention by segments; calls without segments are computed as before.
 
     Raises:
-        NotPackable: the model is not on sdpa, or does not let its attention be chosen.
+        NotPackable: the model is not on sdpa, or its attention cannot be switched.
     """
     register()
     if model.config._attn_implementation == NAME:
@@ -170,10 +171,10 @@ def use_segments(model: torch.nn.Module) -> None:
         raise NotPackable(f"attention by segments needs sdpa, and the model is on {model.config._attn_implementation}")
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
-        raise NotPackable("the model does not take attention by segments")
+        raise NotPackable("the model does not accept attention by segments")
 
 
 def drop_segments(model: torch.nn.Module) -> None:
-    """Give a model back the sdpa attention that `use_segments` took."""
+    """Switches a model back to sdpa after `use_segments`."""
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")

@@ -1,4 +1,4 @@
-"""What a token of a packed row sees: the masks for attention that takes one, by kind of layer."""
+"""Attention masks for packed rows, by kind of layer."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,18 @@ FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attenti
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How far back one kind of layer sees, counted in positions.
+    """How far back one kind of attention layer sees, in positions.
 
     Attributes:
         window: a query at position p sees keys at positions above p - window; None: all.
-        chunk: a query sees keys whose position divided by chunk gives the same whole number; None: all.
+        chunk: a query at position p sees keys in the same chunk, position // chunk == p // chunk; None: all.
     """
 
     window: int | None = None
     chunk: int | None = None
 
     def binds(self, longest: int) -> bool:
-        """Whether a sequence of this many tokens is long enough for the limit to be felt."""
+        """Whether the limit has an effect on a sequence of `longest` tokens."""
         return any(limit is not None and longest > limit for limit in (self.window, self.chunk))
 
 
@@ -33,8 +33,8 @@ def layer_kinds(config) -> dict[str, LayerKind]:
         config: the text configuration of a transformers model.
 
     Raises:
-        NotPackable: a kind of layer that is no attention over a mask (recurrent, convolutional, linear), or a limit
-            that the configuration does not give.
+        NotPackable: a kind of layer is not masked attention (recurrent, convolutional, linear), or the configuration lacks
+            its limit.
     """
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
@@ -52,14 +52,14 @@ def layer_kinds(config) -> dict[str, LayerKind]:
         elif name == CHUNKED and isinstance(chunk, int):
             kinds[name] = LayerKind(chunk=chunk)
         else:
-            raise NotPackable(f"the model has layers of kind {name!r}, which no tree mask describes")
+            raise NotPackable(f"the model has layers of kind {name!r}, for which there is no tree mask")
     return kinds
 
 
 def rope_follows_length(config) -> bool:
     """Whether a model's rotary frequencies depend on the longest position of a call (dynamic and LongRoPE scaling).
 
-    Padding then has a say in the padded path, where the batch is padded beyond its longest row.
+    If so, padding beyond the longest row changes the results of the padded path.
     """
     settings = getattr(config, "rope_parameters", None) or {}
     # One set of parameters, or one for each kind of layer.
@@ -68,11 +68,11 @@ def rope_follows_length(config) -> bool:
 
 
 def visible(plan: PackingPlan, kind: LayerKind, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Which keys each query of the packed rows sees: (R, 1, L, L) bool, queries by keys.
+    """The keys that each query of the packed rows sees: (R, 1, L, L) bool, queries by keys.
 
         k ≤ q,  same pair,  branch(k) ∈ {shared, branch(q)},  position(k) > position(q) - window
 
-    Filling sees itself only, so that its softmax is defined; nothing sees filling.
+    A filling place sees only itself, so that its softmax is defined; no other place sees it.
     """
     pair, branch, position = (t.to(device) for t in (plan.pair, plan.branch, plan.position_ids))
     places = torch.arange(plan.shape[1], device=device)
@@ -89,18 +89,18 @@ def visible(plan: PackingPlan, kind: LayerKind, device: torch.device | str = "cp
 def dense_masks(
     plan: PackingPlan, kinds: dict[str, LayerKind], additive: torch.dtype | None, device: torch.device | str
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The masks of a packed batch in the form a model takes them: one tensor, or a dict by kind of layer.
+    """The masks of a packed batch as a model takes them: one tensor, or a dict by kind of layer.
 
     Args:
         plan: the packed rows.
         kinds: the model's kinds of layers.
-        additive: None for a bool mask; else the dtype of a mask that is added to the scores, 0 where a key is seen.
-        device: where the masks go.
+        additive: None for a bool mask; else the dtype of a mask added to the scores, 0 where a key is seen.
+        device: device of the masks.
     """
     built: dict[LayerKind, torch.Tensor] = {}
     masks = {}
     for name, kind in kinds.items():
-        # A limit that no sequence of this batch reaches leaves the full mask, built once for all kinds.
+        # If no sequence of this batch reaches the limit, the full mask applies; it is built once for all kinds.
         kind = kind if kind.binds(plan.longest) else LayerKind()
         if kind not in built:
             mask = visible(plan, kind, device)
@@ -109,5 +109,5 @@ def dense_masks(
                 mask = torch.zeros(mask.shape, dtype=additive, device=device).masked_fill_(~mask, lowest)
             built[kind] = mask
         masks[name] = built[kind]
-    # With one kind of layer a model takes a tensor; models that tell kinds apart take the dict.
+    # A model with one kind of layer takes a tensor; one with several takes the dict.
     return next(iter(masks.values())) if len(masks) == 1 else masks

@@ -1,11 +1,11 @@
-"""Where every token of a batch of pairs goes when each pair's common prefix is computed once.
+"""The packing plan: where every token of a batch of pairs goes when each pair's common prefix is computed once.
 
-A pair is two rows of tokens that start alike. Written once, it is three parts in a row:
+A pair is two rows of tokens with a common prefix. Packed, it is three consecutive parts:
 
     shared (s tokens) | tail of the chosen row (c tokens) | tail of the rejected row (r tokens)
 
-with positions 0..s-1 | s..s+c-1 | s..s+r-1. The state of a shared token does not depend on which answer follows, so
-both rows read it: the first token of each answer is predicted from the same place, position s-1.
+with positions 0..s-1 | s..s+c-1 | s..s+r-1. The state of a shared token does not depend on the answer that follows, so
+both rows use it: the first token of each answer is predicted from the same place, position s-1.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ SHARED, CHOSEN, REJECTED = 0, 1, 2
 
 
 class NotPackable(ValueError):
-    """The batch cannot be packed; the text says why, in words for a log line."""
+    """The batch or model cannot be packed; the text is the reason, as a clause for a log line."""
 
 
 @dataclass(frozen=True)
 class PairParts:
-    """One pair inside the packed rows: its row, where it starts there, and its three lengths in tokens."""
+    """One pair in the packed rows: its row, its start in that row, and its three lengths in tokens."""
 
     pair: int
     row: int
@@ -32,26 +32,26 @@ class PairParts:
 
     @property
     def tokens(self) -> int:
-        """Tokens the pair takes: s + c + r."""
+        """Number of tokens of the pair: s + c + r."""
         return self.shared + self.chosen + self.rejected
 
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """The packed rows of one batch, and the way back to TRL's layout.
+    """The packed rows of one batch, and the mapping back to TRL's layout.
 
-    R packed rows of L places hold what was (2B, T) padded. "Flat" counts row-major over (R, L) for packed places and
-    over (2B, T) for padded ones.
+    R packed rows of L places hold the tokens of the padded (2B, T) batch. A "flat" place is a row-major index, over (R, L)
+    for packed and over (2B, T) for padded places.
 
     Attributes:
-        parts: the pairs in the order of the batch; a pair without any token is left out.
+        parts: the pairs in batch order, without pairs that have no tokens.
         shape: (R, L).
-        source: (R, L), flat padded place whose token stands here; filling repeats the first token.
+        source: (R, L), flat padded place of the token that stands here; filling repeats the first token.
         position_ids: (R, L), the token's position in its own sequence; 0 for filling.
-        pair: (R, L), the pair a place belongs to; -1 for filling.
+        pair: (R, L), the pair that a place belongs to; -1 for filling.
         branch: (R, L), SHARED, CHOSEN or REJECTED.
         home: (2B, T), flat packed place of a padded token; 0 for padding.
-        scored: (N,), flat packed place that predicts each scored token, in the order of the padded rows.
+        scored: (N,), flat packed place that predicts each scored token, in padded order.
         labels: (N,), the scored tokens.
         target: (N,), flat place of each in TRL's output layout (2B, T-1).
         output_shape: (2B, T-1).
@@ -71,20 +71,20 @@ class PackingPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens computed, without filling."""
+        """Number of tokens computed, without filling."""
         return sum(parts.tokens for parts in self.parts)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest single sequence, prompt and answer."""
+        """Number of tokens of the longest sequence, prompt plus answer."""
         return max(parts.shared + max(parts.chosen, parts.rejected) for parts in self.parts)
 
 
 def shared_lengths(input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Length of the longest common prefix of each pair's two rows: (2B, T) tokens and (2B,) lengths to (B,).
 
-    It is measured on the tokens and not taken from the prompt's length: truncation from the left can shift one row of
-    a pair against the other, and answers may start with the same words.
+    It is measured on the tokens, not taken from the prompt's length: truncation from the left can shift the two rows of a
+    pair against each other, and answers may start with the same words.
     """
     chosen, rejected = input_ids.chunk(2)
     both = torch.minimum(*lengths.chunk(2))
@@ -100,18 +100,18 @@ def row_lengths(attention_mask: torch.Tensor) -> torch.Tensor:
     """
     mask = attention_mask != 0
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise NotPackable("rows are padded on the left or have holes, and only right padding is packed")
+        raise NotPackable("rows are padded on the left or have holes; only right padding can be packed")
     return mask.sum(1)
 
 
 def fill_rows(sizes: list[int], row_length: int | None) -> list[list[int]]:
-    """Distribute items over rows by first-fit decreasing, and list each row's items.
+    """Distributes items over rows by first-fit decreasing, and lists each row's items.
+
+    Items of equal size keep their order, so the result depends only on the sizes.
 
     Args:
         sizes: tokens of each item.
-        row_length: places in a row; never less than the largest item. None: as long as the largest item.
-
-    Items of equal size keep their order, so the result depends on the sizes alone.
+        row_length: places in a row; raised to the largest item if that is longer. None: the largest item.
     """
     length = max([*sizes, row_length or 0])
     rows: list[list[int]] = []
@@ -133,24 +133,24 @@ def plan_pairs(
     row_length: int | None = None,
     one_row: bool = False,
 ) -> PackingPlan:
-    """Plan the packed rows of a batch [chosen; rejected] as TRL's collator makes it.
+    """Plans the packed rows of a batch [chosen; rejected] from TRL's collator.
 
     Args:
-        input_ids: (2B, T), the rows of the chosen answers and then of the rejected ones, padded on the right.
-        attention_mask: (2B, T), 1 for real tokens; None: all are.
-        labels: (2B, T), the token where it is scored and -100 elsewhere. Column 0 is predicted by nothing and is
-            never scored, here as in TRL.
-        row_length: places in a packed row; None: as many as the longest pair takes.
-        one_row: put all pairs one after the other in a single row, which then has no filling.
+        input_ids: (2B, T), the chosen rows followed by the rejected rows, padded on the right.
+        attention_mask: (2B, T), 1 for real tokens; None: all tokens are real.
+        labels: (2B, T), the token where it is scored and -100 elsewhere. Column 0 has no predictor and is never scored,
+            as in TRL.
+        row_length: places in a packed row; None: the length of the longest pair.
+        one_row: put all pairs one after the other in a single row without filling.
 
     Returns:
-        The plan; its tensors live on the CPU whatever the device of the batch.
+        The plan; its tensors are on the CPU, whatever the batch's device.
 
     Raises:
-        NotPackable: odd number of rows, shapes that differ, left padding, padding that is scored, nothing but padding.
+        NotPackable: odd number of rows, differing shapes, left padding, scored padding, or nothing but padding.
     """
     if input_ids.ndim != 2 or input_ids.size(0) % 2 or input_ids.size(0) == 0:
-        raise NotPackable(f"got a batch of shape {tuple(input_ids.shape)}, and pairs need (2B, T), [chosen; rejected]")
+        raise NotPackable(f"got a batch of shape {tuple(input_ids.shape)}; pairs need (2B, T), [chosen; rejected]")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape or labels.shape != input_ids.shape:
@@ -158,7 +158,7 @@ def plan_pairs(
             f"shapes differ: input_ids {tuple(input_ids.shape)}, attention_mask {tuple(attention_mask.shape)}, "
             f"labels {tuple(labels.shape)}"
         )
-    # One copy to the host for the three: on a GPU every further one would wait for the device again.
+    # One copy to the host for all three: on a GPU every copy waits for the device.
     input_ids, attention_mask, labels = torch.stack([input_ids, attention_mask.long(), labels]).cpu()
     if bool(((labels != -100) & (attention_mask == 0)).any()):
         raise NotPackable("padding has labels")
@@ -186,7 +186,7 @@ def plan_pairs(
         for i in members:
             s, c, r = shared[i], lengths[i] - shared[i], lengths[pairs + i] - shared[i]
             trunk, stop = slice(start, start + s + c), start + s + c + r
-            # The shared part and the chosen tail are the chosen row as it stands; the rejected tail follows.
+            # The shared part and the chosen tail together are the chosen row; the rejected tail follows.
             source[row, trunk] = torch.arange(s + c) + i * columns
             source[row, trunk.stop : stop] = torch.arange(s, s + r) + (pairs + i) * columns
             position_ids[row, trunk] = torch.arange(s + c)

@@ -1,9 +1,9 @@
-"""The door of the backbone: the padded batch goes in packed, and what comes out is put in order for the head.
+"""Hooks around the backbone: the padded batch goes in packed, and its hidden states are ordered for the head.
 
-TRL's fused head calls the model's backbone with what it was called with, and scores `last_hidden_state` against
-pre-shifted labels. For the length of one call two hooks stand at the backbone: in front of it the padded batch is
-exchanged for the packed one with its mask; behind it the states that predict scored tokens are picked out, so that the
-head computes no other. Everything around the backbone (DDP, DeepSpeed, PEFT, TRL's head) sees an ordinary call.
+TRL's fused head passes its arguments on to the model's backbone and scores `last_hidden_state` against pre-shifted labels.
+For one call, two hooks are added to the backbone. The first replaces the padded batch by the packed one with its mask. The
+second selects the states that predict scored tokens, so that the head computes no others. Everything around the backbone
+(DDP, DeepSpeed, PEFT, TRL's head) sees an ordinary call.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from .plan import PackingPlan
 
 
 def layers_around(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The model and what it wraps, from the outside in: torch (DDP, FSDP, compile), DeepSpeed, PEFT, transformers."""
+    """Yields the model and the models it wraps, outermost first: torch (DDP, FSDP, compile), DeepSpeed, PEFT, transformers."""
     while True:
         yield model
         if "_orig_mod" in model._modules:
@@ -46,21 +46,21 @@ def packed_backbone(
     masks: torch.Tensor | dict[str, torch.Tensor],
     predictors: torch.Tensor,
 ) -> Iterator[None]:
-    """Within the block, calls of the backbone with the padded batch run the packed one.
+    """Within the block, calling the backbone with the padded batch runs the packed one.
+
+    The backbone's `last_hidden_state` becomes (1, N, hidden). Router logits, one tensor (R·L, experts) per layer, are mapped
+    back to the padded order (2B·T, experts), so that a shared token counts once in each row, as in the padded path.
 
     Args:
         backbone: the module that TRL's fused head calls.
         plan: the packed rows.
-        masks: what the backbone gets as its attention mask.
-        predictors: (N,), flat packed places whose states the head shall see.
-
-    The backbone's `last_hidden_state` becomes (1, N, hidden). Router logits, one tensor (R·L, experts) a layer, are
-    put back into the padded order (2B·T, experts): a shared token then counts once in each row, as it does padded.
+        masks: the attention mask to pass to the backbone.
+        predictors: (N,), flat packed places whose states the head gets.
     """
 
     def pack(module, args, kwargs):
         if args or kwargs.get("inputs_embeds") is not None:
-            raise TypeError("the backbone was called in a form that is not known here; use the padded path")
+            raise TypeError("the backbone was called with positional arguments or inputs_embeds; use the padded path")
         input_ids = kwargs["input_ids"]
         device = input_ids.device
         packed = dict(

@@ -1,13 +1,12 @@
-"""Attention one segment at a time: no mask over the whole row, nothing computed that is then masked away.
+"""Attention by segments: no mask over the whole row, and no masked-out scores to compute.
 
-The packed rows are one long row without filling. In it the shared part and the chosen tail of a pair are a plain
-causal sequence, and the rejected tail is a causal continuation of the shared part, so two calls of
-`scaled_dot_product_attention` a pair do it, each of the size it needs.
+The packed batch is one long row without filling. For each pair, the shared part and the chosen tail are a plain causal
+sequence, and the rejected tail is a causal continuation of the shared part. So two calls of
+`scaled_dot_product_attention` per pair suffice, each no larger than needed.
 
-The segments travel to the layers as the attention mask, an int64 tensor (1, 1, 6, pairs) on the CPU: models hand a
-4-D mask through unread, gradient checkpointing brings it back in the backward pass, and reading it never waits for
-a GPU. Every other mask is passed on to transformers' own sdpa attention, so a model left with this implementation
-behaves as with sdpa.
+The segments reach the layers as the attention mask, an int64 tensor (1, 1, 6, pairs) on the CPU: models pass a 4-D mask
+through unread, gradient checkpointing restores it in the backward pass, and reading it never waits for a GPU. Any other
+mask goes to transformers' own sdpa attention, so a model left with this implementation behaves as with sdpa.
 """
 
 import torch
@@ -18,31 +17,31 @@ from .plan import PackingPlan
 
 NAME = "trl_cpo_segments"
 MASKED_ATTENTION = ("sdpa", "eager", NAME)  # implementations that take a tree mask
-_FIELDS = 6  # start, shared, chosen, rejected, window, chunk; 0 stands for no window and no chunk
+_FIELDS = 6  # start, shared, chosen, rejected, window, chunk; 0: no window, no chunk
 
 
 def segment_table(plan: PackingPlan, kind: LayerKind) -> torch.Tensor:
-    """The segments of a plan in one row as an int64 tensor (1, 1, 6, pairs), in the order they stand in the row."""
+    """The segments of a one-row plan as an int64 tensor (1, 1, 6, pairs), in row order."""
     if plan.shape[0] != 1 or plan.tokens != plan.shape[1]:
-        raise ValueError(f"segments need a plan in one row without filling, got rows of shape {plan.shape}")
+        raise ValueError(f"Segments need a plan of one row without filling; got rows of shape {plan.shape}.")
     limits = (kind.window or 0, kind.chunk or 0)
     parts = sorted(plan.parts, key=lambda p: p.start)
     return torch.tensor([(p.start, p.shared, p.chosen, p.rejected, *limits) for p in parts]).T[None, None]
 
 
 def segment_masks(plan: PackingPlan, kinds: dict[str, LayerKind]) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The tables by kind of layer in the form a model takes masks: one tensor, or a dict."""
+    """The segment tables as a model takes masks: one tensor, or a dict by kind of layer."""
     tables = {name: segment_table(plan, kind) for name, kind in kinds.items()}
     return next(iter(tables.values())) if len(tables) == 1 else tables
 
 
 def is_segment_table(mask: torch.Tensor | None) -> bool:
-    """Whether what came as the attention mask is a table of segments: other masks are bool or floating."""
+    """Whether an attention mask is a segment table; other masks are bool or floating-point."""
     return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.dtype == torch.int64
 
 
 def _limited(queries: int, keys: int, window: int, chunk: int, device: torch.device) -> torch.Tensor | None:
-    """Mask (queries, keys) of a causal continuation whose last query is the last key; None where plain causal does."""
+    """Mask (queries, keys) of a causal continuation that ends at the last key; None if plain causal attention suffices."""
     binds = (window and keys > window) or (chunk and keys > chunk)
     if queries == keys and not binds:
         return None
@@ -67,17 +66,17 @@ def segment_attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention in transformers' interface: by segments where the mask is a table of them, and sdpa otherwise.
+    """Attention with transformers' interface: by segments if the mask is a segment table, else sdpa.
 
     Args:
         query, key, value: (1, heads, L, head size), key and value with fewer heads in grouped attention.
-        attention_mask: the table, see `segment_table`.
+        attention_mask: the table from `segment_table`.
 
     Returns:
         (1, L, heads, head size), and None for the weights.
 
     Raises:
-        NotImplementedError: the model asks for something that is not computed by segments.
+        NotImplementedError: the model asks for a feature that attention by segments lacks.
     """
     if not is_segment_table(attention_mask):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -93,7 +92,7 @@ def segment_attention(
     if repeats > 1:
         key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
 
-    # Split once: the backward of a split writes one gradient, that of many slices one of the full size each.
+    # Split once: the backward of one split writes one gradient; each slice's would write a full-size one.
     sizes = [size for _, s, c, r, _, _ in segments for size in (s + c, r)]
     queries, keys, values = (t.split(sizes, dim=2) for t in (query, key, value))
     outputs = []
@@ -113,7 +112,7 @@ def _attend(q, k, v, mask, dropout, scaling) -> torch.Tensor:
 
 
 def register() -> None:
-    """Make the implementation known to transformers under NAME; with ordinary 2-D masks it is sdpa."""
+    """Registers the implementation with transformers under NAME; with ordinary 2-D masks it is sdpa."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -1,4 +1,4 @@
-"""Which forward the pairs of a model go through: packed where the probe finds it right, and the model itself elsewhere."""
+"""Chooses each model's forward: packed if the probe finds it correct, else the model itself."""
 
 import logging
 import weakref
@@ -16,33 +16,32 @@ logger = logging.getLogger(__name__)
 
 
 class PrefixSharing:
-    """The forward of each model of a training: policy and reference, each probed once, when it is first asked for.
+    """The forwards of policy and reference; each model is probed once, at its first use.
 
     Args:
-        wanted: False for the padded forward always; True to refuse models that cannot be packed; None to pack those
-            that can.
-        max_length: longest sequence that will come; None: not known.
-        verbose: whether this process writes the line that says which way it is.
-        compiled: whether the models will be compiled, which they are not yet when they are first asked for.
+        wanted: False: always padded; True: refuse models that cannot be packed; None: pack those that can be.
+        max_length: longest sequence to expect; None: unknown.
+        verbose: whether this process logs the choice.
+        compiled: whether the models will be compiled later.
     """
 
     def __init__(self, wanted: bool | None, max_length: int | None, verbose: bool = True, compiled: bool = False):
         self.wanted = wanted
         self.max_length = max_length
         self.verbose = verbose
-        # A compiled model would be compiled anew for every table of segments.
+        # A compiled model would be recompiled for every segment table.
         self.attention = DENSE if compiled else "auto"
-        # By the model inside all wrappers: the same one comes bare in evaluation and wrapped in training. Held weakly,
-        # because a reference is dropped once its log-probabilities are precomputed, and must be free to go.
+        # Keyed by the innermost model: evaluation passes it bare, training wrapped. Weakly, so that a reference can be freed
+        # once its log-probabilities are precomputed.
         self._known: weakref.WeakKeyDictionary[torch.nn.Module, Verdict] = weakref.WeakKeyDictionary()
-        # The attention each was judged with: `model.set_attn_implementation` may exchange it at any time.
+        # The attention each was probed with: `model.set_attn_implementation` may change it at any time.
         self._probed_with: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
 
     def of(self, model: torch.nn.Module) -> Callable:
-        """What to call in place of `model`.
+        """The forward to call in place of `model`.
 
         Raises:
-            NotPackable: the model cannot be packed, and it was asked for.
+            NotPackable: packing was asked for, and the model cannot be packed.
         """
         if self.wanted is False:
             return model
@@ -52,10 +51,10 @@ class PrefixSharing:
         return PackedPairForward(model, attention=verdict.attention, max_length=verdict.max_length, required=bool(self.wanted))
 
     def verdict(self, model: torch.nn.Module) -> Verdict:
-        """What the probe found for `model` with its present attention, now or before.
+        """The probe's verdict on `model` with its current attention; probes it if needed.
 
         Raises:
-            NotPackable: the model cannot be packed, and it was asked for.
+            NotPackable: packing was asked for, and the model cannot be packed.
         """
         inner = unwrap(model)
         attention = _attention_of(inner)
@@ -63,7 +62,7 @@ class PrefixSharing:
             verdict = probe(model, attention=self.attention, max_length=self.max_length)
             if not verdict.ok and self.wanted:
                 raise NotPackable(
-                    f"prefix_sharing=True, and it does not fit {type(inner).__name__}: {verdict.reason}. Leave "
+                    f"prefix_sharing=True does not work with {type(inner).__name__}: {verdict.reason}. Leave "
                     "prefix_sharing unset to train it padded."
                 )
             if self.verbose:
@@ -75,6 +74,6 @@ class PrefixSharing:
 
 
 def _attention_of(model: torch.nn.Module) -> str:
-    """The attention a model was given; segments stand in the place of sdpa."""
+    """The attention implementation that a model was given; segments count as sdpa, which they replace."""
     given = getattr(getattr(model, "config", None), "_attn_implementation", "")
     return "sdpa" if given == NAME else given

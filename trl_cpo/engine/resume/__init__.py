@@ -1,1 +1,1 @@
-"""Interrupted and resumed training is uninterrupted training."""
+"""Exact resume: a resumed run computes the same numbers as an uninterrupted one."""

@@ -1,4 +1,4 @@
-"""Checkpoint folders: written aside and moved into place whole; found again; refused where they are not whole."""
+"""Checkpoint folders: staged and moved into place once complete; found again; refused if incomplete."""
 
 import errno
 import json
@@ -10,57 +10,57 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-#: Folder, inside a run's folder, of everything that is on its way in or out. Uploads to the hub leave out `_*`.
+#: Staging folder, inside a run's folder, for checkpoints being written or deleted. Uploads to the hub skip `_*`.
 UNFINISHED = "_unfinished"
-#: What trl-cpo keeps in a checkpoint beside what transformers keeps there.
+#: The file that trl-cpo adds to a checkpoint of transformers.
 STATE_FILE = "trl_cpo_state.json"
-#: How that file is laid out.
+#: Version of that file's layout.
 FORMAT = 1
 TRAINER_STATE_FILE = "trainer_state.json"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WHOLE, _REPLACED, _REMOVED = "whole-", "replaced-", "removed-"
-#: Any of these holds weights: whole, in shards, of adapters, of FSDP, of DeepSpeed.
+#: Patterns of weight files: unsharded or in shards, of adapters, of FSDP, of DeepSpeed.
 _WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model.*", "*/adapter_model.*", "latest")
-#: Files that a resume reads numbers from. The others (a model card, a tokenizer) may be edited.
+#: Suffixes of files that a resume reads numbers from; their sizes are recorded. Others (model card, tokenizer) may be edited.
 _MEASURED = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
 class CheckpointError(ValueError):
-    """There is no checkpoint to resume from, or it is not whole."""
+    """There is no checkpoint to resume from, or it is incomplete."""
 
 
 class NotStaged(Exception):
-    """There is no checkpoint to publish: another machine on the disk was first."""
+    """There is no staged checkpoint to publish; another machine on the same disk has moved it."""
 
 
 def staging(run_dir: str | Path) -> Path:
-    """The folder that checkpoints of `run_dir` are written into."""
+    """The staging folder of `run_dir`, into which its checkpoints are written first."""
     return Path(run_dir) / UNFINISHED
 
 
 def clean_up(run_dir: str | Path) -> None:
-    """Clears what a killed run left: half-written checkpoints go, a finished one that was to be replaced comes back."""
+    """Cleans up after a killed run: deletes half-written checkpoints, restores a complete one that was being replaced."""
     folder = staging(run_dir)
     if not folder.is_dir():
         return
     for replaced in folder.glob(f"{_REPLACED}checkpoint-*"):
         final = Path(run_dir) / replaced.name.removeprefix(_REPLACED)
         if not final.exists():
-            with suppress(FileNotFoundError):  # another machine on the same disk was first
+            with suppress(FileNotFoundError):  # another machine on the same disk has moved it
                 os.rename(replaced, final)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync(folder: Path) -> None:
-    """Waits until everything in `folder` is on the disk, so that a rename cannot come to it before the contents."""
+    """Flushes everything in `folder` to disk, so that a later rename cannot reach the disk before the contents."""
     for here, _, names in os.walk(folder):
         for path in [*(os.path.join(here, name) for name in names), here]:
             try:
                 descriptor = os.open(path, os.O_RDONLY)
             except OSError:
-                if path == here:  # not every system opens folders
+                if path == here:  # not every system can open folders
                     continue
                 raise
             try:
@@ -73,13 +73,14 @@ def sync(folder: Path) -> None:
 
 
 def publish(run_dir: str | Path, name: str) -> None:
-    """Moves the checkpoint `name` from the staging folder into `run_dir` by one rename, in place of an older one.
+    """Moves the checkpoint `name` from the staging folder into `run_dir` by one rename, replacing an older one.
 
-    Raises `NotStaged`, with `run_dir` as it was, if there is none.
+    Raises:
+        NotStaged: there is no such checkpoint; `run_dir` is unchanged.
     """
     claimed, final = staging(run_dir) / f"{_WHOLE}{name}", Path(run_dir) / name
-    # The first thing asked of the disk: what a machine remembers of a folder on a network's disk may be older than a
-    # rename by another one, and the checkpoint in place must not make room for one that is no longer there.
+    # Claim the staged folder first. On a network disk this machine may have a stale view of a folder that another one has
+    # already moved; the checkpoint in place must not be removed for one that is gone.
     try:
         os.rename(staging(run_dir) / name, claimed)
     except FileNotFoundError as error:
@@ -130,7 +131,7 @@ def _age(checkpoint: Path) -> tuple[int, int]:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint so that it is there whole or not at all, whenever the process is killed."""
+    """Deletes a checkpoint; if the process is killed, the checkpoint is either complete or gone."""
     aside = staging(folder.parent)
     aside.mkdir(exist_ok=True)
     os.rename(folder, aside / f"{_REMOVED}{folder.name}")
@@ -138,13 +139,13 @@ def remove(folder: Path) -> None:
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes `state`, and the sizes of the checkpoint's files, into `folder`; floats are exact."""
+    """Writes `state` and the sizes of the checkpoint's files into `folder`; floats are stored exactly."""
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(_measured(folder))}
     (folder / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def read_state(folder: str | Path) -> dict[str, Any] | None:
-    """What `write_state` wrote, or None if another trainer wrote the checkpoint."""
+    """Reads what `write_state` wrote; None if another trainer wrote the checkpoint."""
     file = Path(folder) / STATE_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
@@ -154,45 +155,45 @@ def _measured(folder: Path) -> Iterator[Path]:
 
 
 def fault_of(folder: str | Path) -> str | None:
-    """Why nothing can be resumed from `folder`, in words, or None if it is a whole checkpoint."""
+    """Why `folder` cannot be resumed from, as text for a message; None if it is a complete checkpoint."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
     if folder.absolute().parent.name == UNFINISHED:
-        return "it was being written or deleted when the run ended"
+        return "the run ended while writing or deleting it"
     return fault_within(folder)
 
 
 def fault_within(folder: Path) -> str | None:
-    """What of a checkpoint `folder` lacks, in words, wherever the folder is; None if it is whole."""
+    """What is wrong with the checkpoint in `folder`, staged or not, as text for a message; None if it is complete."""
     for name, required in ((TRAINER_STATE_FILE, True), (STATE_FILE, False)):
         file = folder / name
         if not file.exists():
             if required:
-                return f"it has no {name}, which is written last, so it was probably being written when the run ended"
+                return f"it has no {name}, which is written last; the run probably ended while writing it"
             continue
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, OSError, RecursionError) as error:
             return f"its {name} cannot be read ({error})"
         if required and not (isinstance(content, dict) and isinstance(content.get("global_step"), int)):
-            return f"its {name} names no global_step"
+            return f"its {name} has no global_step"
         if not required and not (isinstance(content, dict) and isinstance(content.get("files"), dict)):
-            return f"its {name} names no files"
+            return f"its {name} lists no files"
         if not required and content.get("format") != FORMAT:
-            return f"its {name} has the format {content.get('format')!r}, and this version of trl-cpo reads {FORMAT}"
+            return f"its {name} has format {content.get('format')!r}; this version of trl-cpo reads format {FORMAT}"
         if not required:
             for path, size in content["files"].items():
                 found = (folder / path).stat().st_size if (folder / path).is_file() else None
                 if found != size:
-                    return f"its {path} " + ("is missing" if found is None else f"has {found} bytes and not {size}")
+                    return f"its {path} " + ("is missing" if found is None else f"has {found} bytes, expected {size}")
     if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
         return "it holds no weights"
     return None
 
 
 def step_of(folder: str | Path) -> int | None:
-    """The step that a checkpoint was written after, or None if it does not say."""
+    """The step after which a checkpoint was written; None if it cannot be read."""
     try:
         return json.loads((Path(folder) / TRAINER_STATE_FILE).read_text(encoding="utf-8"))["global_step"]
     except (ValueError, OSError, RecursionError, TypeError, KeyError):
@@ -214,9 +215,10 @@ def whole_checkpoints(run_dir: str | Path) -> dict[int, Path]:
 
 
 def of_last_run(run_dir: str | Path) -> dict[int, Path]:
-    """Those of the whole checkpoints that were written by the run that wrote the last of them.
+    """The complete checkpoints of the run that wrote the latest one, by step, lowest first.
 
-    An earlier run may have left some with higher steps in the same folder, which would end the later one at its start.
+    An earlier run may have left checkpoints with higher steps in the same folder. Resumed from one of those, the later run
+    would end at once.
     """
     whole = whole_checkpoints(run_dir)
     if not whole:
@@ -227,23 +229,25 @@ def of_last_run(run_dir: str | Path) -> dict[int, Path]:
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step of the run that wrote last, or None."""
+    """The complete checkpoint with the highest step of the run that wrote last, or None."""
     return next(reversed(of_last_run(run_dir).values()), None)
 
 
 def refusal(folder: str | Path, fault: str) -> CheckpointError:
-    """The error for a checkpoint that is not whole, with the newest one beside it that is."""
+    """The error for an incomplete checkpoint; names the newest complete one beside it."""
     beside = Path(folder).absolute().parent
     run_dir = beside.parent if beside.name == UNFINISHED else beside
     newest = newest_checkpoint(run_dir)
-    step = f"The newest whole checkpoint there is {newest}" if newest else f"There is no whole checkpoint in {run_dir}"
-    then = "resume from that" if newest else "train from the start"
-    return CheckpointError(f"Cannot resume from {folder}: {fault}. {step}; {then}.")
+    if newest:
+        advice = f"Resume from {newest}, the newest complete checkpoint there."
+    else:
+        advice = f"There is no complete checkpoint in {run_dir}; train from the start."
+    return CheckpointError(f"Cannot resume from {folder}: {fault}. {advice}")
 
 
 def is_fresh(run_dir: str | Path) -> bool:
-    """Whether `run_dir` holds nothing but what a run leaves that was killed before its first checkpoint.
+    """Whether `run_dir` holds only what a run leaves if it is killed before its first checkpoint.
 
-    A damaged checkpoint is not such a thing: checkpoints come into place whole, so something else befell it.
+    A damaged checkpoint does not count as fresh: checkpoints appear complete, so something else must have damaged it.
     """
     return Path(run_dir).is_dir() and {UNFINISHED, "log.jsonl", "README.md", "runs"}.issuperset(os.listdir(run_dir))

@@ -1,4 +1,4 @@
-"""Interrupted and resumed training is uninterrupted training: whole checkpoints, and all that a resume would lose."""
+"""Exact resume: complete checkpoints, including all state that transformers and TRL would lose."""
 
 import math
 import os
@@ -22,46 +22,34 @@ from .settings import data_facts, settings_of
 
 _REFERENCE_FILE = "synchronised_reference.safetensors"
 
-
-#: What a checkpoint's state file holds by itself; every other key is something stateful.
-_OWN_KEYS = {
-    "format",
-    "run",
-    "order",
-    "evaluations_without_gain",
-    "settings",
-    "data",
-    "stream",
-    "seconds",
-    "processes",
-    "files",
-}
+#: The state file's own keys; every other key belongs to a `Stateful`.
+_OWN_KEYS = frozenset("format run order evaluations_without_gain settings data stream seconds processes files".split())
 
 
 class Stateful(Protocol):
-    """Something that counts while training, and that a resumed training takes up where it was."""
+    """State that changes during training and is restored on resume."""
 
-    #: What happens to it where a checkpoint does not hold it, in words for a warning; empty to say nothing.
+    #: What happens if a checkpoint does not hold this state, as a clause for a warning; empty for no warning.
     starts_anew: str
 
     def begin(self) -> None:
-        """Start of training: drop what a run interrupted mid-step left."""
+        """Start of training: drops values left from a run interrupted mid-step."""
 
     def reset(self) -> None:
-        """Back to the start of a run."""
+        """Returns to the initial state of a run."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step or log depends on, as plain numbers that JSON holds exactly."""
+        """Everything that the next step or log depends on, as plain numbers that JSON stores exactly."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` gave. Raises `ValueError` where that cannot be."""
+        """Restores the result of `state_dict`. Raises `ValueError` if that is impossible."""
 
 
 class Resumption(TrainerCallback):
-    """Writes a trainer's checkpoints, and restores what transformers and TRL lose between one and the next `train`.
+    """Writes a trainer's checkpoints, and restores the state that transformers and TRL lose on resume.
 
-    That is: the loss, the metrics and the tokens counted since the last log; what the final summary is made of; a reference
-    that `sync_ref_model` moves; and what the trainer's `stateful` gives. Everything else transformers restores.
+    That state is: loss, metrics and tokens counted since the last log; the numbers behind the final summary; a reference
+    moved by `sync_ref_model`; and the trainer's `stateful`. transformers restores everything else.
     """
 
     def __init__(self, trainer: trl.DPOTrainer, stateful: Mapping[str, "Stateful"]):
@@ -74,19 +62,22 @@ class Resumption(TrainerCallback):
         self._run: str | None = None
         self._data: tuple[Any, dict[str, Any] | None] | None = None
         self._stopped_early = False
-        #: Seconds of training before this call of `train`, of the run that is resumed.
+        #: Seconds that the resumed run trained before this call of `train`.
         self.earlier_seconds = 0.0
 
     # Before training
 
     def prepare(self, given: str | bool | None) -> str | None:
-        """The checkpoint to resume from, looked at before the model is touched; None to train from the start.
+        """Finds and checks the checkpoint to resume from, before the model is changed; None to train from the start.
 
-        `True`, or the word "latest" or "true" where no folder has that name, asks for the newest whole one of the run.
+        Args:
+            given: a checkpoint's folder; `True`, "latest" or "true" (unless a folder has that name) for the newest complete
+                one of the run; `None` or `False` for none.
 
         Raises:
-            CheckpointError: it is not whole, there is none, or it is another one, on one of the processes at least.
-            ValueError: something of `stateful` in it cannot be taken up.
+            CheckpointError: on at least one process the checkpoint is incomplete or missing, or the processes would resume
+                from different steps.
+            ValueError: the state of a `Stateful` in it cannot be restored.
         """
         self._state = self._folder = None
         if given is None or given is False:
@@ -94,14 +85,14 @@ class Resumption(TrainerCallback):
         if str(given).lower() in ("latest", "true") and (given is True or not os.path.isdir(given)):
             given = True
         run_dir = self._trainer.args.output_dir
-        # Of its own folder alone: in another one, a run may be writing.
+        # Only the run's own folder: another run may be writing into any other.
         self._once_per_machine(lambda: checkpoints.clean_up(run_dir))
         if given is True:
             newest = newest_everywhere(run_dir)
             if newest is None:
                 raise checkpoints.CheckpointError(
-                    f"There is no whole checkpoint in {run_dir} to resume from. Set output_dir to the folder of the run, or "
-                    "call train() without resume_from_checkpoint to start from the beginning."
+                    f"There is no complete checkpoint in {run_dir} to resume from. Set output_dir to the run's folder, or call "
+                    "train() without resume_from_checkpoint to start from the beginning."
                 )
             given = str(newest)
         found = gather_object([(given, checkpoints.fault_of(given), checkpoints.step_of(given))])
@@ -111,11 +102,11 @@ class Resumption(TrainerCallback):
         if len({step for *_, step in found}) > 1:
             chosen = "; ".join(f"process {rank}: {folder} (step {step})" for rank, (folder, _, step) in enumerate(found))
             raise checkpoints.CheckpointError(
-                f"The processes would resume from different steps. {chosen}. Give all the checkpoint of one step, or "
-                "resume_from_checkpoint=True for the newest that all of them have."
+                f"The processes would resume from different steps. {chosen}. Give all of them the checkpoint of one step, or "
+                "set resume_from_checkpoint=True for the newest one that all of them have."
             )
         self._folder, self._state = Path(given), checkpoints.read_state(given)
-        # Also said now, before the model is touched, where one of these cannot be taken up.
+        # Loaded now as well as at the start of training, so that a failure is raised before the model is changed.
         self._load_stateful()
         if self._trainer.args.process_index == 0:
             for note in self._cautions():
@@ -125,35 +116,35 @@ class Resumption(TrainerCallback):
     def _cautions(self) -> list[str]:
         state, notes = self._state, []
         if state is None:
-            lost = "the loss, the metrics and num_tokens counted since its last log, and train_loss, start from zero"
+            lost = "As in TRL, train_loss and the loss, metrics and num_tokens since the last log start from zero"
             lost += "".join(f", and {own.starts_anew}" for own in self._stateful.values() if own.starts_anew)
-            return [f"it was not written by trl-cpo. {lost[0].upper()}{lost[1:]}, as they do in TRL."]
+            return [f"it was not written by trl-cpo. {lost}."]
         if not (self._folder / "scheduler.pt").exists() and not (self._folder / "latest").exists():
-            notes.append("it holds weights alone (save_only_model). The optimizer and the schedule start anew.")
+            notes.append("it holds only weights (save_only_model). The optimizer and the schedule start from scratch.")
         now = self._settings()
         differ = [(name, was, now[name]) for name, was in state["settings"].items() if now.get(name, was) != was]
         data = self._data_facts() if state.get("data") else state.get("data")
         if data != state.get("data"):
             notes.append(
-                f"the training pairs are not those that it was trained on ({state['data']['pairs']} then, {data['pairs']} "
-                "now, or other texts, or in another order). It is another run than before."
+                f"the training pairs have changed: in number ({state['data']['pairs']} then, {data['pairs']} now), text or "
+                "order. This is no longer the same run."
             )
         changed = [f"{name} was {was!r} and is {given!r}" for name, was, given in differ]
         if changed:
-            notes.append(f"{'; '.join(changed)}. Training goes on under the new settings; it is another run than before.")
+            notes.append(f"{'; '.join(changed)}. Training uses the new settings; this is no longer the same run.")
         for name, own in self._stateful.items():
             if state.get(name) is None and own.starts_anew:
                 notes.append(f"it holds no {name} state: {own.starts_anew}.")
                 own.reset()
         for name in sorted(state.keys() - _OWN_KEYS - self._stateful.keys()):
             if state[name] is not None:
-                notes.append(f"the {name} state in it is not used.")
+                notes.append(f"its {name} state is not used.")
         if self._syncs_reference and not (self._folder / _REFERENCE_FILE).exists():
-            notes.append("it holds no reference. The synchronised reference starts from the one given.")
+            notes.append("it holds no synchronised reference. The reference starts as it was given.")
         return notes
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Restores the counters, which training has just set to zero, from the checkpoint."""
+        """Restores the counters from the checkpoint; training has just zeroed them."""
         self._begun, self.earlier_seconds = time.time(), 0.0
         self._postponed = self._within_epoch = self._stopped_early = False
         trainer, saved = self._trainer, self._state
@@ -181,9 +172,9 @@ class Resumption(TrainerCallback):
         newest = checkpoints.newest_checkpoint(run_dir)
         if newest is not None:
             warnings.warn(
-                f"{run_dir} holds checkpoints of an earlier run (the newest is {newest.name}), and this one starts from the "
-                "beginning. It replaces those of its own steps, and save_total_limit counts the others. Use another "
-                "output_dir to keep them, or train(resume_from_checkpoint=True) to go on with them.",
+                f"{run_dir} holds checkpoints of an earlier run (the newest is {newest.name}), but this run starts from the "
+                "beginning. It replaces checkpoints of the same step, and save_total_limit counts the others. Use another "
+                "output_dir to keep them, or train(resume_from_checkpoint=True) to continue the earlier run.",
                 stacklevel=2,
             )
 
@@ -196,9 +187,9 @@ class Resumption(TrainerCallback):
         return [each for each in self._trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
 
     def place_in_stream(self, epochs: int, batches: int) -> tuple[int, int]:
-        """Where a resumed training begins, as passes gone through and batches to skip, given what transformers says.
+        """Corrects where a resumed training starts: (completed passes, batches to skip), from transformers' own counts.
 
-        Of a stream that has no length, transformers counts all batches so far as those of a first pass.
+        For a stream without a length, transformers counts all batches so far as part of the first pass.
         """
         place = None if self._state is None else self._state.get("stream")
         return (epochs, batches) if place is None or self._trainer.args.ignore_data_skip else tuple(place)
@@ -207,7 +198,7 @@ class Resumption(TrainerCallback):
         trainer, state = self._trainer, self._trainer.state
         if has_length(trainer.train_dataset) or not state.epoch:
             return None
-        # A step is made within a pass, so that no batch of it is not one of the next.
+        # A step never spans two passes, so the current pass is the last one begun.
         passes = max(math.ceil(state.epoch) - 1, 0)
         of_a_pass = state.max_steps * trainer.args.gradient_accumulation_steps
         return passes, round((state.epoch - passes) * of_a_pass)
@@ -215,9 +206,9 @@ class Resumption(TrainerCallback):
     # While training
 
     def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        """Tells the data loader of a resumed epoch what the whole epoch's would know: how many pairs its last batch has.
+        """Tells the data loader of a resumed epoch how many pairs the epoch's last batch has.
 
-        Accelerate's `skip_first_batches` loses that number, by which some of TRL's metrics leave repeated pairs out.
+        Accelerate's `skip_first_batches` loses that number; some of TRL's metrics need it to leave repeated pairs out.
         """
         self._within_epoch = True
         active = self._trainer.accelerator.gradient_state.active_dataloader
@@ -228,12 +219,12 @@ class Resumption(TrainerCallback):
                 active.remainder = len(train_dataloader.dataset) % train_dataloader.total_batch_size
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Puts a checkpoint of an epoch's last step off until the epoch's own log and evaluation are in it."""
+        """Postpones a checkpoint at an epoch's last step, so that it includes the epoch's log and evaluation."""
         if control.should_save and self.postpones():
             control.should_save = False
 
     def postpones(self) -> bool:
-        """Whether a checkpoint that is asked for now has to wait for the end of the epoch; it is then made there."""
+        """Whether a checkpoint requested now must wait for the end of the epoch; it is then written there."""
         args, state = self._trainer.args, self._trainer.state
         if not self._within_epoch:
             return False
@@ -248,9 +239,13 @@ class Resumption(TrainerCallback):
             control.should_save, self._postponed = True, False
 
     def save(self, save: Callable[[], None], trial: Any) -> str:
-        """Has `save` write a checkpoint, adds what it lacks, and moves it into place once it is whole and on the disk.
+        """Writes a checkpoint with `save`, adds the missing state, and moves it into place once it is complete and on disk.
 
-        Gives its folder.
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: on one of the processes the checkpoint is incomplete.
         """
         trainer, args = self._trainer, self._trainer.args
         run_dir, name = run_folder(trainer, trial), f"checkpoint-{trainer.state.global_step}"
@@ -281,7 +276,7 @@ class Resumption(TrainerCallback):
             )
         self._check_written(name, staged)
         self._once_per_machine(lambda: checkpoints.sync(staged))
-        # Machines that share the disk find nothing left to move; those with disks of their own move their own files.
+        # Process 0 moves the folder. Machines that share its disk then find nothing staged; others move their own folder.
         if trainer.accelerator.is_main_process:
             checkpoints.publish(run_dir, name)
         trainer.accelerator.wait_for_everyone()
@@ -294,17 +289,17 @@ class Resumption(TrainerCallback):
         return final
 
     def _check_written(self, name: str, staged: Path) -> None:
-        """Raises `CheckpointError`, on all processes, if what was written on one of them could not be resumed from."""
+        """Raises `CheckpointError` on all processes if the checkpoint that one of them wrote is incomplete."""
         mine = checkpoints.fault_within(staged) if self._trainer.args.should_save else None
         for rank, fault in enumerate(gather_object([mine])):
             if fault is not None:
                 raise checkpoints.CheckpointError(
-                    f"{name} was written, and could not be resumed from: on process {rank}, {fault}. It is left in {staged}. "
-                    "Free the disk if it is full; save_strategy='no' trains without checkpoints."
+                    f"{name} was just written but could not be resumed from: on process {rank}, {fault}. It stays in {staged}. "
+                    "If the disk is full, free space. To train without checkpoints, set save_strategy='no'."
                 )
 
     def _record_best(self, run_dir: str, staged: Path) -> None:
-        """Has the state, in memory and in the checkpoint, name the best checkpoint where it will be."""
+        """Sets the best checkpoint's final path in the trainer state, in memory and in the staged checkpoint."""
         state = self._trainer.state
         if not state.best_global_step:
             return
@@ -322,7 +317,7 @@ class Resumption(TrainerCallback):
 
     @property
     def _syncs_reference(self) -> bool:
-        # Of sharded weights no process has them all.
+        # No process holds all weights of a sharded model.
         sharded = self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled
         return self._trainer.args.sync_ref_model and not sharded
 
@@ -342,9 +337,9 @@ class Resumption(TrainerCallback):
 
 
 def newest_everywhere(run_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run that every process sees, or None; all processes have to call this.
+    """The newest complete checkpoint of a run that every process sees, or None; every process must call it.
 
-    Of disks that machines do not share, one may have a checkpoint that another was killed before it had.
+    If machines have separate disks, one of them may have been killed before it had a checkpoint that others have.
     """
     steps = set.intersection(*map(set, gather_object([list(checkpoints.of_last_run(run_dir))])))
     return Path(run_dir) / f"checkpoint-{max(steps)}" if steps else None
@@ -352,5 +347,5 @@ def newest_everywhere(run_dir: str | Path) -> Path | None:
 
 def _publish_if_staged(run_dir: str, name: str) -> None:
     if (checkpoints.staging(run_dir) / name).is_dir():
-        with suppress(checkpoints.NotStaged):  # what this machine remembered of the disk was old
+        with suppress(checkpoints.NotStaged):  # this machine's view of a shared disk was stale
             checkpoints.publish(run_dir, name)

@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on: its settings and its pairs, so that two runs can be compared."""
+"""Everything that a run's numbers depend on: its settings and its pairs. Recorded to compare a resumed run with its past."""
 
 import json
 from typing import Any
@@ -8,8 +8,8 @@ from datasets import Dataset
 from ..._trl.datasets import TOKENIZED_COLUMNS
 from ..reference.digests import tokens_digest
 
-#: Options that say where and how often something is written, shown or run, and no weight depends on. Where any other was
-#: changed, the resumed run is not the interrupted one.
+#: Arguments that do not affect the weights: where and how often something is written, logged, evaluated or run. If any other
+#: is changed, the resumed run is no longer the interrupted one.
 NOT_AFFECTING_WEIGHTS = frozenset(
     """
     output_dir disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
@@ -31,13 +31,13 @@ NOT_AFFECTING_WEIGHTS = frozenset(
 
 
 def settings_of(args, processes: int) -> dict[str, Any]:
-    """The options that weights depend on, and the number of processes, as JSON gives them back."""
+    """The arguments that affect the weights, and the number of processes, as values read back from JSON."""
     every = json.loads(json.dumps(args.to_dict(), default=str))
     return {**{name: value for name, value in every.items() if name not in NOT_AFFECTING_WEIGHTS}, "processes": processes}
 
 
 def data_facts(dataset) -> dict[str, Any] | None:
-    """How many pairs a prepared dataset has, and a digest of their tokens in their order; None of a stream."""
+    """The number of pairs of a prepared dataset and a digest of their tokens in order; None for a stream."""
     if not isinstance(dataset, Dataset) or not set(TOKENIZED_COLUMNS).issubset(dataset.column_names):
         return None
     return {"pairs": len(dataset), "tokens": tokens_digest(dataset, TOKENIZED_COLUMNS)[0]}

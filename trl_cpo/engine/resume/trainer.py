@@ -1,4 +1,4 @@
-"""DPOTrainer whose interrupted and resumed training is the uninterrupted one."""
+"""DPOTrainer with exact resume."""
 
 from collections.abc import Mapping
 
@@ -13,9 +13,9 @@ from .resumption import Resumption, Stateful
 
 
 class ResumableTrainer(trl.DPOTrainer):
-    """TRL's DPOTrainer with whole checkpoints, exact resume, and SIGTERM answered by a checkpoint.
+    """TRL's DPOTrainer with atomic checkpoints, exact resume, and a checkpoint on SIGTERM.
 
-    What it overrides of transformers, and why, is listed in `trl_cpo._trl.upstream`.
+    `trl_cpo._trl.upstream` lists what is overridden of transformers, and why.
     """
 
     def __init__(self, *, args: DPOConfig, **others):
@@ -28,19 +28,19 @@ class ResumableTrainer(trl.DPOTrainer):
             self.add_callback(callback)
 
     def stateful(self) -> Mapping[str, Stateful]:
-        """What a checkpoint holds besides what training itself counts, by its key there; asked for once, at the start."""
+        """Objects whose state goes into checkpoints, by key; called once, at construction."""
         return {}
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
-        """TRL's training. Resumed from a checkpoint of this trainer it is, number for number, what was interrupted.
+        """Trains as TRL does; resumed from a checkpoint of this trainer, with exactly the numbers of an uninterrupted run.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or `True` for the newest whole one in `args.output_dir`.
+            resume_from_checkpoint: a checkpoint's folder, or `True` for the newest complete one in `args.output_dir`.
             trial, ignore_keys_for_eval: as in [`~transformers.Trainer.train`].
 
         Raises:
-            CheckpointError: the checkpoint is not whole, or there is none; before the model is touched.
-            TrainingInterrupted: SIGTERM came, under `enable_jit_checkpoint`, and a checkpoint was written.
+            CheckpointError: the checkpoint is incomplete, or there is none; raised before the model is changed.
+            TrainingInterrupted: SIGTERM arrived under `enable_jit_checkpoint`, and a checkpoint was written.
         """
         checkpoint = self._resumption.prepare(resume_from_checkpoint)
         release_reference_engine(self)
@@ -48,7 +48,7 @@ class ResumableTrainer(trl.DPOTrainer):
             return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model, trial):
-        # Not in a callback: an epoch's end, or a best evaluation, asks for a checkpoint after those of the step have run.
+        # Not in a callback: the end of an epoch, or a best evaluation, requests a checkpoint after the step's callbacks.
         if self._resumption.postpones():
             return
         self._finite_weights.before_saving(model, self.state.global_step)
@@ -59,11 +59,11 @@ class ResumableTrainer(trl.DPOTrainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if not self._interruption.due:
             return
-        # Not asked for in a callback: under save_strategy="best" an evaluation has the last word there.
+        # Not requested in a callback: under save_strategy="best" the evaluation overrules callbacks.
         if self._interruption.checkpoint is None and not self._resumption.postpones():
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        # Stopped early, the training is over; resumed, it would forget that and go on.
+        # A training that stopped early is over: it must end normally, or a resume would continue it.
         stopped_early = self.control.should_training_stop and self.state.global_step < self.state.max_steps
         if self._interruption.checkpoint is not None and not stopped_early:
             self._interruption.end(self.state.global_step)
@@ -84,11 +84,11 @@ class ResumableTrainer(trl.DPOTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
-        # Skips the scheduler at the start of `train` alone; a resumed run was evaluated there before it was interrupted.
+        # skip_scheduler is set only for the evaluation at the start of `train`; a resumed run has had that one.
         if skip_scheduler and self.state.global_step > 0:
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        # The summary is of the whole run, and so is its time.
+        # The summary covers the whole run, including the time before the interruption.
         return super()._finalize_training(trial, num_train_samples, start_time - self._resumption.earlier_seconds)

@@ -1,8 +1,8 @@
-"""Whether packing is right for a model, found out on the model itself.
+"""Decides whether packing is correct for a model by testing it on the model itself.
 
-static_checks  what can be told without running it
-random_pairs   pairs of tokens to try
-rounding       what rounding alone does
-comparison     packed held against padded
+static_checks  checks that need no forward
+random_pairs   pairs of random tokens to run
+rounding       the effect of rounding alone
+comparison     packed against padded outputs
 probe          the verdict
 """

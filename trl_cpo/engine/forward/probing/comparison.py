@@ -1,20 +1,27 @@
-"""Whether what a model gives packed is what it gives padded, or something else: what may differ, and where to look."""
+"""Compares a model's packed outputs with its padded ones: how much may differ, and in which parts."""
 
 from dataclasses import dataclass
 
 import torch
 
-# Tokens of an answer, behind its first, that are its beginning, and those that are its end.
+# Tokens of an answer that count as its beginning (after the first) and as its end.
 _EARLY, _END = 16, 12
 
 
 class Refused(Exception):
-    """A model is not right packed, or nothing can be told; the text says why."""
+    """Packing is wrong for a model, or cannot be tested; the text says why."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is allowed: as a share of what a mistake does, outright in nats, and as a multiple of what rounding does."""
+    """Tolerances.
+
+    Attributes:
+        difference: mean difference, as a share of the effect of a mistake.
+        leak: effect of one answer on another, as a share of that of ordinary packing.
+        nats: largest difference of a token, in nats.
+        rounding: mean difference, as a multiple of the effect of rounding.
+    """
 
     difference: float
     leak: float
@@ -28,7 +35,7 @@ ROUNDED = Bounds(difference=0.15, leak=0.05, nats=1.0, rounding=1.0)
 
 @dataclass(frozen=True)
 class Sample:
-    """A batch of made-up pairs, what the padded path says of it, and what it says where it is rounded once more."""
+    """A batch of random pairs, its padded outputs, and the padded outputs with extra rounding (None in float32)."""
 
     inputs: dict
     padded: object
@@ -52,20 +59,20 @@ def compare(sample: Sample, outputs, bounds: Bounds, mistake: float) -> float:
             raise Refused(f"log-probs of {name} differ from the padded path's by {mean:.2g} nats a token")
         if noise is None:
             continue
-        # Few tokens may happen to be rounded by little in one run, and by much in another.
+        # With few tokens, rounding may happen to be small in one run and large in another.
         rounding = max(float(noise[part].mean()), float(noise[sample.scored].mean()))
         if not mean <= bounds.rounding * rounding * (1 + 2 / int(part.sum()) ** 0.5):
             raise Refused(
                 f"log-probs of {name} differ from the padded path's by {mean:.2g} nats a token, "
-                f"where rounding makes {rounding:.2g}"
+                f"rounding alone by {rounding:.2g}"
             )
     return largest
 
 
 def _parts(scored: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The scored tokens in parts that are judged by themselves, as a mistake may show in one of them alone.
+    """The scored tokens in parts that are compared separately, because a mistake may show in one part only.
 
-    It hides at the seam, in a rejected answer, behind a window that a long answer leaves again, or at the very end.
+    For example at the first token of an answer, in rejected answers only, past an attention window, or at the very end.
     """
     place = scored.cumsum(1)
     left = scored.sum(1, keepdim=True) - place

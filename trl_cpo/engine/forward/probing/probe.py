@@ -1,10 +1,15 @@
-"""Whether packing is right for a model, found out on the model itself before it is relied upon.
+"""The probe: tests on a model itself whether packing is correct for it, before packing is used.
 
-The probe runs a few made-up pairs padded and packed and looks at four things, each measured against what a mistake of
-that kind would do to this very model: packed log-probs against padded ones; what moves on one answer when the other
-answer, or another pair, is changed; whether position_ids are listened to; and sequences long enough for every limit on
-how far attention reaches. Where arithmetic is narrower than float32, packed may differ from padded by no more than
-padded does from itself rounded once more. Where it cannot tell, it says no.
+It runs a few random pairs padded and packed and checks four things, each against the effect that a mistake of that kind has
+on this model:
+
+- packed log-probs equal the padded ones;
+- an answer does not change when the other answer, or another pair, is changed;
+- the model uses position_ids;
+- all this holds for sequences long enough to reach every limit on attention.
+
+In lower precision than float32, packed may differ from padded by no more than padded differs from itself with extra
+rounding. If the probe cannot decide, packing is refused.
 """
 
 import dataclasses
@@ -26,21 +31,21 @@ from .static_checks import caveats, plain_family, probe_length, static_reason, u
 
 logger = logging.getLogger(__name__)
 
-# Prompt, chosen and rejected tokens of the short pairs: no two alike, one answer longer than its rival and one shorter.
+# Prompt, chosen and rejected tokens of the short pairs: no two pairs alike, chosen answers both longer and shorter.
 _SHORT = ((13, 9, 11), (6, 17, 7), (9, 5, 12))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the probe found.
+    """The result of a probe.
 
     Attributes:
-        ok: packing is right for this model.
-        reason: why not, in words for a log line; empty where it is.
-        attention: the attention it was found right with.
-        max_length: longest sequence the finding holds for; None: any.
-        error: largest difference of a token's log-prob between packed and padded, in nats; NaN where not measured.
-        notes: what to know although it is right.
+        ok: whether packing is correct for this model.
+        reason: why not, as a clause for a log line; empty if `ok`.
+        attention: the attention that was tested.
+        max_length: longest sequence that the result holds for; None: any.
+        error: largest difference of a token's log-prob between packed and padded, in nats; NaN if not measured.
+        notes: caveats despite `ok`.
     """
 
     ok: bool
@@ -58,14 +63,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Reference:
-    """The padded path of a model as it was given, which packed runs are compared with.
+    """The padded results that packed runs are compared with.
 
     Attributes:
         short: a few short pairs.
-        changed: the same with one answer changed in each of two pairs.
-        long: pairs of full length, one after the other; none where the short ones tell all.
-        holds: length up to which a finding on these holds; None: any.
-        bounds: what may differ.
+        changed: the same pairs with one answer changed in each of two.
+        long: pairs of full length, run one by one; empty if the short ones suffice.
+        holds: length up to which the result holds; None: any.
+        bounds: the tolerances.
     """
 
     short: Sample
@@ -83,20 +88,20 @@ def packed_forward(
     row_length: int | None = None,
     required: bool = False,
 ) -> tuple[Callable, Verdict]:
-    """The packed forward of a model where the probe finds it right, and otherwise the model as it is.
+    """The packed forward of a model if the probe finds it correct, else the model itself.
 
     Args:
         model: causal language model with TRL's fused head, bare or wrapped.
-        attention: "segments", "dense", or "auto": segments where the model takes them and is not compiled, else dense.
-        max_length: longest sequence that will come; None: not known.
-        row_length: places in a packed row with dense masks; None: as many as the longest pair takes.
-        required: raise instead of falling back.
+        attention: "segments", "dense", or "auto": segments if the model accepts them and is not compiled, else dense.
+        max_length: longest sequence to expect; None: unknown.
+        row_length: places in a packed row with dense masks; None: the length of the longest pair.
+        required: raise instead of falling back to the model.
 
     Returns:
-        What to call in place of the model, and the verdict.
+        The forward to call in place of the model, and the verdict.
 
     Raises:
-        NotPackable: the model cannot be packed and packing is required.
+        NotPackable: packing is required, and the model cannot be packed.
     """
     verdict = probe(model, attention=attention, max_length=max_length)
     if verdict.ok:
@@ -104,22 +109,21 @@ def packed_forward(
         return PackedPairForward(model, required=required, **options), verdict
     if required:
         raise NotPackable(
-            f"prefix sharing was asked for and does not fit this model: {verdict.reason}. Leave prefix_sharing unset "
-            "to run it padded."
+            f"Prefix sharing does not work with this model: {verdict.reason}. Leave prefix_sharing unset to run it padded."
         )
     logger.warning("%s; pairs run padded.", verdict)
     return model, verdict
 
 
 def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | None = None, seed: int = 0) -> Verdict:
-    """Find out whether packing is right for a model, leaving the model and all random states as they were.
+    """Tests whether packing is correct for a model; leaves the model and all random states unchanged.
 
     Args:
-        model: causal language model with TRL's fused head, bare or wrapped; in a distributed run every process calls
-            this, with the same weights and so to the same verdict.
+        model: causal language model with TRL's fused head, bare or wrapped. In a distributed run every process calls the
+            probe; with the same weights, all reach the same verdict.
         attention: see `packed_forward`.
-        max_length: longest sequence that will come; None: not known, and the verdict says how long it holds.
-        seed: of the made-up tokens.
+        max_length: longest sequence to expect; None: unknown, and the verdict says up to which length it holds.
+        seed: seed of the random tokens.
     """
     reason = static_reason(model)
     if reason is not None:
@@ -128,17 +132,17 @@ def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | 
     if attention != "auto":
         tries = [attention]
     elif any("_orig_mod" in layer._modules for layer in layers_around(model)):
-        # A compiled model would be compiled anew for every table of segments.
+        # A compiled model would be recompiled for every segment table.
         tries = [DENSE]
     else:
         tries = [SEGMENTS, DENSE]
-    # The numbers are the same uncompiled, and the probe's few shapes are not worth compiling for.
+    # Uncompiled, the numbers are the same; the probe's few shapes are not worth compiling.
     model = model._modules.get("_orig_mod", model)
     verdict = Verdict(False, "no attention was tried")
     with evaluation_mode(model), _same_start(model):
         drop_segments(inner)
         try:
-            # Before the attention is switched: a model may ask for its name and compute something else.
+            # Before the attention is switched: a model may compute something else depending on its name.
             reference = _reference(model, max_length, seed)
         except Refused as refusal:
             return Verdict(False, str(refusal))
@@ -149,7 +153,7 @@ def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | 
                 return Verdict(True, "", tried, reference.holds, error, caveats(model))
             except (Refused, NotPackable) as refusal:
                 verdict = Verdict(False, str(refusal), tried)
-            except Exception as error:  # a model may fail in any way on a mask it was not made for
+            except Exception as error:  # an unexpected mask may make a model fail in any way
                 verdict = Verdict(False, f"it fails on packed rows: {_first_line(error)}", tried)
             drop_segments(inner)
     return verdict
@@ -157,7 +161,7 @@ def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | 
 
 @contextmanager
 def _same_start(model: torch.nn.Module) -> Iterator[None]:
-    """Every run in the block finds what the first one found: some rotary frequencies depend on what ran before."""
+    """Within the block, every run starts from the same buffers; some rotary frequencies depend on earlier runs."""
     restore = snapshot(model)
     hook = backbone_of(model).register_forward_pre_hook(lambda *_: restore())
     try:
@@ -167,7 +171,7 @@ def _same_start(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Reference:
-    """Run the padded path; raise Refused where it does not run, or nothing could be told from it."""
+    """Runs the padded path; raises Refused if it fails, or if nothing could be concluded from it."""
     draw = RandomPairs(model, seed)
     inputs = draw.batch(_SHORT)
     try:
@@ -178,7 +182,7 @@ def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Re
     step = narrowest()
     unknown = unknown_limits(unwrap(model).config.get_text_config())
     if step and unknown:
-        raise Refused(f"{', '.join(unknown)} may limit its attention, and only float32 would surely show it")
+        raise Refused(f"{', '.join(unknown)} may limit its attention, which the probe can detect reliably only in float32")
     short = _sample(model, inputs, step, seed, padded)
     changed = draw.change(inputs, rows=(0, len(_SHORT) + 1))
     tried, holds = probe_length(model, max_length)
@@ -191,10 +195,11 @@ def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Re
 
 
 def _long_sizes(length: int | None, plain: bool) -> list[tuple[int, int, int]]:
-    """Prompt, chosen and rejected tokens of pairs in which sequences and packed rows of full length come about.
+    """Prompt, chosen and rejected lengths of pairs that give sequences and packed rows of full length.
 
-    Long answers put the rejected one far behind its prompt, where a limit counted in places of the row cuts it off.
-    In families not known to have none, a short prompt is tried too: the row is then nearly two sequences long.
+    Long answers put the rejected one far from its prompt in the row; a limit that counts places in the row would cut the
+    prompt off. Unless the family is known to have no such limit, a short prompt is tried as well, so that the row is nearly
+    two sequences long.
     """
     if length is None or length <= 4:
         return []
@@ -211,7 +216,7 @@ def _sample(model: torch.nn.Module, inputs: dict, step: float, seed: int, padded
 
 
 def _check(packed: PackedPairForward, reference: _Reference) -> float:
-    """Raise Refused where something is wrong; else the largest difference."""
+    """Returns the largest difference in nats; raises Refused if something is wrong."""
     pairs = len(_SHORT)
     bounds, sample, changed = reference.bounds, reference.short, reference.changed
     inputs, padded, scored = sample.inputs, sample.padded, sample.scored
@@ -220,12 +225,12 @@ def _check(packed: PackedPairForward, reference: _Reference) -> float:
     rejected = scored.clone()
     rejected[:pairs] = False
 
-    # One answer is changed in each of two pairs; everything else must stay.
+    # One answer is changed in each of two pairs; all others must keep their log-probs.
     moved = packed._run(packed._plan(changed), changed)
     still = scored.clone()
     still[[0, pairs + 1]] = False
 
-    # Two mistakes on purpose, to know what they cost here: plain causal rows, and positions in disorder.
+    # Two deliberate mistakes, to measure their effect on this model: plain causal rows, and wrong positions.
     causal, wrong_positions = _plain_causal(plan), _disordered(plan)
     wrong, wrong_moved = (packed._run(causal, batch) for batch in (inputs, changed))
     follower = torch.zeros_like(scored)
@@ -237,12 +242,12 @@ def _check(packed: PackedPairForward, reference: _Reference) -> float:
         if not bool(torch.isfinite(outputs.log_probs).all()):
             raise Refused("log-probs are not finite")
     if misplaced == 0:
-        raise Refused("it does not listen to position_ids")
+        raise Refused("it ignores position_ids")
     if leaking == 0:
-        raise Refused("no answer feels what stands before it, so nothing can be told")
+        raise Refused("no answer depends on the tokens before it, so the probe cannot decide")
     leak = mean_gap(right, moved, still)
     if leak > bounds.leak * leaking:
-        raise Refused(f"an answer moves by {leak:.2g} nats a token when another answer is changed")
+        raise Refused(f"an answer changes by {leak:.2g} nats a token when another answer is changed")
     mistake = min(misplaced, leaking)
     error = compare(sample, right, bounds, mistake)
     if padded.aux_loss is not None:
@@ -253,7 +258,7 @@ def _check(packed: PackedPairForward, reference: _Reference) -> float:
         right = packed._run(packed._plan(sample.inputs), sample.inputs)
         error = max(error, compare(sample, right, bounds, mistake))
     if packed.attention == SEGMENTS:
-        # The model's other calls, as for evaluation, keep the switch, and must not notice it either.
+        # The switch stays on for the model's other calls, such as evaluation; they must not change either.
         for sample in (reference.short, *reference.long):
             compare(sample, packed.model(**sample.inputs), bounds, mistake)
     return error
@@ -264,7 +269,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _plain_causal(plan: PackingPlan) -> PackingPlan:
-    """The plan with the mistake of ordinary packing: every pair one sequence, the rejected answer after the chosen."""
+    """The plan with ordinary packing's mistake: each pair is one sequence, the rejected answer sees the chosen one."""
     parts = tuple(dataclasses.replace(p, shared=0, chosen=p.shared + p.chosen + p.rejected, rejected=0) for p in plan.parts)
     return dataclasses.replace(plan, parts=parts, branch=torch.zeros_like(plan.branch))
 

@@ -6,12 +6,12 @@ from ..repack import unwrap
 
 
 class RandomPairs:
-    """Pairs out of a model's ordinary tokens, drawn on the CPU from their own generator."""
+    """Draws pairs of a model's ordinary tokens, on the CPU, from its own generator."""
 
     def __init__(self, model: torch.nn.Module, seed: int):
         inner = unwrap(model)
         vocabulary = inner.config.get_text_config().vocab_size
-        # Special and never trained tokens stand at both ends of vocabularies.
+        # Special and untrained tokens are at both ends of a vocabulary.
         self.low, self.high = vocabulary // 20 + 1, max(vocabulary * 9 // 10, vocabulary // 20 + 4)
         self.device = inner.get_input_embeddings().weight.device
         self.generator = torch.Generator().manual_seed(seed)
@@ -20,13 +20,13 @@ class RandomPairs:
         return torch.randint(self.low, self.high, (count,), generator=self.generator)
 
     def other(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens that differ from these at every place."""
+        """Random tokens that differ from `tokens` at every place."""
         span = self.high - self.low
         step = torch.randint(1, span, tokens.shape, generator=self.generator)
         return (tokens - self.low + step) % span + self.low
 
     def batch(self, sizes: tuple[tuple[int, int, int], ...]) -> dict:
-        """Pairs of (prompt, chosen, rejected) lengths whose answers differ from their first token on."""
+        """A batch of pairs with the given (prompt, chosen, rejected) lengths; the answers differ from the first token on."""
         chosen, rejected = [], []
         for prompt, c, r in sizes:
             start, answer = self.draw(prompt), self.draw(c)
@@ -44,7 +44,7 @@ class RandomPairs:
         return self._inputs(ids, mask, labels)
 
     def change(self, inputs: dict, rows: tuple[int, ...]) -> dict:
-        """The batch with all scored tokens of some rows exchanged for others."""
+        """The batch with all scored tokens of some rows replaced by others."""
         ids, labels = inputs["input_ids"].cpu().clone(), inputs["labels"].cpu().clone()
         for row in rows:
             answer = labels[row] != -100
@@ -56,7 +56,7 @@ class RandomPairs:
         first = answer.nonzero()[0, 0]
         while True:
             tokens = self.other(ids[row, answer])
-            # The answers must still part at their first token, or the plan would be another one.
+            # The answers must still differ at their first token, or the packing plan would change.
             if tokens[0] != rival[first]:
                 return tokens
 

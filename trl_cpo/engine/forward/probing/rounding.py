@@ -1,4 +1,4 @@
-"""How far rounding alone moves a model's numbers: what differences are judged against where arithmetic is narrow."""
+"""The effect of rounding alone on a model's numbers: the yardstick for differences in low precision."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,16 +8,16 @@ import torch
 from ...precision import float32_products
 from ..repack import backbone_of, unwrap
 
-# Where nothing else is known: weights of whole numbers are multiplied in bfloat16, as a rule.
+# Assumed for integer weights, which are usually multiplied in bfloat16.
 _NARROW = torch.finfo(torch.bfloat16).eps
-_FLOAT32_PRODUCTS = {"tf32": [torch.finfo(torch.float16).eps], "bf16": [_NARROW]}  # TF32 has float16's bits behind the point
+_FLOAT32_PRODUCTS = {"tf32": [torch.finfo(torch.float16).eps], "bf16": [_NARROW]}  # TF32 has float16's mantissa bits
 
 
 @contextmanager
 def watch_precision(model: torch.nn.Module) -> Iterator[Callable[[], float]]:
-    """Tell, once the model has run in the block, the relative step between its narrowest numbers; 0 for float32.
+    """Yields a function that returns, after a run in the block, the epsilon of the lowest precision used; 0 for float32.
 
-    Mixed precision is often switched on by a wrapper around the forward, so it is looked for from within.
+    Mixed precision is often switched on by a wrapper around the forward, so a hook inside the model looks for it.
     """
     parameters = list(unwrap(model).parameters())
     device = parameters[0].device.type
@@ -37,10 +37,10 @@ def watch_precision(model: torch.nn.Module) -> Iterator[Callable[[], float]]:
 
 @contextmanager
 def extra_rounding(model: torch.nn.Module, step: float, seed: int) -> Iterator[None]:
-    """Within the block, what each innermost module of the backbone puts out is off by up to half a step, at random.
+    """Within the block, perturbs the output of each innermost module of the backbone at random, by up to half a step.
 
-    This is the least that a right computation in other company may do: sums taken in another order are rounded to
-    another neighbour. Running the padded batch again, reordered, would not do: on many machines it gives equal bits.
+    That is the least by which two correct computations may differ: sums in another order round to another neighbour.
+    Rerunning the padded batch in another order is no substitute: on many machines it gives identical bits.
     """
     generators: dict[torch.device, torch.Generator] = {}
 
@@ -53,7 +53,7 @@ def extra_rounding(model: torch.nn.Module, step: float, seed: int) -> Iterator[N
         off = torch.rand(output.shape, generator=generators[device], device=device) - 0.5
         return (output.float() * (1 + step * off)).to(output.dtype)
 
-    # Those that hold weights themselves count too: a mixture's experts are often one module around others.
+    # Modules with children count too if they hold weights themselves: a mixture's experts are often such a module.
     inner = [m for m in backbone_of(model).modules() if not m._modules or m._parameters]
     hooks = [module.register_forward_hook(shake) for module in inner]
     try:

@@ -1,4 +1,4 @@
-"""What can be told about a model without running it: a reason not to pack, and what the probe has to reach."""
+"""Checks that need no forward: a reason not to pack, and the lengths that the probe must cover."""
 
 import inspect
 import re
@@ -10,9 +10,9 @@ from ..plan import NotPackable
 from ..repack import backbone_of, layers_around, unwrap
 from ..segments import MASKED_ATTENTION
 
-# Families of transformers whose layers mix tokens through masked attention alone, with every limit in the
-# configuration; held by tests/engine/forward/test_model_families.py. Others are probed over the full length, in case
-# something binds only there.
+# Model families whose layers mix tokens only through masked attention, with every limit in the configuration; checked by
+# tests/engine/forward/test_model_families.py. Other families are probed over the full length, in case a limit takes effect
+# only there.
 PLAIN_FAMILIES = frozenset(
     [
         "cohere",
@@ -47,7 +47,7 @@ PLAIN_FAMILIES = frozenset(
     ]
 )
 
-# Adapters that act on each token by itself. Fresh adapters change nothing yet, so the probe cannot judge them.
+# Adapters that act on each token separately. A fresh adapter has no effect yet, so the probe cannot test it.
 TOKENWISE_ADAPTERS = frozenset(
     [
         "ADALORA",
@@ -88,7 +88,7 @@ _KNOWN_LIMITS = frozenset(
 
 
 def static_reason(model: torch.nn.Module) -> str | None:
-    """Why a model cannot be packed, as far as its configuration and modules tell; None where nothing speaks against it.
+    """Why a model cannot be packed, as far as its configuration and modules show; None if no reason is found.
 
     Args:
         model: causal language model, bare or wrapped.
@@ -105,7 +105,7 @@ def static_reason(model: torch.nn.Module) -> str | None:
     if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", False):
         return "its attention is not causal"
     if _alibi(text):
-        return "its positions are ALiBi biases along the row, which position_ids do not move"
+        return "its positions are ALiBi biases along the row, which position_ids do not change"
     implementation = text._attn_implementation
     if implementation not in MASKED_ATTENTION:
         return f"attention {implementation!r} takes no tree mask; load the model with attn_implementation='sdpa'"
@@ -124,7 +124,7 @@ def static_reason(model: torch.nn.Module) -> str | None:
 
 
 def plain_family(model: torch.nn.Module) -> bool:
-    """Whether a model is of a family known to have no limit on attention but those that the masks here follow."""
+    """Whether a model's family is known to have no limits on attention other than those that our masks implement."""
     inner = unwrap(model)
     config = inner.config.get_text_config()
     ours = type(inner).__module__.startswith("transformers.models.")
@@ -132,19 +132,19 @@ def plain_family(model: torch.nn.Module) -> bool:
 
 
 def probe_length(model: torch.nn.Module, max_length: int | None) -> tuple[int | None, int | None]:
-    """How long a sequence the probe must try, and for what length its finding then holds.
+    """The sequence length that the probe must try, and the length up to which its result then holds.
 
     Args:
         model: causal language model, bare or wrapped.
-        max_length: longest sequence that will come; None: not known.
+        max_length: longest sequence to expect; None: unknown.
 
     Returns:
-        The length to try beside the short one, None where the short one tells all; and the length up to which the
-        finding holds, None for any.
+        The length to try in addition to the short one, None if the short one suffices; and the length up to which the result
+        holds, None for any.
     """
     config = unwrap(model).config.get_text_config()
     if not plain_family(model):
-        # Something could bind at a length nobody tried, so what is tried is what holds.
+        # A limit could take effect at any untried length, so the result holds only for what was tried.
         longest = max_length or min(getattr(config, "max_position_embeddings", None) or 1024, 1024)
         return longest, longest
     limits = [limit for kind in layer_kinds(config).values() for limit in (kind.window, kind.chunk) if limit]
@@ -155,7 +155,7 @@ def probe_length(model: torch.nn.Module, max_length: int | None) -> tuple[int | 
 
 
 def unknown_limits(config) -> list[str]:
-    """Settings that read like a limit on how far attention reaches and that no mask here follows."""
+    """Settings whose names suggest a limit on attention that our masks do not implement."""
     return sorted(
         name
         for name, value in config.to_dict().items()
@@ -164,7 +164,7 @@ def unknown_limits(config) -> list[str]:
 
 
 def caveats(model: torch.nn.Module) -> tuple[str, ...]:
-    """What is random in training and is drawn once for a shared prompt where the padded path draws it twice."""
+    """Caveats about randomness in training: drawn once for a shared prompt, but twice in the padded path."""
     inner = unwrap(model)
     rates = [name for name, m in inner.named_modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
     config = inner.config.get_text_config()
