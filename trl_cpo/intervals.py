@@ -1,4 +1,4 @@
-"""Exact confidence intervals for a fraction: Clopper and Pearson's, from the number of successes alone."""
+"""Exact confidence intervals for a fraction (Clopper–Pearson), computed from the number of successes."""
 
 CONFIDENCE = 0.95
 
@@ -11,10 +11,12 @@ def _checked(successes: int, trials: int, confidence: float) -> None:
 
 
 def lower_bound(successes: int, trials: int, confidence: float = CONFIDENCE) -> float:
-    """The exact one-sided lower bound of a fraction, `p` with `P(X ≥ k | n, p) = 1 − confidence`; 0 where k = 0.
+    """The exact one-sided lower bound of a fraction: the `p` with `P(X ≥ k | n, p) = 1 − confidence`, and 0 if k = 0.
 
-    That is the (1 − confidence) quantile of Beta(k, n − k + 1) (Clopper and Pearson, Biometrika 26, 1934). Raises
-    `ValueError` unless 0 ≤ k ≤ n, n ≥ 1 and 0 < confidence < 1.
+    It is the (1 − confidence) quantile of Beta(k, n − k + 1) (Clopper and Pearson, Biometrika 26, 1934).
+
+    Raises:
+        ValueError: unless 0 ≤ k ≤ n, n ≥ 1 and 0 < confidence < 1.
     """
     from scipy.special import betaincinv
 
@@ -23,9 +25,12 @@ def lower_bound(successes: int, trials: int, confidence: float = CONFIDENCE) -> 
 
 
 def clopper_pearson(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The exact two-sided interval of a fraction, (lower, upper): each end leaves out (1 − confidence)/2.
+    """The exact two-sided interval of a fraction, (lower, upper), with (1 − confidence)/2 outside each end.
 
-    The upper end is one minus the lower end of the failures. Raises as `lower_bound`.
+    The upper end is one minus the lower bound of the fraction of failures.
+
+    Raises:
+        ValueError: as `lower_bound`.
     """
     one_sided = (1.0 + confidence) / 2
     _checked(successes, trials, confidence)

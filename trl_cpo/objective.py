@@ -1,4 +1,4 @@
-"""The pairwise loss at a target margin: the oracle that tests hold TRL's own loss against."""
+"""The pair loss at a target margin. Tests compare TRL's own loss with it."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +9,7 @@ from .pairs import full_precision
 def pair_loss(gap: Tensor, target: Tensor, *, beta: float) -> Tensor:
     """The loss of each pair at its target margin: `ℓ = −log σ(β (δ_θ − t))`.
 
-    `t = δ_ref` is DPO (arXiv 2305.18290, Eq. 7), another target a margin form of CPO (arXiv 2605.20834, Eq. 17).
+    `t = δ_ref` gives DPO (arXiv 2305.18290, Eq. 7); other targets give the margin forms of CPO (arXiv 2605.20834, Eq. 17).
 
     Args:
         gap: δ_θ, (B,), nats.
@@ -17,7 +17,7 @@ def pair_loss(gap: Tensor, target: Tensor, *, beta: float) -> Tensor:
         beta: β > 0, per nat.
 
     Returns:
-        (B,), nats, float32 at least. Nothing is reduced.
+        (B,), nats, float32 or wider, not reduced.
 
     Raises:
         ValueError: a shape is not (B,).

@@ -424,7 +424,7 @@ def test_the_command(run, tmp_path, capsys):
     # What is there is not written over.
     before = (tmp_path / "c.json").read_text()
     assert main(["certify", str(run), "--gamma", "0", "--out", out]) == 2
-    assert "nothing is overwritten" in capsys.readouterr().err and (tmp_path / "c.json").read_text() == before
+    assert "exists and is not overwritten" in capsys.readouterr().err and (tmp_path / "c.json").read_text() == before
     forged = read_json(out)
     forged["evidence"]["numbers"]["meeting"] = 4
     (tmp_path / "forged.json").write_text(json.dumps(forged))
@@ -440,11 +440,11 @@ def test_the_command(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "give one of RUN, --model and --check; got none"),
+        ([], "give exactly one of RUN, --model and --check; got none"),
         (["RUN", "--check", "c.json"], "got RUN and --check"),
         (["--check", "c.json", "--gamma", "1"], "--gamma is for making a certificate"),
-        (["RUN", "--evidence", "RUN"], "--evidence goes with --check"),
-        (["RUN", "--dataset", "d", "--batch-size", "2"], "--dataset goes with --model; --batch-size goes with --model"),
+        (["RUN", "--evidence", "RUN"], "--evidence needs --check"),
+        (["RUN", "--dataset", "d", "--batch-size", "2"], "--dataset needs --model; --batch-size needs --model"),
         (["--model", "m"], "--model needs --dataset; --model needs --gamma; --model needs --scores"),
         (
             ["--model", "m", "--dataset", "d", "--gamma", "1", "--scores", "s", "--max-pairs", "0"],
@@ -452,7 +452,7 @@ def test_the_command(run, tmp_path, capsys):
         ),
         (["--check", "nowhere.json"], "cannot be read"),
         (["RUN", "--gamma", "nan"], "gamma must be a finite number"),
-        (["RUN", "--out", "nowhere/c.json"], "lies in no folder"),
+        (["RUN", "--out", "nowhere/c.json"], "is in a folder that does not exist"),
     ],
 )
 def test_wrong_use_ends_with_the_next_command(run, capsys, options, message):

@@ -66,15 +66,15 @@ def test_python_dash_m_and_the_script_are_the_same(tmp_path):
     "arguments, said",
     [
         ([], "no command given"),
-        (["tran"], "unknown command tran; there are train, "),
+        (["tran"], "unknown command tran; the commands are train, "),
         (["tran"], "Did you mean train?"),
         (["--versoin"], "unknown option --versoin"),
         (["recipes", "--jsno"], "unknown option --jsno. Did you mean --json?"),
         (["recipes", "cpoy", "demo"], "Did you mean copy?"),
         (["recipes", "copy"], "NAME"),
-        (["recipes", "copy", "demmo"], "there is no recipe demmo"),
+        (["recipes", "copy", "demmo"], "no recipe demmo"),
         (["recipes", "copy", "demmo"], "Did you mean demo?"),
-        (["recipes", "copy", "../recipes/demo"], "there is no recipe ../recipes/demo"),
+        (["recipes", "copy", "../recipes/demo"], "no recipe ../recipes/demo"),
         (["train", "--config"], "--config"),
         (["train", "--config", "a", "--config", "b"], "--config is given twice"),
     ],
@@ -189,7 +189,7 @@ class TestRecipes:
         (tmp_path / "linked.yaml").symlink_to(tmp_path / "elsewhere.yaml")
         for arguments in (["demo"], ["demo", "linked.yaml"]):
             assert main(["recipes", "copy", *arguments]) == 2
-            assert "nothing is overwritten" in capsys.readouterr().err
+            assert "exists and is not overwritten" in capsys.readouterr().err
         assert (tmp_path / "demo.yaml").read_text() == "mine" and not (tmp_path / "elsewhere.yaml").exists()
         assert main(["recipes", "copy", "demo", "no/such/folder/x.yaml"]) == 2
         assert "cannot write" in capsys.readouterr().err

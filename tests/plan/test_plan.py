@@ -74,7 +74,7 @@ def test_lora_is_pefts(config, targets):
 
 
 def test_a_target_that_no_layer_has_is_refused():
-    with pytest.raises(ValueError, match="no linear layer is named c_attn; there are .*q_proj"):
+    with pytest.raises(ValueError, match="no linear layer is named c_attn; choose from .*q_proj"):
         shape_of(TINY).lora_weights(4, ["c_attn"])
 
 
@@ -179,7 +179,7 @@ def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lor
 
 
 def test_a_mixture_of_experts_is_refused_in_words():
-    with pytest.raises(ValueError, match="mixtral model .* depends on the numbers"):
+    with pytest.raises(ValueError, match="mixtral model .* depends on the values"):
         estimate(PlanRequest(config=MixtralConfig(**SIZES, num_local_experts=2)))
 
 
@@ -324,7 +324,7 @@ class TestCommand:
             (["--gpus", "0"], "--gpus must be 1 or more; got 0"),
             (["--memory", "24"], "with its unit"),
             (["--prompt_share", "1.5"], "between 0 and 1"),
-            (["--offload"], "--offload goes with --parallel zero3"),
+            (["--offload"], "--offload needs --parallel zero3"),
             (["--load_in_4bit"], "Add adapters"),
             (["--model", "./nowhere"], "Cannot load the model ./nowhere"),
             (["--parallel", "zero4"], "zero3"),

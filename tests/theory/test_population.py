@@ -155,11 +155,11 @@ def refused(added, rule=None):
 @pytest.mark.parametrize(
     "form, why",
     [
-        (refused(lambda pairs, _: torch.relu(-1.0 - pairs.policy_chosen)), "reads more of the policy than the gap"),
+        (refused(lambda pairs, _: torch.relu(-1.0 - pairs.policy_chosen)), "depends on more of the policy than the gap"),
         (refused(lambda pairs, _: torch.relu(0.8 - pairs.gap) * pairs.gap.sum()), "depends on other pairs"),
         (refused(lambda pairs, _: -5 * torch.relu(0.8 - pairs.gap) ** 2), "not convex"),
-        (refused(lambda pairs, _: 3 * (0.8 - pairs.gap)), "falls for ever"),
-        (refused(lambda pairs, _: (0.8 - pairs.gap).sqrt()), "no number at some gap"),
+        (refused(lambda pairs, _: 3 * (0.8 - pairs.gap)), "falls without bound"),
+        (refused(lambda pairs, _: (0.8 - pairs.gap).sqrt()), "its added loss is NaN at some gap"),
         (refused(lambda pairs, x: x * torch.relu(0.8 - pairs.gap), DualRule(0.1, 1, 1, signal="violation_rate")), "driven by"),
         (refused(lambda pairs, x: x * (1 + torch.relu(0.8 - pairs.gap)), DualRule(0.1, 0.1, 1.0)), "no multiplier brings"),
         (refused(lambda pairs, x: x**2 * torch.relu(0.8 - pairs.gap), DualRule(0.1, 0.1, 1.0)), "not proportional"),

@@ -1,11 +1,12 @@
 """The command line: `trl-cpo <command>`, also `python -m trl_cpo <command>`.
 
-A command is a module of this package, named in `COMMANDS` and imported when it is asked for, with
+Each command is a module of this package, named in `COMMANDS` and imported only when it runs. It defines
 
-- `HELP`, one line;
-- `add_arguments(parser)`, which imports nothing heavy, so that `--help` answers at once;
-- `run(options) -> int`, which gives the exit code or raises `UserError`;
-- if it hands options on to TRL's parser, `PASSES_ON = True`: what `parser` does not know is then in `options.passed_on`.
+- `HELP`: one line;
+- `add_arguments(parser)`: imports nothing heavy, so that `--help` answers at once;
+- `run(options) -> int`: returns the exit code or raises `UserError`;
+- `PASSES_ON = True` if it hands options on to TRL's parser; arguments that `parser` does not know are then in
+  `options.passed_on`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from importlib.util import find_spec
 from .errors import UserError, nearest
 from .parser import Parser
 
-#: Command to the module of this package that is it, in the order in which `trl-cpo --help` lists them.
+#: Each command and its module in this package, in the order of `trl-cpo --help`.
 COMMANDS = {
     "train": "train",
     "recipes": "recipes",
@@ -73,7 +74,7 @@ def command_parser(name: str) -> Parser:
 
 def _run(argv: Sequence[str]) -> int:
     if not argv:
-        raise UserError(f"no command given; there are {', '.join(available())}.\nWhat they do: {PROGRAM} --help")
+        raise UserError(f"no command given; the commands are {', '.join(available())}.\nWhat they do: {PROGRAM} --help")
     name, *rest = argv
     if name in ("-h", "--help", "help"):
         print(overview())
@@ -86,7 +87,7 @@ def _run(argv: Sequence[str]) -> int:
     if name not in available():
         kind = "option" if name.startswith("-") else "command"
         raise UserError(
-            f"unknown {kind} {name}; there are {', '.join(available())}.{nearest(name, available())}\n"
+            f"unknown {kind} {name}; the commands are {', '.join(available())}.{nearest(name, available())}\n"
             f"What they do: {PROGRAM} --help"
         )
     module, parser = import_module(f".{COMMANDS[name]}", __name__), command_parser(name)
@@ -99,7 +100,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and gives the exit code: 0 done, 1 does not hold, 2 wrong use, 3 unexpected, 130 interrupted."""
+    """Runs one command and returns its exit code: 0 done, 1 does not hold, 2 wrong use, 3 unexpected, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
     name = f"{PROGRAM} {argv[0]}" if argv and argv[0] in COMMANDS else PROGRAM
     try:
@@ -113,10 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has seen enough. Python flushes stdout once more at its end, which must not fail again.
+        # The reader (head, less) has closed the pipe. Python flushes stdout once more at exit; that must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception:
         traceback.print_exc()
-        print(f"{name}: an unexpected error; what happened is written above", file=sys.stderr)
+        print(f"{name}: unexpected error; the traceback is above", file=sys.stderr)
         return UNEXPECTED

@@ -1,4 +1,4 @@
-"""`trl-cpo audit`: what a reference makes of the pairs, before a GPU-day is spent."""
+"""`trl-cpo audit`: shows how a reference ranks your pairs, before you spend a GPU-day."""
 
 import argparse
 
@@ -9,46 +9,72 @@ HELP = "look before you train: where the reference is misaligned on your pairs, 
 _EPILOG = """\
   trl-cpo audit --model demo --dataset demo                    minutes on a CPU, no hub
   trl-cpo audit --model M --dataset D --max-pairs 500          500 pairs drawn at random
-  trl-cpo audit --model M --dataset D --preflight-only         tokens alone, no model is loaded: seconds
+  trl-cpo audit --model M --dataset D --preflight-only         tokens only, no model is loaded: seconds
   trl-cpo audit --model outputs/run --ref-model M --dataset D  a trained policy (or adapter) against its reference
 
-How to read it, each number's formula, and what it cannot tell: docs/audit.md. Scores are kept and found again, by later
-audits and by training with --precompute_ref_log_probs under a constraint."""
+docs/audit.md explains how to read the result, the formula of each number, and the limits. Scores are cached: later audits
+reuse them, and so does training with --precompute_ref_log_probs under a constraint."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
 
     def add(name: str, **settings) -> None:
-        # Also with underscores, as TRL's options are written.
+        # Also accepted with underscores, as in TRL's options.
         parser.add_argument(*dict.fromkeys((name, "--" + name[2:].replace("-", "_"))), **settings)
 
     add(
         "--model",
         required=True,
         metavar="M",
-        help="hub name, folder (an adapter's too) or 'demo'; its own start is the reference",
+        help="hub name, folder (also an adapter's) or 'demo'; the reference, unless --ref-model is given",
     )
     add("--dataset", required=True, metavar="D", help="hub name, .jsonl[.gz], .json or .parquet file, folder, or 'demo'")
-    add("--ref-model", metavar="R", help="the reference, if it is another model: M is then the policy as it stands")
-    add("--split", nargs="+", default=["train"], metavar="S", help="splits, each audited by itself (train)")
+    add("--ref-model", metavar="R", help="use R as the reference; M is then the policy")
+    add("--split", nargs="+", default=["train"], metavar="S", help="splits, audited separately (default: train)")
     add("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
     add("--dataset-data-dir", metavar="DIR", help="folder inside the dataset, such as harmless-base in HH-RLHF")
-    add("--slice", nargs="+", action="extend", default=[], metavar="COLUMN", help="also by the values of these columns")
-    add("--score-columns", nargs=2, metavar=("CHOSEN", "REJECTED"), help="reward scores (score_chosen score_rejected if there)")
-    add("--max-pairs", type=int, metavar="N", help="N pairs drawn at random")
-    add("--seed", type=int, default=0, help="of that draw (0)")
-    add("--beta", type=float, help="DPO's beta (0.1; 2.5 for means)")
-    add("--gamma", type=float, help="clip's gap, in nats (1.0; 0.05 for means)")
-    add("--logps-reduction", choices=["sum", "mean"], default="sum", help="sum (nats per response) or mean (per token)")
-    add("--max-length", type=int, default=1024, metavar="N", help="as in training (1024); 0 for no limit")
-    add("--truncation-mode", choices=["keep_start", "keep_end"], default="keep_start", help="as in training (keep_start)")
-    add("--dtype", choices=["float32", "bfloat16", "float16", "auto"], default="float32", help="of the weights (float32)")
-    add("--batch-size", type=int, default=8, metavar="N", help="pairs scored at once (8)")
+    add("--slice", nargs="+", action="extend", default=[], metavar="COLUMN", help="also report by the values of these columns")
+    add(
+        "--score-columns",
+        nargs=2,
+        metavar=("CHOSEN", "REJECTED"),
+        help="columns of reward scores (default: score_chosen score_rejected, if present)",
+    )
+    add("--max-pairs", type=int, metavar="N", help="draw N pairs at random")
+    add("--seed", type=int, default=0, help="seed of that draw (default: 0)")
+    add("--beta", type=float, help="DPO's beta (default: 0.1; 2.5 for means)")
+    add("--gamma", type=float, help="target gap of clip, in nats (default: 1.0; 0.05 for means)")
+    add(
+        "--logps-reduction",
+        choices=["sum", "mean"],
+        default="sum",
+        help="sum (nats per response, the default) or mean (per token)",
+    )
+    add(
+        "--max-length",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="longest sequence, as in training (default: 1024); 0: no limit",
+    )
+    add(
+        "--truncation-mode",
+        choices=["keep_start", "keep_end"],
+        default="keep_start",
+        help="as in training (default: keep_start)",
+    )
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "auto"],
+        default="float32",
+        help="type of the weights (default: float32)",
+    )
+    add("--batch-size", type=int, default=8, metavar="N", help="pairs scored at once (default: 8)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add("--worst", type=int, default=3, metavar="N", help="worst pairs quoted (3; 0 quotes none)")
-    add("--preflight-only", action="store_true", help="look at the tokens alone; no model is loaded")
-    add("--json", action="store_true", help="print the document as JSON")
+    add("--worst", type=int, default=3, metavar="N", help="worst pairs to quote (default: 3; 0: none)")
+    add("--preflight-only", action="store_true", help="check the tokens only; load no model")
+    add("--json", action="store_true", help="print one JSON document")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     faults = _faults(options)
     if faults:
         raise UserError("\n".join(faults) + "\nAll options: trl-cpo audit --help")
-    # Libraries print to stdout now and then; there the answer stands alone.
+    # Some libraries print to stdout, which is for the answer alone.
     with user_errors("All options: trl-cpo audit --help"), redirect_stdout(sys.stderr):
         from accelerate import PartialState
 
@@ -94,7 +120,7 @@ def _request(options: argparse.Namespace):
     from ..scoring.scorer import Scorer
 
     by_means = options.logps_reduction == "mean"
-    # The paper's values for means, TRL's β and the README's γ for sums.
+    # Means: the paper's values. Sums: TRL's β and the README's γ.
     beta, gamma = (2.5, 0.05) if by_means else (0.1, 1.0)
     return AuditRequest(
         model=options.model,

@@ -1,4 +1,4 @@
-"""`trl-cpo certify`: what a run, or a model on held-out pairs, proves; and whether a certificate is true."""
+"""`trl-cpo certify`: certifies a run, or a model on held-out pairs, and checks certificates."""
 
 import argparse
 
@@ -10,10 +10,10 @@ _EPILOG = """\
   trl-cpo certify outputs/run                                   at the run's own γ
   trl-cpo certify outputs/run --gamma 0 --at-least 0.5 --out c.json
   trl-cpo certify --check c.json --evidence outputs/run
-  trl-cpo certify --model M --dataset D --gamma 1 --scores F    pairs scored first, into the new folder F
+  trl-cpo certify --model M --dataset D --gamma 1 --scores F    score pairs into the new folder F first
 
-What is proven, and under which assumptions: docs/theory.md. Exit code 1 where the share that is certified is 0 or below
---at-least, and where a certificate does not follow from its evidence."""
+docs/theory.md says what is proven, and under which assumptions. Exit code 1: the certified share is 0 or below --at-least,
+or a certificate does not follow from its evidence."""
 
 _MAKES = ("kind", "gamma", "at_least", "out")
 _SCORES = ("ref_model", "split", "max_pairs", "logps_reduction", "max_length", "dtype", "batch_size", "scores")
@@ -23,26 +23,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
 
     def add(name: str, **settings) -> None:
-        # Also with underscores, as TRL's options are written.
+        # Also accepted with underscores, as in TRL's options.
         parser.add_argument(*dict.fromkeys((name, "--" + name[2:].replace("-", "_"))), **settings)
 
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run: pairs.json and metrics.json")
-    add("--kind", metavar="KIND", help="held_out, from the count of held-out pairs: the one kind there is")
-    add("--gamma", type=float, metavar="G", help="the gap asked for, in nats (the run's)")
-    add("--at-least", type=float, metavar="SHARE", help="the share of pairs, 0 to 1, that the certified one must reach (0)")
-    add("--out", metavar="FILE", help="write the certificate here, as JSON; never over a file that is there")
-    add("--check", metavar="FILE", help="recompute this certificate and name the fields that differ")
+    add("--kind", metavar="KIND", help="kind of certificate: held_out (the only one), from the count of held-out pairs")
+    add("--gamma", type=float, metavar="G", help="gap to certify, in nats (default: the run's gamma)")
+    add("--at-least", type=float, metavar="SHARE", help="share of pairs that must be certified, 0 to 1 (default: 0)")
+    add("--out", metavar="FILE", help="write the certificate to this new file, as JSON")
+    add("--check", metavar="FILE", help="recompute this certificate and list the fields that differ")
     add("--evidence", metavar="RUN", help="with --check: recompute it from this run's files, not from its own numbers")
-    add("--model", metavar="M", help="score this model: hub name, folder (an adapter's too) or 'demo'")
-    add("--dataset", metavar="D", help="with --model: pairs that it was not trained on: hub name, file, folder, or 'demo'")
-    add("--ref-model", metavar="R", help="with --model: its reference, recorded beside it")
-    add("--scores", metavar="FOLDER", help="with --model: where the scored pairs go, the certificate's evidence; new or empty")
-    add("--split", metavar="S", help="with --model: the dataset's split (test)")
-    add("--max-pairs", type=int, metavar="N", help="with --model: N pairs drawn at random")
-    add("--logps-reduction", choices=["sum", "mean"], help="with --model: nats per response or per token (sum)")
-    add("--max-length", type=int, metavar="N", help="with --model: as in training (1024); 0 for no limit")
-    add("--dtype", choices=["float32", "bfloat16", "float16", "auto"], help="with --model: of the weights (float32)")
-    add("--batch-size", type=int, metavar="N", help="with --model: pairs scored at once (8)")
+    add("--model", metavar="M", help="score this model: hub name, folder (also an adapter's) or 'demo'")
+    add("--dataset", metavar="D", help="with --model: pairs it was not trained on; hub name, file, folder, or 'demo'")
+    add("--ref-model", metavar="R", help="with --model: its reference, scored too")
+    add(
+        "--scores",
+        metavar="FOLDER",
+        help="with --model: new or empty folder for the scored pairs, the certificate's evidence",
+    )
+    add("--split", metavar="S", help="with --model: the dataset's split (default: test)")
+    add("--max-pairs", type=int, metavar="N", help="with --model: draw N pairs at random")
+    add(
+        "--logps-reduction",
+        choices=["sum", "mean"],
+        help="with --model: sum (nats per response, the default) or mean (per token)",
+    )
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="with --model: longest sequence, as in training (default: 1024); 0: no limit",
+    )
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "auto"],
+        help="with --model: type of the weights (default: float32)",
+    )
+    add("--batch-size", type=int, metavar="N", help="with --model: pairs scored at once (default: 8)")
     add("--json", action="store_true", help="print the certificate, or the differences, as JSON")
 
 
@@ -60,13 +77,13 @@ def _refuse_mixtures(options: argparse.Namespace) -> None:
     sources = ["RUN"] * (options.run is not None) + given("model", "check")
     faults = []
     if len(sources) != 1:
-        faults.append(f"give one of RUN, --model and --check; got {' and '.join(sources) or 'none of them'}")
+        faults.append(f"give exactly one of RUN, --model and --check; got {' and '.join(sources) or 'none of them'}")
     if options.check is not None:
         faults += [f"{name} is for making a certificate, not for --check" for name in given(*_MAKES)]
     elif options.evidence is not None:
-        faults.append("--evidence goes with --check")
+        faults.append("--evidence needs --check")
     if options.model is None:
-        faults += [f"{name} goes with --model" for name in given("dataset", *_SCORES)]
+        faults += [f"{name} needs --model" for name in given("dataset", *_SCORES)]
     else:
         faults += [f"--model needs --{name}" for name in ("dataset", "gamma", "scores") if getattr(options, name) is None]
         sizes = {"max_pairs": 1, "batch_size": 1, "max_length": 0}
@@ -88,10 +105,10 @@ def _certify(options: argparse.Namespace) -> int:
 
     out = None if options.out is None else Path(options.out)
     if out is not None and (out.exists() or not out.parent.is_dir()):
-        why = "exists already, and nothing is overwritten" if out.exists() else "lies in no folder that there is"
+        why = "exists and is not overwritten" if out.exists() else "is in a folder that does not exist"
         raise UserError(f"{out} {why}.\nWrite it elsewhere: trl-cpo certify … --out FILE")
     folder = options.run
-    # Libraries print to stdout now and then; there the answer stands alone.
+    # Some libraries print to stdout, which is for the answer alone.
     with user_errors("All options: trl-cpo certify --help"), redirect_stdout(sys.stderr):
         from ..certificates import certify_run, check_kind
 
@@ -128,7 +145,7 @@ def _in_words(document: dict, folder: str, out: str | None) -> str:
     verdict = "holds" if document["holds"] else "does NOT hold"
     asked = f", asked for at least {least:.4g}" if least else ""
     lines = [document["statement"], "", f"{verdict}: certified share {share:.4f}{asked}, slack {document['slack']:+.4f}", ""]
-    lines += ["It rests on:"] + [f"- {assumption}" for assumption in document["assumptions"]]
+    lines += ["Assumptions:"] + [f"- {assumption}" for assumption in document["assumptions"]]
     lines += ["", f"evidence     {folder}: {', '.join(document['evidence']['files'])}"]
     if out is not None:
         lines += [f"certificate  {out}", f"check it     trl-cpo certify --check {out} --evidence {folder}"]
@@ -149,6 +166,10 @@ def _check(options: argparse.Namespace) -> int:
     elif differences:
         print(f"{options.check} does not follow from its evidence:\n" + "\n".join(f"- {line}" for line in differences))
     else:
-        source = f"the files in {options.evidence}" if options.evidence else "its own numbers (not the files: --evidence RUN)"
+        source = (
+            f"the files in {options.evidence}"
+            if options.evidence
+            else "its own numbers (to check the run's files too: --evidence RUN)"
+        )
         print(f"{found['statement']}\n\nIt {'holds' if holds else 'does NOT hold'}, and follows from {source}.")
     return 0 if holds else 1

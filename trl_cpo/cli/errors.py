@@ -1,4 +1,4 @@
-"""What goes wrong by the user's hand: one exception, the nearest right name, and which other exceptions count as that."""
+"""Errors that the user can mend: `UserError`, the nearest valid name, and which other exceptions count as such."""
 
 import difflib
 import traceback
@@ -10,25 +10,26 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class UserError(Exception):
-    """A wrong command, option or input: its message says what was got, what is allowed, and ends with the next command.
+    """A wrong command, option or input.
 
-    `trl-cpo` prints the message without a traceback and exits with 2.
+    The message says what was got and what is allowed, and ends with the next command. `trl-cpo` prints it without a
+    traceback and exits with 2.
     """
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:
-    """` Did you mean X?` with the nearest of the allowed names, or the empty string where none is near."""
+    """Returns ` Did you mean X?` with the nearest allowed name, or an empty string if none is near."""
     close = difflib.get_close_matches(str(got), list(allowed), n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 @contextmanager
 def user_errors(next_command: str) -> Iterator[None]:
-    """Turns this package's own refusals into `UserError`s that end with `next_command`; other errors pass as they are.
+    """Turns this package's own refusals into `UserError`s that end with `next_command`; lets other errors pass.
 
-    A refusal is a `ValueError`, `TypeError`, `ImportError`, `OSError` or `FloatingPointError` that a module of this package
-    raised itself, with a sentence for people, or an error of the embedded model. The same types out of a library are not
-    for the user alone to mend, and keep their traceback.
+    A refusal is a `DemoModelError`, or a `ValueError`, `TypeError`, `ImportError`, `OSError` or `FloatingPointError` raised
+    by a module of this package. The same types raised by a library keep their traceback: the user may be unable to mend
+    them.
     """
     from ..data.demo.model import DemoModelError
 

@@ -1,4 +1,4 @@
-"""A run's options, from a recipe and the command line: TRL's parser and option names, with nothing unknown let through."""
+"""Reads a run's options from a recipe and the command line, with TRL's parser and option names; refuses unknown ones."""
 
 import argparse
 import json
@@ -31,15 +31,15 @@ def run_parser(program: str) -> RunParser:
 def parse_run(
     arguments: Sequence[str], config: str | None, program: str = "trl-cpo train"
 ) -> tuple[PairArguments, RunConfig, PolicyConfig]:
-    """The options of a run: the recipe's, where there is one, and over them those of the command line.
+    """The options of a run: those of the recipe, if any, overridden by the command line.
 
     Args:
         arguments: the command line, without `--config`.
         config: a YAML file or a recipe's name.
-        program: how the program is called, for its errors.
+        program: its name in error messages.
 
     Raises:
-        UserError: an option or a key of the recipe is unknown, given twice, or has a value that it cannot have.
+        UserError: an option or a key of the recipe is unknown, given twice, or has an invalid value.
     """
     parser = run_parser(program)
     if config is not None:
@@ -54,7 +54,7 @@ def parse_run(
             list(arguments), return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
-        # The dataclasses check themselves and say what is wrong.
+        # The dataclasses check themselves; their messages say what is wrong.
         raise UserError(f"{error}\nAll options: {program} --help") from error
     if unknown:
         parser.error("\n".join(unknown_options(unknown, [*option_strings(parser), "--config"])))
@@ -62,7 +62,7 @@ def parse_run(
 
 
 def config_file(name: str) -> Path:
-    """The file that `--config NAME` means: one of that name, else the recipe of that name."""
+    """The file that `--config NAME` means: the file NAME, else the recipe NAME."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -75,7 +75,7 @@ def config_file(name: str) -> Path:
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """YAML without code and without a key given twice, of which plain YAML would take the last without a word."""
+    """YAML without code and without duplicate keys, of which plain YAML would silently take the last."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -88,7 +88,7 @@ class _OnceLoader(yaml.SafeLoader):
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """The keys and values of a YAML file or recipe."""
+    """The keys and values of a YAML file or recipe. Raises `UserError` if it is not YAML, or not a mapping."""
     file = config_file(name)
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)
@@ -102,10 +102,10 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def checked(values: dict[str, Any], parser: argparse.ArgumentParser, config: str) -> dict[str, Any]:
-    """The values as TRL's parser would have them from the command line; every unknown key and bad value at once.
+    """The values, converted as TRL's parser converts those of the command line.
 
-    TrlParser takes YAML's values as they come, so that `save_strategy: no`, which YAML reads as false, or
-    `learning_rate: fast` would be found much later or not at all.
+    TrlParser takes YAML's values unchecked: `save_strategy: no`, which YAML reads as false, or `learning_rate: fast` would
+    fail much later or never. Raises one `UserError` that lists every unknown key and bad value.
     """
     hints = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}
     known = [field.name for group in GROUPS for field in fields(group) if field.init]
@@ -149,7 +149,7 @@ def _scalar(value: Any, action: argparse.Action, kinds: set) -> Any:
         return value
     if isinstance(value, bool) and str in kinds:
         words = "no, off and False" if value is False else "yes, on and True"
-        raise ValueError(f"must be text; YAML reads {words} as a truth value: put the word in quotes")
+        raise ValueError(f"must be text; YAML reads {words} as true or false: put the word in quotes")
     try:
         converted = action.type(str(value)) if action.type else value
     except (ValueError, TypeError, argparse.ArgumentTypeError):

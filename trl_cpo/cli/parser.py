@@ -1,4 +1,4 @@
-"""argparse in this project's manners: errors are `UserError`s, offer the nearest name, and end with where to look."""
+"""argparse with this project's errors: `UserError`s that offer the nearest name and end with where to look."""
 
 import argparse
 
@@ -6,10 +6,10 @@ from .errors import UserError, nearest
 
 
 class ClearErrors(argparse.ArgumentParser):
-    """Mixed into another `ArgumentParser`: its errors become `UserError`s, and options are not abbreviated."""
+    """A mixin for an `ArgumentParser`: raises `UserError`s and allows no abbreviated options."""
 
     def __init__(self, *args, **kwargs):
-        # An abbreviation that works today names another option once one is added.
+        # An abbreviation that works today may become ambiguous when an option is added.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def _check_value(self, action, value):
@@ -45,9 +45,10 @@ def option_strings(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def unknown_options(unknown: list[str], known: list[str]) -> list[str]:
-    """A sentence for each option among the arguments that a parser did not know, with the nearest known one offered.
+    """One sentence for each unknown option, with the nearest known one.
 
-    What follows an unknown option is its value, and not itself unknown; arguments without an option are.
+    What follows an unknown option counts as its value and is not reported. If no unknown argument is an option,
+    the first one is reported.
     """
     options = [arg.partition("=")[0] for arg in unknown if arg.startswith("--") or (arg.startswith("-") and not _number(arg))]
     if not options:

@@ -1,4 +1,4 @@
-"""`trl-cpo plan`: what a run will hold on each GPU, and whether it fits, before anything is loaded."""
+"""`trl-cpo plan`: estimates what a run holds on each GPU, and whether it fits, before anything is loaded."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 from .errors import UserError
 
-HELP = "Say what a run will hold on each GPU, and whether it fits, from the model's config alone."
+HELP = "Estimate a run's memory on each GPU, and whether it fits, from the model's config alone."
 PASSES_ON = True
 
 _KINDS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -18,22 +18,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "trl-cpo plan --config hh-rlhf-qlora-24gb --memory 24GB\n"
         "trl-cpo plan --model path/to/model --gpus 8 --parallel zero3 --memory 80GB --max_length 2048\n"
-        "\nNo weights are loaded; a model's hub name needs its config alone. docs/plan.md says how good the estimates are."
+        "\nNo weights are loaded; of a model on the hub, only the config is fetched. Accuracy of the estimates: docs/plan.md"
     )
     parser.add_argument("--model", metavar="M", help="hub name or folder with a config.json (default: the recipe's)")
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file, or a recipe's name (trl-cpo recipes)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="devices that share the work (default: 1)")
     parser.add_argument("--parallel", choices=_KINDS, help="how they share it (default: ddp)")
-    parser.add_argument("--offload", action="store_true", help="ZeRO-3 with weights and optimizer in the machine's memory")
+    parser.add_argument("--offload", action="store_true", help="ZeRO-3 with weights and optimizer in CPU memory")
     parser.add_argument(
-        "--memory", metavar="SIZE", help="of each device, such as 24GB: says whether it fits, and what makes it fit"
+        "--memory",
+        metavar="SIZE",
+        help="memory of each device, such as 24GB: checks whether the run fits, and finds what makes it fit",
     )
     parser.add_argument(
         "--prompt_share",
         type=float,
         default=0.5,
         metavar="P",
-        help="the prompt's part of the longest row, 0 to 1 (default: 0.5); the packed forward runs it once",
+        help="the prompt's share of the longest row, 0 to 1 (default: 0.5); the packed forward computes it once",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -53,9 +55,9 @@ def run(options: argparse.Namespace) -> int:
         memory = None if options.memory is None else parse_size(options.memory)
     except ValueError as error:
         raise UserError(f"--memory {error}\n{usage}") from None
-    # The machine that plans need not be the one that trains: without this, bf16 would be refused where there is no GPU.
+    # The machine that plans may have no GPU, where bf16 would be refused: parse as for a CPU.
     device = "cpu" if _for_cpu(options) else "cuda"
-    # Libraries print to stdout now and then; there the answer stands alone.
+    # Some libraries print to stdout, which is for the answer alone.
     with redirect_stdout(sys.stderr):
         _, args, policy = parse_run([*options.passed_on, "--use_cpu", "True"], options.config, "trl-cpo plan")
         try:
@@ -85,15 +87,15 @@ def _request(options: argparse.Namespace, args, policy, device: str):
     model = options.model or policy.model_name_or_path
     kind = options.parallel or ("ddp" if options.gpus > 1 else "single")
     if options.offload and kind != "zero3":
-        raise UserError(f"--offload goes with --parallel zero3; got {kind}.\nUsage: trl-cpo plan --help")
+        raise UserError(f"--offload needs --parallel zero3; got {kind}.\nUsage: trl-cpo plan --help")
     bits = 4 if policy.load_in_4bit else 8 if policy.load_in_8bit else 16
     if bits < 16 and not policy.use_peft:
-        raise UserError("weights in 4 or 8 bits cannot be trained themselves.\nAdd adapters: trl-cpo plan --use_peft …")
+        raise UserError("weights in 4 or 8 bits cannot be trained directly.\nAdd adapters: trl-cpo plan --use_peft …")
     packed = args.prefix_sharing if args.prefix_sharing is not None else args.constraint != "none"
     if args.tokens_per_step is not None:
         raise UserError(
-            "plan counts pairs, and --tokens_per_step sets none.\nGive the pairs of a micro-batch instead: trl-cpo plan "
-            "--per_device_train_batch_size N …"
+            "plan needs the number of pairs in a micro-batch, which --tokens_per_step does not fix.\nGive it instead: trl-cpo "
+            "plan --per_device_train_batch_size N …"
         )
     targets = policy.lora_target_modules or ["all-linear"]
     return PlanRequest(

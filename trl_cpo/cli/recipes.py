@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="list them as one JSON document")
     verbs = parser.add_subparsers(dest="verb", metavar="copy", title="verbs")
-    copy = verbs.add_parser("copy", help="copy a recipe to a file; nothing is ever overwritten", allow_abbrev=False)
+    copy = verbs.add_parser("copy", help="copy a recipe to a new file", allow_abbrev=False)
     copy.add_argument("name", metavar="NAME", help="a recipe's name")
-    copy.add_argument("file", metavar="FILE", nargs="?", help="where to; by default NAME.yaml in this folder")
+    copy.add_argument("file", metavar="FILE", nargs="?", help="new file (default: NAME.yaml in this folder)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,23 +39,25 @@ def run(options: argparse.Namespace) -> int:
 
 
 def copied(name: str, to: str | None) -> Path:
-    """Copies a recipe to a file that does not exist yet, and gives its path."""
+    """Copies a recipe to a file that does not exist yet and returns its path. Raises `UserError` if it exists."""
     if name not in names():
         raise UserError(
-            f"there is no recipe {name}; there are {', '.join(names())}.{nearest(name, names())}\nWhat they do: trl-cpo recipes"
+            f"no recipe {name}; the recipes are {', '.join(names())}.{nearest(name, names())}\nWhat they do: trl-cpo recipes"
         )
     target = Path(to or f"{name}.yaml").expanduser()
     if target.is_dir():
         target = target / f"{name}.yaml"
     text = recipe(name).file.read_text(encoding="utf-8")
     try:
-        # "x": made here or not at all, whatever another program does meanwhile.
+        # "x" creates the file or fails, even if another program creates it at the same moment.
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise UserError(
-            f"{target} is there already, and nothing is overwritten.\nAnother name: trl-cpo recipes copy {name} my-{name}.yaml"
+            f"{target} exists and is not overwritten.\nUse another name: trl-cpo recipes copy {name} my-{name}.yaml"
         ) from None
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}.\nAnother place: trl-cpo recipes copy {name} FILE") from None
+        raise UserError(
+            f"cannot write {target}: {error.strerror}.\nWrite it elsewhere: trl-cpo recipes copy {name} FILE"
+        ) from None
     return target

@@ -1,4 +1,4 @@
-"""`trl-cpo report RUN …`: a page and pictures of training runs."""
+"""`trl-cpo report RUN …`: makes a page and pictures of training runs."""
 
 import argparse
 import json
@@ -12,17 +12,17 @@ HELP = "Make an HTML page and pictures of one or several runs."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folder of a run: log.jsonl, metrics.json, pairs.json, or any of them"
+        "runs", nargs="+", metavar="RUN", help="folder of a run, with any of log.jsonl, metrics.json and pairs.json"
     )
     parser.add_argument("--out", metavar="FOLDER", help="where to write (default: report, in the first run's folder)")
-    parser.add_argument("--json", action="store_true", help="print what was made, and its numbers, as one JSON document")
+    parser.add_argument("--json", action="store_true", help="print the files made and their numbers as one JSON document")
 
 
 def run(options: argparse.Namespace) -> int:
     from ..report import NotARun, make_report
 
     try:
-        # Libraries print to stdout now and then; there the answer stands alone.
+        # Some libraries print to stdout, which is for the answer alone.
         with redirect_stdout(sys.stderr):
             report = make_report(options.runs, options.out)
     except NotARun as error:
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     except FileExistsError as error:
         raise UserError(str(error)) from None
     except OSError as error:
-        raise UserError(f"The report cannot be written: {error}.\nWrite it elsewhere: trl-cpo report --out FOLDER …") from None
+        raise UserError(f"cannot write the report: {error}.\nWrite it elsewhere: trl-cpo report --out FOLDER …") from None
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "matplotlib":
             raise

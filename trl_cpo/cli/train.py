@@ -1,4 +1,4 @@
-"""`trl-cpo train`: one training run, from a recipe, options, or both."""
+"""`trl-cpo train`: trains one run, from a recipe, options, or both."""
 
 import argparse
 import re
@@ -8,18 +8,18 @@ from ..constraint_names import FORM_NAMES
 from .errors import UserError, user_errors
 
 HELP = "Train with a constraint on the preference gap, from a recipe or from TRL's options."
-#: Every option of TRL's DPOConfig, ModelConfig and ScriptArguments is handed on.
+#: TRL parses the options of its DPOConfig, ModelConfig and ScriptArguments.
 PASSES_ON = True
 
 _FORMS = textwrap.fill(", ".join(FORM_NAMES), 88, subsequent_indent=33 * " ").replace("none", "none (plain DPO)", 1)
-#: The options that people set most, for a help that answers without importing TRL; a test holds the names against TRL's.
+#: The most used options, so that --help answers without importing TRL; a test checks the names against TRL's.
 _OFTEN = f"""\
-options that are set most (--help-all lists all of TRL's DPOConfig, ModelConfig and ScriptArguments, and ours):
+most used options (--help-all lists all of TRL's DPOConfig, ModelConfig and ScriptArguments, and ours):
   --model_name_or_path M         hub name or folder, or 'demo' (the embedded SmolLM2-135M-Instruct)
   --dataset_name D               hub name, .jsonl[.gz], .json or .parquet file, folder, or 'demo'
   --output_dir DIR               by default outputs/<dataset>-<constraint>, numbered if taken
   --constraint C                 {_FORMS}
-  --gamma G                      the preference gap asked for, >= 0, in nats
+  --gamma G                      the preference gap to reach, >= 0, in nats
   --beta B                       DPO's beta
   --logps_reduction R            sum (nats per response) or mean (nats per token)
   --learning_rate LR             --num_train_epochs N, --max_steps N, --seed N
@@ -28,21 +28,21 @@ options that are set most (--help-all lists all of TRL's DPOConfig, ModelConfig 
   --load_in_4bit                 QLoRA, with --use_peft
   --precompute_ref_log_probs     score the reference once, before training
   --max_train_pairs N            --max_test_pairs N, --held_out FRACTION_OR_N
-  --save_strategy steps          --save_steps N; go on with --resume_from_checkpoint latest
-  --enable_jit_checkpoint        on SIGTERM, a checkpoint after the step in work, and exit status 143
+  --save_strategy steps          --save_steps N; resume with --resume_from_checkpoint latest
+  --enable_jit_checkpoint        on SIGTERM, finish the step, write a checkpoint, exit with 143
 
   trl-cpo train --config demo                                        minutes on a CPU, no hub
   trl-cpo train --config demo --constraint none                      plain DPO beside it
   accelerate launch -m trl_cpo train --config hh-rlhf-lora --beta 0.2
 
-The folder of a run holds log.jsonl, metrics.json and pairs.json beside the model. Nothing is overwritten."""
+The run's folder holds log.jsonl, metrics.json and pairs.json beside the model. Nothing is overwritten."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "trl-cpo train [--config RECIPE] [any option of TRL's, which wins over the recipe]"
+    parser.usage = "trl-cpo train [--config RECIPE] [any TRL option, which overrides the recipe]"
     parser.epilog = _OFTEN
     parser.add_argument("--config", action="append", metavar="RECIPE", help="a YAML file, or a recipe's name (trl-cpo recipes)")
-    parser.add_argument("--help-all", action="store_true", help="list every option there is (imports TRL: takes seconds)")
+    parser.add_argument("--help-all", action="store_true", help="list every option (imports TRL: takes seconds)")
 
 
 def command_line_names() -> set[str]:
@@ -52,7 +52,9 @@ def command_line_names() -> set[str]:
 
 def run(options: argparse.Namespace) -> int:
     if len(options.config or []) > 1:
-        raise UserError("--config is given twice.\nOne recipe, and options over it: trl-cpo train --config RECIPE --beta 0.2")
+        raise UserError(
+            "--config is given twice.\nGive one recipe and override its keys: trl-cpo train --config RECIPE --beta 0.2"
+        )
     if options.help_all:
         from .options import run_parser
 

@@ -1,4 +1,4 @@
-"""What a run holds in memory, from the model's config alone: `estimate` says what is resident, `changes` what makes it fit."""
+"""A run's memory, from the model's config alone: `memory` estimates it, `changes` finds what makes it fit."""
 
 from .changes import Change, cheapest
 from .memory import Estimate, PlanRequest, estimate

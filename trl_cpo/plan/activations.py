@@ -1,4 +1,4 @@
-"""What the backward pass keeps of a forward pass, counted on tensors without numbers, for any architecture."""
+"""What a forward pass keeps for the backward pass, counted on fake tensors (shapes without data), for any architecture."""
 
 import copy
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-#: Tokens a row of the three counted forwards: bytes are at most quadratic in them.
+#: Row lengths of the three counted forward passes. Bytes are at most quadratic in the length, so three suffice.
 _LENGTHS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes kept for backward by a part of the model: `once + rows · (linear · T + quadratic · T²)` for rows of T tokens.
+    """Bytes that a part of the model keeps for backward: `once + rows · (linear · T + quadratic · T²)` for rows of T tokens.
 
-    `once` are copies of weights that autocast makes; `quadratic` are attention masks, and attention weights where they are
-    kept.
+    `once` counts the copies of weights that autocast makes; `quadratic` counts attention masks, and attention weights if
+    they are kept.
     """
 
     once: float
@@ -25,16 +25,16 @@ class Kept:
     quadratic: float
 
     def padded(self, rows: int, tokens: float) -> float:
-        """Of rows that are padded, with their mask."""
+        """Bytes kept for padded rows, with their mask."""
         return self.once + rows * (self.linear * tokens + self.quadratic * tokens**2)
 
     def packed(self, tokens: float) -> float:
-        """Of one row whose attention goes by segments and takes no mask."""
+        """Bytes kept for one packed row, whose attention works by segments without a mask."""
         return self.once + self.linear * tokens
 
 
 class _LikeLora(nn.Module):
-    """A frozen linear layer with an adapter, with PEFT's operations: what is kept is what PEFT's layer keeps."""
+    """A frozen linear layer with an adapter. It runs PEFT's operations, so it keeps what PEFT's layer keeps."""
 
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
@@ -48,25 +48,26 @@ class _LikeLora(nn.Module):
 
 
 def kept_by(config: Any, *, dtype: torch.dtype, autocast: bool, lora: bool) -> tuple[Kept, Kept]:
-    """What one block keeps, and what everything around the blocks keeps, the head left out.
+    """What one block keeps for backward, and what the rest of the model without the head keeps.
 
-    Models of one and of two blocks are built and run forward on tensors without numbers, on rows of three lengths; the
-    difference is a block's. A model whose blocks differ is taken to consist of blocks like its second.
+    Builds the model with one block and with two, and runs both on fake tensors with rows of three lengths; the difference
+    is one block's. If a model's blocks differ, all are taken to be like the second.
 
     Args:
-        config: the model's.
-        dtype: of its weights.
-        autocast: whether it runs under bfloat16 autocast.
+        config: the model's transformers config.
+        dtype: type of the weights.
+        autocast: whether the model runs under bfloat16 autocast.
         lora: whether all linear layers are frozen and have adapters.
 
     Raises:
-        ValueError: the model cannot be run without numbers: what it computes depends on them, as in mixtures of experts.
+        ValueError: the model cannot run on fake tensors, because its computation depends on values, as in mixtures of
+            experts.
     """
     return _kept_by(config.to_json_string(), config, dtype, autocast, lora)
 
 
 class _Keyed:
-    """A config that counts as equal to another of the same text."""
+    """A config as a cache key: equal to any config of the same text."""
 
     def __init__(self, text: str, config: Any):
         self.text, self.config = text, config
@@ -128,7 +129,7 @@ def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora: bool) -> float
         def keep(tensor):
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
-                kept[storage._cdata] = (storage.nbytes(), storage)  # held, so that no other takes its place
+                kept[storage._cdata] = (storage.nbytes(), storage)  # held, so that its address is not reused
             return tensor
 
         ids = torch.zeros(1, tokens, dtype=torch.long)
@@ -140,8 +141,8 @@ def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora: bool) -> float
                 output = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             except RuntimeError as error:
                 raise ValueError(
-                    f"what a {config.model_type} model keeps for backward cannot be counted without its weights: what it "
-                    "computes depends on the numbers in them, as in mixtures of experts."
+                    f"cannot estimate what a {config.model_type} model keeps for backward: its computation depends on "
+                    "the values in it, as in mixtures of experts, and no weights are loaded here."
                 ) from error
         del output
         return float(sum(size for size, _ in kept.values()))

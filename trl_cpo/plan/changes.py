@@ -1,4 +1,4 @@
-"""What can be changed to make a run fit, from what costs nothing to what makes it another run."""
+"""Changes that make a run fit, from those that cost nothing to those that change the training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,9 +11,9 @@ class Change:
     """One change.
 
     Attributes:
-        option: as it is written on the command line.
+        option: the change as written on the command line.
         cost: what it costs, in words.
-        made: the changed request, or None where it is made already or has no meaning.
+        made: applies the change to a request; None if it is already made or does not apply.
     """
 
     option: str
@@ -45,11 +45,11 @@ def _offloaded(request: PlanRequest) -> PlanRequest | None:
     return replace(request, offload=True) if possible else None
 
 
-#: In the order in which they are tried: each costs more than those before it.
+#: The changes in the order in which they are tried: each costs more than those before it.
 LADDER: tuple[Change, ...] = (
     Change(
         "--prefix_sharing True",
-        "nothing, and it is faster; refused by models that cannot be packed",
+        "nothing, and is faster; models that cannot be packed refuse it",
         lambda r: None if r.packed else replace(r, packed=True),
     ),
     Change(
@@ -59,29 +59,29 @@ LADDER: tuple[Change, ...] = (
     ),
     Change(
         "--precompute_ref_log_probs True",
-        "a pass over the pairs beforehand; training is then faster",
+        "one pass over the pairs before training, which is then faster",
         lambda r: None if r.precomputed or r.lora_rank or r.parallel == "fsdp2" else replace(r, precomputed=True),
     ),
     Change(
         "--gradient_checkpointing True",
-        "about a third more time a step",
+        "about a third more time per step",
         lambda r: None if r.checkpointing else replace(r, checkpointing=True),
     ),
     Change(
         "--per_device_train_batch_size 1, and as many times more --gradient_accumulation_steps",
-        "time, where a device is not filled by one pair; the step is the same",
+        "time, if one pair does not fill a device; the step stays the same",
         _smaller,
     ),
     Change(
         "--dtype bfloat16",
-        "the frozen weights lose digits; adapters stay float32",
+        "precision of the frozen weights; adapters stay float32",
         lambda r: replace(r, weight_bytes=2) if r.lora_rank and r.weight_bytes == 4 and r.device == "cuda" else None,
     ),
     Change("--config_file deepspeed_configs/zero2.yaml", "communication", _sharded("zero2")),
     Change("--config_file deepspeed_configs/zero3.yaml", "more communication", _sharded("zero3")),
     Change(
         "--optim paged_adamw_8bit",
-        "moments in 8 bits: slightly other updates; needs bitsandbytes",
+        "moments in 8 bits, so slightly different updates; needs bitsandbytes",
         lambda r: (
             replace(r, optim="paged_adamw_8bit")
             if r.optim.startswith("adamw_torch") and not r.parallel.startswith("zero")
@@ -90,17 +90,17 @@ LADDER: tuple[Change, ...] = (
     ),
     Change(
         "--config_file deepspeed_configs/zero3_offload.yaml",
-        "several times slower; needs the machine's memory",
+        "several times the time; needs CPU memory",
         _offloaded,
     ),
     Change(
         "--use_peft True --lora_r 16 --lora_target_modules all-linear",
-        "another training: adapters in place of all weights",
+        "a different training: adapters instead of all weights",
         lambda r: None if r.lora_rank else replace(r, lora_rank=16, lora_targets=("all-linear",)),
     ),
     Change(
         "--load_in_4bit True",
-        "the frozen weights in 4 bits: slower, and other numbers",
+        "the frozen weights in 4 bits: slower, and different results",
         lambda r: (
             replace(r, bits=4, nested=True, parallel="ddp" if r.gpus > 1 else "single", offload=False)
             if r.lora_rank and r.bits >= 16
@@ -111,10 +111,13 @@ LADDER: tuple[Change, ...] = (
 
 
 def cheapest(request: PlanRequest, memory: float) -> tuple[list[Change], Estimate] | None:
-    """The cheapest changes that bring a run under `memory` bytes a device, and what it then needs; None if none do.
+    """The cheapest changes that bring a run under `memory` bytes per device, and the new estimate; None if none do.
 
-    One change that does it alone, the first on the ladder; else the ladder's changes from its top down as far as needed,
-    less those that turn out not to be needed.
+    If one change is enough, returns the first such change of `LADDER`. Otherwise applies the ladder from the top until the
+    run fits, then drops the changes that turn out to be unnecessary.
+
+    Raises:
+        ValueError: as `estimate`.
     """
     for change in LADDER:
         made = change.made(request)

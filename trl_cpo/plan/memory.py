@@ -1,4 +1,4 @@
-"""The terms of a run's memory on each device, one function each, and their sum at the moment that needs most."""
+"""A run's memory on each device: one function per term, and their sum at the peak."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ from .shape import INT8_BYTES, NF4_BYTES, NF4_NESTED_BYTES, Shape, shape_of
 
 PARALLEL = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 
-#: TRL's fused head works on tiles of so many tokens and entries of the vocabulary. With Triton a tile is overwritten in
-#: place; without it, so many tensors of a tile's size are alive at once (counted in its code: backward, float32).
+#: Tile size of TRL's fused head, in tokens and vocabulary entries. Triton overwrites a tile in place. Without Triton,
+#: HEAD_COPIES tensors of a tile's size are alive at once (counted in TRL's code: backward, float32).
 HEAD_TOKENS, HEAD_ENTRIES, HEAD_COPIES = 4096, 32768, 7
 
-#: Bytes a trainable weight that optimizers keep, by TrainingArguments.optim; `None` is two moments of the weight's type.
+#: Bytes that an optimizer keeps per trainable weight, by TrainingArguments.optim; any other keeps two moments of the
+#: weight's type.
 OPTIMIZER_BYTES = {
     "adamw_8bit": 2.0,
     "adamw_bnb_8bit": 2.0,
@@ -29,33 +30,33 @@ OPTIMIZER_BYTES = {
     "paged_lion_32bit": 4.0,
 }
 
-#: What CUDA's context, its libraries and a fragmented allocator take beside tensors: an allowance, not measured here.
+#: Allowance for CUDA's context, libraries and fragmentation, beside tensors. Not measured.
 CUDA_BYTES = 1.0e9
-#: What a process on a CPU grows by beside tensors, from its imports to the end of a training: measured, 41 MB.
+#: Growth of a CPU process beside tensors, from its imports to the end of training: measured, 41 MB.
 CPU_BYTES = 4.1e7
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One training run, as far as its memory goes.
+    """What a training run's memory depends on.
 
     Attributes:
         config: the model's transformers config.
         gpus: devices that share the work.
         parallel: "single", "ddp", "zero1", "zero2", "zero3" or "fsdp2".
-        offload: whether ZeRO-3 keeps weights and optimizer in the machine's memory.
+        offload: whether ZeRO-3 keeps weights and optimizer in CPU memory.
         device: "cuda" or "cpu".
-        weight_bytes: of a weight as loaded, 4 (float32, TRL's default) or 2.
-        bits: 16 or more: as loaded; 8 or 4: bitsandbytes.
+        weight_bytes: bytes of a weight as loaded, 4 (float32, TRL's default) or 2.
+        bits: 8 or 4 with bitsandbytes; 16 or more: weights as loaded.
         nested: whether the scales of 4-bit layers are quantized.
-        autocast: bf16 or fp16 mixed precision.
-        lora_rank, lora_targets: of LoRA; rank 0 is full fine-tuning.
+        autocast: whether training uses bf16 or fp16 mixed precision.
+        lora_rank, lora_targets: LoRA's rank and target layers; rank 0 is full fine-tuning.
         precomputed: whether the reference is scored before training.
-        checkpointing, packed: gradient checkpointing; prefix sharing.
-        micro_batch: pairs a device and forward.
-        accumulation: micro-batches a step.
+        checkpointing, packed: whether gradient checkpointing and prefix sharing are on.
+        micro_batch: pairs per device and forward pass.
+        accumulation: micro-batches per step.
         max_length: tokens of the longest row.
-        prompt_share: the prompt's part of that row, 0 to 1.
+        prompt_share: the prompt's share of that row, 0 to 1.
         optim: TrainingArguments.optim.
     """
 
@@ -81,19 +82,19 @@ class PlanRequest:
 
     @property
     def held_bytes(self) -> int:
-        """Of a weight in training: DeepSpeed turns the weights of a mixed-precision run into half precision."""
+        """Bytes of a weight during training: DeepSpeed casts the weights of a mixed-precision run to half precision."""
         return 2 if self.autocast and self.parallel.startswith("zero") else self.weight_bytes
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by term, resident all the time and at the moments beside it.
+    """Bytes by term: what is always resident, and what three moments of a step add.
 
     Attributes:
         resident: held throughout training.
-        forward: beside it, when the forward pass has ended.
-        backward: beside it, when the backward pass has ended.
-        step: beside it, while the optimizer steps.
+        forward: added at the end of the forward pass.
+        backward: added at the end of the backward pass.
+        step: added while the optimizer steps.
     """
 
     request: PlanRequest
@@ -109,23 +110,23 @@ class Estimate:
 
     @property
     def peak_moment(self) -> str:
-        """The moment that needs most."""
+        """The moment with the highest total."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def at_peak(self) -> dict[str, float]:
-        """The terms at that moment, largest first."""
+        """The terms at the peak, largest first."""
         terms = {**self.resident, **self.moments[self.peak_moment]}
         return dict(sorted(((k, v) for k, v in terms.items() if v), key=lambda item: -item[1]))
 
     @property
     def peak(self) -> float:
-        """Bytes a device at that moment."""
+        """Bytes per device at the peak."""
         return sum(self.at_peak.values())
 
 
 def base_bytes(request: PlanRequest, shape: Shape) -> float:
-    """A model's weights in bytes, before they are shared out: quantized where they are, else as loaded."""
+    """Bytes of a whole model's weights, quantized layers as quantized, others as loaded."""
     if request.bits >= 16:
         return request.held_bytes * shape.weights
     each = INT8_BYTES if request.bits == 8 else NF4_NESTED_BYTES if request.nested else NF4_BYTES
@@ -133,12 +134,12 @@ def base_bytes(request: PlanRequest, shape: Shape) -> float:
 
 
 def weights(request: PlanRequest, shape: Shape) -> float:
-    """The policy's, without adapters: all of them, or a part on each device with ZeRO-3 and FSDP2 (none, offloaded)."""
+    """The policy's weights without adapters: whole, one shard with ZeRO-3 and FSDP2, none when offloaded."""
     return 0.0 if request.offload else base_bytes(request, shape) / _shares_of_weights(request)
 
 
 def gathered(request: PlanRequest, shape: Shape) -> float:
-    """Sharded weights put together for use: two blocks, and the head, in the precision of the computation."""
+    """Sharded weights gathered for use: two blocks and the head, in the precision of the computation."""
     if _shares_of_weights(request) == 1 and not request.offload:
         return 0.0
     each = min(request.held_bytes, 2 if request.autocast else 4)
@@ -146,14 +147,14 @@ def gathered(request: PlanRequest, shape: Shape) -> float:
 
 
 def reference(request: PlanRequest, shape: Shape) -> float:
-    """A second model: none with adapters, whose base is the reference, and none where it is scored beforehand."""
+    """The reference model: none with adapters (their base is the reference) or when it is scored before training."""
     if request.lora_rank or (request.precomputed and request.parallel != "fsdp2"):
         return 0.0
     return weights(request, shape)
 
 
 def trainable(request: PlanRequest, shape: Shape) -> tuple[float, float]:
-    """Trainable weights, and bytes of one: adapters are float32 (PEFT raises them), except beside ZeRO-3."""
+    """The number of trainable weights and the bytes of one: PEFT casts adapters to float32, except with ZeRO-3."""
     if not request.lora_rank:
         return shape.weights, request.held_bytes
     each = request.held_bytes if request.parallel == "zero3" else 4
@@ -167,7 +168,7 @@ def adapters(request: PlanRequest, shape: Shape) -> float:
 
 
 def optimizer(request: PlanRequest, shape: Shape) -> float:
-    """The optimizer's moments, and with ZeRO in half precision its float32 copy of the weights; a part each when sharded."""
+    """The optimizer's moments, and ZeRO's float32 copy of the weights; one shard with ZeRO and FSDP2, none when offloaded."""
     if request.offload:
         return 0.0
     count, each = trainable(request, shape)
@@ -179,21 +180,21 @@ def optimizer(request: PlanRequest, shape: Shape) -> float:
 
 
 def gradients(request: PlanRequest, shape: Shape) -> float:
-    """Gradients of the trainable weights in their type; a part each with ZeRO-2, ZeRO-3 and FSDP2."""
+    """Gradients of the trainable weights, in their type; one shard with ZeRO-2, ZeRO-3 and FSDP2."""
     count, each = trainable(request, shape)
     return count * each / (request.gpus if request.parallel in ("zero2", "zero3", "fsdp2") else 1)
 
 
 def buckets(request: PlanRequest, shape: Shape) -> float:
-    """DDP's buckets, a second copy of the gradients, held from the first step on."""
+    """DDP's buckets: a second copy of the gradients, held from the first step on."""
     count, each = trainable(request, shape)
     return count * each if request.parallel == "ddp" and request.gpus > 1 else 0.0
 
 
 def rows(request: PlanRequest) -> tuple[int, float, float]:
-    """Rows, tokens a row, and scored tokens of a micro-batch whose rows are all of the greatest length.
+    """Rows, tokens per row, and scored tokens of a micro-batch whose rows all have the maximum length L.
 
-    Padded: 2B rows of L tokens. Packed: one row, a pair in it of `p + 2 (L − p)` tokens.
+    Padded: 2B rows of L tokens. Packed: one row, in which a pair takes `p + 2 (L − p)` tokens, p of them prompt.
     """
     length, prompt = request.max_length, request.prompt_share * request.max_length
     scored = 2 * request.micro_batch * (length - prompt)
@@ -203,10 +204,10 @@ def rows(request: PlanRequest) -> tuple[int, float, float]:
 
 
 def activations(request: PlanRequest, shape: Shape) -> float:
-    """What the policy's forward keeps for backward, counted on the architecture itself (`activations.kept_by`).
+    """What the policy's forward pass keeps for backward, counted on the architecture itself (`activations.kept_by`).
 
-    With checkpointing a block keeps its input alone, and one block at a time is computed again. Attention by segments, as
-    the packed forward has it, takes no mask, and keeps the prompt's keys and values once more for the rejected answer.
+    With checkpointing, each block keeps only its input, and one block at a time is recomputed. The packed forward's
+    attention by segments takes no mask, and keeps a second copy of the prompt's keys and values for the rejected answer.
     """
     block, around = kept_by(request.config, dtype=_dtype(request), autocast=request.autocast, lora=bool(request.lora_rank))
     count, tokens, _ = rows(request)
@@ -222,14 +223,14 @@ def activations(request: PlanRequest, shape: Shape) -> float:
 
 
 def workspace(request: PlanRequest, shape: Shape) -> float:
-    """What a block's backward has in hand: two tensors as wide as its widest layer."""
+    """What the backward pass of one block needs: two tensors as wide as the widest layer."""
     count, tokens, _ = rows(request)
     widest = max((max(inside, outside) for _, inside, outside in shape.linears), default=shape.hidden)
     return 2 * count * tokens * widest * (2 if request.autocast or request.held_bytes == 2 else 4)
 
 
 def head(request: PlanRequest, shape: Shape) -> float:
-    """The output head's working space: tiles of logits, never all of them."""
+    """The output head's workspace: tiles of logits, never all logits at once."""
     count, tokens, scored = rows(request)
     positions = scored if request.device == "cuda" or request.packed else count * tokens
     tile = min(positions, HEAD_TOKENS) * min(shape.vocabulary, HEAD_ENTRIES)
@@ -239,12 +240,12 @@ def head(request: PlanRequest, shape: Shape) -> float:
 
 
 def head_gradient(request: PlanRequest, shape: Shape) -> float:
-    """The head's gradient, collected in float32 where the head is trained."""
+    """The head's gradient, accumulated in float32 if the head is trained."""
     return 0.0 if request.lora_rank else 4.0 * shape.hidden * shape.vocabulary
 
 
 def temporaries(request: PlanRequest, shape: Shape) -> float:
-    """What the optimizer's step needs beside its state: one tensor of the weights' size unless it is fused or in 8 bits."""
+    """What the optimizer's step adds to its state: one tensor of the weights' size, unless fused, paged or in 8 bits."""
     if "fused" in request.optim or "8bit" in request.optim or "paged" in request.optim:
         return 0.0
     count, each = trainable(request, shape)
@@ -252,12 +253,12 @@ def temporaries(request: PlanRequest, shape: Shape) -> float:
 
 
 def allowance(request: PlanRequest, shape: Shape) -> float:
-    """The process's own, beside tensors."""
+    """The process itself, beside tensors."""
     return CUDA_BYTES if request.device == "cuda" else CPU_BYTES
 
 
 Term = Callable[[PlanRequest, Shape], float]
-#: Name to term, by when it is held.
+#: Terms by name, grouped by when they are held.
 RESIDENT: dict[str, Term] = {
     "weights": weights,
     "reference": reference,
@@ -273,10 +274,11 @@ STEP: dict[str, Term] = {"gradients": gradients, "optimizer temporaries": tempor
 
 
 def estimate(request: PlanRequest) -> Estimate:
-    """What each device holds, in bytes, at the moment that needs most: from the config alone, no weight is loaded.
+    """Estimates what each device holds, in bytes, from the config alone. No weights are loaded.
 
     Raises:
-        ValueError: LoRA's targets name no layer, or transformers has no model for the config.
+        ValueError: LoRA's targets name no layer, transformers has no causal language model for the config, or the model
+            cannot be counted without its weights (`activations.kept_by`).
     """
     shape = shape_of(request.config)
 
@@ -285,7 +287,7 @@ def estimate(request: PlanRequest) -> Estimate:
 
     resident, forward = terms(RESIDENT), terms(FORWARD)
     if request.accumulation > 1:
-        # The gradients of the micro-batches before are there while the next one runs.
+        # Gradients of earlier micro-batches are held while the next one runs.
         forward["gradients"] = gradients(request, shape)
     return Estimate(request, shape, resident, forward, terms(BACKWARD), terms(STEP))
 

@@ -1,4 +1,4 @@
-"""How large a model is, counted on a model of its config that holds no numbers."""
+"""The size of a model, counted on a model of its config without data."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +10,8 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Weights of bitsandbytes' 4-bit layers, bytes a weight: half a byte, and a float32 scale for each block of 64; nested, the
-#: scales are 8-bit with a float32 of their own for each 256.
+#: Bytes per weight of bitsandbytes' 4-bit layers: half a byte, and a float32 scale for each block of 64. Nested, the scales
+#: take 8 bits, with a float32 for each 256.
 NF4_BYTES = 0.5 + 4 / 64
 NF4_NESTED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 INT8_BYTES = 1.0
@@ -19,17 +19,17 @@ INT8_BYTES = 1.0
 
 @dataclass(frozen=True)
 class Shape:
-    """A causal language model in numbers of weights.
+    """The size of a causal language model, in numbers of weights.
 
     Attributes:
-        weights: all of them, tied ones counted once.
-        linears: (module path, in, out) of every linear layer but the head.
+        weights: all weights; tied ones count once.
+        linears: (module path, in, out) of every linear layer except the head.
         head: weights of the output head.
         tied: whether the head is the embedding.
-        layers: blocks.
+        layers: number of blocks.
         block: weights of the largest block.
         hidden, vocabulary: widths.
-        key_value: width of a layer's keys, all heads.
+        key_value: width of a layer's keys, over all heads.
     """
 
     weights: int
@@ -44,7 +44,7 @@ class Shape:
 
     @cached_property
     def quantizable(self) -> int:
-        """Weights that bitsandbytes quantizes: those of all linear layers but the head."""
+        """Weights that bitsandbytes quantizes: all linear layers except the head."""
         return sum(inside * outside for _, inside, outside in self.linears)
 
     def lora_weights(self, rank: int, targets: str | list[str]) -> int:
@@ -52,10 +52,10 @@ class Shape:
 
         Args:
             rank: r.
-            targets: "all-linear", or the last names (or path ends) of modules.
+            targets: "all-linear", or names of modules (the ends of their paths).
 
         Raises:
-            ValueError: no layer has one of these names.
+            ValueError: no linear layer has any of these names.
         """
         names = [targets] if isinstance(targets, str) else list(targets)
         everything = names == ["all-linear"]
@@ -66,12 +66,12 @@ class Shape:
         chosen = [(inside, outside) for path, inside, outside in self.linears if meant(path)]
         if not chosen:
             known = sorted({path.rsplit(".", 1)[-1] for path, _, _ in self.linears})
-            raise ValueError(f"no linear layer is named {' or '.join(names)}; there are {', '.join(known)}, and 'all-linear'.")
+            raise ValueError(f"no linear layer is named {' or '.join(names)}; choose from {', '.join(known)}, or 'all-linear'.")
         return sum(rank * (inside + outside) for inside, outside in chosen)
 
 
 def empty_model(config: Any) -> "PreTrainedModel":
-    """The model of a config on torch's meta device: every shape, no weight."""
+    """The model of a config on torch's meta device: shapes without data."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -79,7 +79,7 @@ def empty_model(config: Any) -> "PreTrainedModel":
 
 
 def shape_of(config: Any) -> Shape:
-    """Counts a model by its config. Raises `ValueError` where transformers has no causal language model for it."""
+    """Counts a model's weights from its config. Raises `ValueError` if transformers has no causal language model for it."""
     from transformers.pytorch_utils import Conv1D
 
     model, text = empty_model(config), config.get_text_config()

@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them."""
+"""Reads and writes amounts of memory, such as 24GB."""
 
 import re
 
@@ -6,7 +6,7 @@ _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mi
 
 
 def parse_size(text: str) -> float:
-    """Bytes of "24GB", "24 GiB" or "80g" (GB). Raises `ValueError` for anything else, and for a number without a unit."""
+    """Bytes of "24GB", "24 GiB" or "80g" (GB). Raises `ValueError` for anything else, also a number without a unit."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = match[2].lower() if match else ""
     unit = f"{unit}b" if unit in ("k", "m", "g", "t") else unit
@@ -16,5 +16,5 @@ def parse_size(text: str) -> float:
 
 
 def shown(amount: float) -> str:
-    """Bytes in GB or MB with as many digits as are worth reading."""
+    """Bytes in GB (one decimal) or MB (none)."""
     return f"{amount / 1e9:.1f} GB" if amount >= 1e9 else f"{amount / 1e6:.0f} MB"

@@ -1,4 +1,4 @@
-"""An estimate for people, and as JSON."""
+"""Writes an estimate as text and as JSON."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .size import shown
 
 
 def as_text(estimate: Estimate, memory: float | None, remedy: tuple[list[Change], Estimate] | None) -> str:
-    """A table of the terms, largest first, whether they fit, and the cheapest change where they do not."""
+    """A table of the terms, largest first; whether they fit; and if not, the cheapest changes that make them fit."""
     request, shape = estimate.request, estimate.shape
     kind = f"LoRA r {request.lora_rank}" if request.lora_rank else "full fine-tuning"
     base = "" if request.bits >= 16 else f", base in {request.bits} bits"
@@ -16,7 +16,7 @@ def as_text(estimate: Estimate, memory: float | None, remedy: tuple[list[Change]
     lines = [
         f"{shape.weights / 1e6:,.0f} million weights, {shape.layers} blocks; {kind}{base}; {request.gpus} x {request.device}, "
         f"{request.parallel}",
-        f"{request.micro_batch} pairs a micro-batch, {rows}, rows of {request.max_length} tokens, "
+        f"{request.micro_batch} pairs per micro-batch, {rows}, rows of {request.max_length} tokens, "
         f"{100 * request.prompt_share:.0f} % of them prompt",
         "",
     ]
@@ -34,16 +34,18 @@ def as_text(estimate: Estimate, memory: float | None, remedy: tuple[list[Change]
     if estimate.peak <= memory:
         lines.append(f"It fits into {shown(memory)}, with {shown(memory - estimate.peak)} to spare.")
     elif remedy is None:
-        lines.append(f"It does not fit into {shown(memory)}, and nothing that this program knows of makes it fit.")
+        lines.append(f"It does not fit into {shown(memory)}, and no change known here makes it fit.")
     else:
         changes, after = remedy
-        lines.append(f"It does not fit into {shown(memory)}. The cheapest change that makes it fit ({shown(after.peak)}):")
+        lines.append(
+            f"It does not fit into {shown(memory)}. The cheapest change that makes it fit (needs {shown(after.peak)}):"
+        )
         lines += [f"  {change.option}\n      costs {change.cost}" for change in changes]
     return "\n".join(lines)
 
 
 def as_document(estimate: Estimate, memory: float | None, remedy: tuple[list[Change], Estimate] | None) -> dict[str, Any]:
-    """The same as plain values, bytes."""
+    """The same as plain values for JSON, in bytes."""
     request = {name: value for name, value in vars(estimate.request).items() if name != "config"}
     return {
         "request": request,

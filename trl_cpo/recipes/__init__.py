@@ -1,4 +1,4 @@
-"""Training recipes: YAML files of this folder, named by their file, with what they need in their first lines."""
+"""Training recipes: the YAML files of this folder. The file name is the recipe's; its first lines say what it needs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe: its name, one line on what it does, what it needs, and its file."""
+    """A recipe: its name, a one-line title, what it needs, and its file."""
 
     name: str
     title: str
@@ -22,12 +22,13 @@ def names() -> list[str]:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe of that name; paths are not accepted.
 
     A recipe's file begins with `# <title>` and `# Needs: <needs>`.
 
     Raises:
-        KeyError: there is none; names alone are looked up, never paths.
+        KeyError: there is no such recipe.
+        ValueError: the file does not begin with title and needs.
     """
     if name not in names():
         raise KeyError(name)

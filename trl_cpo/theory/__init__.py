@@ -1,4 +1,4 @@
-"""The theory of the method as code: closed forms in float64, for audits, certificates and tests. No trainer calls them."""
+"""The method's theory in float64: closed forms and a solver for audits, certificates and tests. No trainer calls it."""
 
 from .bounds import most_below
 from .lagrangian import population_lagrangian, population_penalty

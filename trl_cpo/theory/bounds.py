@@ -1,28 +1,27 @@
-"""What a mean loss says of the number of pairs below a bar."""
+"""Bounds the number of pairs below a threshold, given their mean loss."""
 
 import math
 
-#: What floats may have lost in a mean of pair losses, relative: far above float64's rounding, far below one pair in a
-#: million.
+#: Relative rounding error allowed in a mean of pair losses: far above float64's, far below one pair in a million.
 ROUNDING = 1e-9
 
 
 def most_below(mean_loss: float, count: int, margin: float, *, beta: float, rounding: float = ROUNDING) -> int:
     """The most pairs whose gap can lie more than `margin` below their target, given the mean of their losses.
 
-    A pair with `δ < t − m`, m ≥ 0, has `ℓ = softplus(β(t − δ)) > softplus(βm)`, and no loss is negative, so (Markov) at
-    most `n L̄ / softplus(βm)` of n pairs are such; with m = 0, at most `n L̄ / log 2` have δ < t. For a bar c below
-    every target take m = min t − c.
+    A pair with `δ < t − m` has `ℓ = softplus(β(t − δ)) > softplus(βm)`, and no loss is negative. By Markov's inequality at
+    most `n L̄ / softplus(βm)` of n pairs are such; with m = 0, at most `n L̄ / log 2` have δ < t. For a threshold c below
+    every target, take m = min t − c.
 
     Args:
-        mean_loss: L̄ ≥ 0, nats, the mean of `pair_loss` over the pairs at one set of weights, nothing added.
+        mean_loss: L̄ ≥ 0, nats: the mean of `pair_loss` over the pairs, all at the same weights, without any added loss.
         count: n ≥ 1.
         margin: m ≥ 0, nats.
         beta: β > 0, per nat.
-        rounding: what floats may have lost in the mean, relative.
+        rounding: relative rounding error allowed in the mean.
 
     Returns:
-        A number between 0 and n; n says nothing.
+        A number from 0 to n; n is the trivial bound.
 
     Raises:
         ValueError: a number is NaN, infinite or outside its range.

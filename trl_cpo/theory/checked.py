@@ -1,19 +1,19 @@
-"""What goes into a closed form: float64 vectors of one shape, and numbers in their range."""
+"""Checks the arguments of closed forms: float64 vectors of one shape, numbers in their range."""
 
 import torch
 from torch import Tensor
 
 
 def one_shape(**values: Tensor) -> list[Tensor]:
-    """The values as float64, (B,) each. Raises `ValueError`, naming them, where they are not vectors of one length."""
+    """Returns the values as float64, (B,) each. Raises `ValueError` if lengths differ or a value is NaN, naming which."""
     tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) != 1:
         got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"Expected vectors of one length, one number a pair; got {got}.")
+        raise ValueError(f"Expected vectors of one length, one number per pair; got {got}.")
     nan = [name for name, tensor in tensors.items() if tensor.isnan().any()]
     if nan:
-        raise ValueError(f"NaN in {', '.join(nan)}: a closed form of no number is none.")
+        raise ValueError(f"NaN in {', '.join(nan)}. Closed forms need numbers.")
     return list(tensors.values())
 
 
@@ -24,7 +24,7 @@ def probabilities(p: Tensor) -> None:
 
 
 def positive(**values: float) -> None:
-    """Raises `ValueError`, naming it, where a number is not finite and above 0."""
+    """Raises `ValueError`, naming the number, unless each is finite and above 0."""
     for name, value in values.items():
         if not 0.0 < value < float("inf"):
             raise ValueError(f"{name} must be finite and > 0; got {value!r}.")

@@ -1,4 +1,4 @@
-"""The population optimum of the policy-side forms: DPO with a hinge on the gap, its weight fixed or found."""
+"""Population optima of the policy-side forms: DPO plus a hinge on the gap, whose weight is fixed or solved for."""
 
 import torch
 from torch import Tensor
@@ -9,20 +9,22 @@ from .checked import one_shape, positive, probabilities
 def population_penalty(p: Tensor, ref_gap: Tensor, *, beta: float, gamma: float, weight: float) -> Tensor:
     """The gaps that minimise the population loss of both labels plus a hinge.
 
-    Of `mean_i [−p_i log σ(u_i) − (1 − p_i) log σ(−u_i)] + λ mean_i max(0, γ − δ_i)`, `u_i = β(δ_i − δ_ref,i)`, which is
-    strictly convex and separate in each δ_i: `δ_i = max(δ_ref,i + logit(p_i)/β, min(γ, δ_ref,i + logit(p_i + λ/β)/β))`,
-    where `logit` is +∞ from 1 on. Below γ the derivative `β(σ(u_i) − p_i) − λ` vanishes at the inner term, above it
-    `β(σ(u_i) − p_i)` at the free optimum, and where neither lies on its side the minimum is the hinge's corner.
+    They minimise `mean_i [−p_i log σ(u_i) − (1 − p_i) log σ(−u_i)] + λ mean_i max(0, γ − δ_i)`, with
+    `u_i = β(δ_i − δ_ref,i)`. The sum is strictly convex and separates into one problem for each δ_i:
+    `δ_i = max(δ_ref,i + logit(p_i)/β, min(γ, δ_ref,i + logit(p_i + λ/β)/β))`, where `logit` is +∞ from 1 on.
+
+    Proof: below γ the derivative `β(σ(u_i) − p_i) − λ` vanishes at the second term of the minimum. Above γ the derivative
+    `β(σ(u_i) − p_i)` vanishes at the free optimum. If neither zero lies on its own side of γ, the minimum is at γ.
 
     Args:
-        p: (B,), the probability that the chosen response is preferred, in [0, 1].
+        p: (B,), probability that the chosen response is preferred, in [0, 1].
         ref_gap: δ_ref, (B,), nats.
         beta: β > 0, per nat.
         gamma: γ, nats.
         weight: λ ≥ 0, per nat.
 
     Returns:
-        (B,), float64, nats; ±∞ where p is 1 or 0 and no finite gap is best.
+        (B,), float64, nats; ±∞ where p is 1 or 0 and there is no finite optimum.
 
     Raises:
         ValueError: a shape is not (B,), p lies outside [0, 1], β is not positive, λ is negative or NaN.
@@ -38,20 +40,20 @@ def population_penalty(p: Tensor, ref_gap: Tensor, *, beta: float, gamma: float,
 
 
 def population_lagrangian(p: Tensor, ref_gap: Tensor, beta: float, gamma: float, epsilon: float) -> tuple[Tensor, float]:
-    """The gaps and the multiplier that solve: the population loss of both labels, subject to a mean hinge of at most ε.
+    """The gaps and the multiplier that minimise the population loss of both labels with a mean hinge of at most ε.
 
     `min_δ mean_i [−p_i log σ(u_i) − (1 − p_i) log σ(−u_i)]` subject to `mean_i max(0, γ − δ_i) ≤ ε`, with
-    `u_i = β(δ_i − δ_ref,i)`. The gaps are `population_penalty`'s at the least λ ≥ 0 that meets the constraint; the mean
-    hinge falls continuously in λ, so λ is 0, or the constraint is tight. For ε = 0 it is
-    `λ = β max_i (σ(β(γ − δ_ref,i)) − p_i)`, or 0 where that is negative (every larger λ is a multiplier as well).
+    `u_i = β(δ_i − δ_ref,i)`. The gaps are `population_penalty`'s at the least λ ≥ 0 that meets the constraint. The mean
+    hinge falls continuously in λ, so either λ = 0 or the constraint is tight. For ε = 0,
+    `λ = max(0, β max_i (σ(β(γ − δ_ref,i)) − p_i))`; every larger λ is a multiplier as well.
 
     Args:
         p, ref_gap, beta, gamma: as for `population_penalty`.
         epsilon: ε ≥ 0, nats; may be infinite.
 
     Returns:
-        The gaps, (B,), float64, nats, and λ, per nat. The constraint is met to rounding. λ has the resolution of a
-        float64: where β(γ − δ_ref) is above about 25 that moves the gaps by more than 1e-4/β.
+        The gaps, (B,), float64, nats, and λ, per nat. The constraint holds up to rounding. Where β(γ − δ_ref) exceeds
+        about 25, λ's float64 resolution moves the gaps by more than 1e-4/β.
 
     Raises:
         ValueError: as `population_penalty`, or ε is negative or NaN.
@@ -69,7 +71,7 @@ def population_lagrangian(p: Tensor, ref_gap: Tensor, beta: float, gamma: float,
     chances, references = one_shape(p=p, ref_gap=ref_gap)
     enough = beta * (torch.sigmoid(beta * (gamma - references)) - chances).max().item()
     if epsilon == 0.0:
-        # At the least λ rounding may leave a pair a hair below γ, where the constraint holds it.
+        # At the least λ, rounding may leave a pair just below γ, where the constraint requires exactly γ.
         return torch.maximum(gaps, torch.full_like(gaps, gamma)), enough
     low, high = 0.0, enough
     while True:

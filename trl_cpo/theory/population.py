@@ -1,4 +1,4 @@
-"""Where each constraint's loss has its optimum, when both labels of a pair are drawn with their true probability."""
+"""The population optimum of each form: both labels of a pair occur with their true probabilities."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from .solver import solve
 def population_loss(gap: Tensor, target: Tensor, p: Tensor, *, beta: float) -> Tensor:
     """The Bradley–Terry loss of both labels: `−p log σ(u) − (1 − p) log σ(−u)`, `u = β(δ − t)`.
 
-    With p = 1 it is the loss of one label, which falls with δ for ever and has no finite minimiser.
+    With p = 1 it is the loss of one label, which falls with δ without bound and has no finite minimiser.
 
     Args:
         gap, target: δ and t, (B,), nats.
@@ -29,7 +29,7 @@ def population_loss(gap: Tensor, target: Tensor, p: Tensor, *, beta: float) -> T
     gap, target, p = one_shape(gap=gap, target=target, p=p)
     probabilities(p)
     positive(beta=beta)
-    # Exchanging gap and target turns u into −u. 0 · ∞ is no number: a label that never comes costs nothing.
+    # Swapping gap and target turns u into −u. `where` avoids 0 · ∞: a label of probability 0 costs nothing.
     preferred, other = pair_loss(gap, target, beta=beta), pair_loss(target, gap, beta=beta)
     return torch.where(p > 0, p * preferred, 0.0) + torch.where(p < 1, (1 - p) * other, 0.0)
 
@@ -37,8 +37,8 @@ def population_loss(gap: Tensor, target: Tensor, p: Tensor, *, beta: float) -> T
 def population_gap(target: Tensor, p: Tensor, *, beta: float) -> Tensor:
     """The gap that minimises `population_loss`: `δ = t + logit(p)/β`; ±∞ where p is 1 or 0.
 
-    For Bradley–Terry labels logit(p) = Δr, so DPO (t = δ_ref) has RLHF's `δ_ref + Δr/β`. A target t ≥ γ gives δ ≥ γ
-    where p ≥ 1/2, and not otherwise.
+    For Bradley–Terry labels logit(p) = Δr, so DPO (t = δ_ref) gives RLHF's `δ_ref + Δr/β`. With a target t ≥ γ,
+    δ ≥ γ is guaranteed if p ≥ 1/2, and not otherwise.
 
     Args:
         target: t, (B,), nats.
@@ -58,19 +58,19 @@ def population_gap(target: Tensor, p: Tensor, *, beta: float) -> Tensor:
 
 
 def population_gaps(form: Constraint, pairs: PairLogps, p: Tensor) -> Tensor:
-    """The population optimum of a form of the constraint: the gap of each pair.
+    """The gap of each pair at a form's population optimum.
 
-    Of a form that adds nothing to the loss it is `population_gap` at the form's own target, a closed form. Of any other it
-    is solved numerically from the form's `target` and `added_loss` (`trl_cpo.theory.solver`), or refused;
-    `population_penalty` and `population_lagrangian` are closed forms of two of them.
+    For a form that adds nothing to the loss it is `population_gap` at the form's own target, a closed form. For any other
+    form it is solved numerically from the form's `target` and `added_loss` (`trl_cpo.theory.solver`), or refused.
+    `population_penalty` and `population_lagrangian` are closed forms of two of those.
 
     Args:
-        form: with its hyperparameters, such as `CONSTRAINTS["clip"](beta=0.1, gamma=1.0)`.
-        pairs: of which the reference's log-probabilities are read, (B,), nats of `form.logps_reduction`.
-        p: (B,), the probability that the chosen response is preferred, in [0, 1].
+        form: a constraint with its hyperparameters, such as `CONSTRAINTS["clip"](beta=0.1, gamma=1.0)`.
+        pairs: log-probabilities, (B,), nats of `form.logps_reduction`; only the reference's are read.
+        p: (B,), probability that the chosen response is preferred, in [0, 1].
 
     Returns:
-        (B,), float64, nats; ±∞ where no finite gap is best.
+        (B,), float64, nats; ±∞ where there is no finite optimum.
 
     Raises:
         ValueError: as `population_loss`, or the form cannot be solved (`trl_cpo.theory.solver.solve`).
@@ -81,13 +81,13 @@ def population_gaps(form: Constraint, pairs: PairLogps, p: Tensor) -> Tensor:
 
 
 def alignment_threshold(pairs: PairLogps, p: Tensor, *, beta: float) -> float:
-    """The γ* above which "inverse_prob" has its population optimum at δ > 0 on every pair (arXiv 2605.20834, Thm 4.9).
+    """The threshold γ*: for γ > γ*, the population optimum of "inverse_prob" has δ > 0 on every pair.
 
-    `γ* = max_i −(β δ_ref,i + logit p_i) / (1/π_ref(chosen) + 1/π_ref(rejected))`, and 0 where that is negative. At γ*
-    itself, if it is positive, the worst pair has δ = 0: the guarantee is for γ > γ*.
+    `γ* = max(0, max_i −(β δ_ref,i + logit p_i) / (1/π_ref(chosen) + 1/π_ref(rejected)))` (arXiv 2605.20834, Thm 4.9). At a
+    positive γ* itself, the worst pair has δ = 0.
 
     Args:
-        pairs: of which the reference's log-probabilities are read, (B,), nats.
+        pairs: log-probabilities, (B,), nats; only the reference's are read.
         p: (B,), in (0, 1].
         beta: β > 0, per nat.
 
