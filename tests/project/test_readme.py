@@ -89,7 +89,7 @@ def test_the_test_command(tmp_path):
     out = shell(
         f"{COMMANDS[1]} --slow tests/engine tests/test_constraints.py --collect-only -q", ROOT, NO_INSTALL="1", VENV=sys.prefix
     )
-    assert "test_scaling.py" in out and "test_constraints.py" not in out and "deselected" in out
+    assert "test_scaling.py" in out and "test_constraints.py" not in out
     assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text()
 
 
