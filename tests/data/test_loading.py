@@ -195,9 +195,9 @@ def test_no_rows(tmp_path):
 
 def test_options_without_meaning_are_refused(tmp_path):
     path = write_file(tmp_path / "p.jsonl", ROWS)
-    with pytest.raises(SourceError, match="config and data_dir mean nothing"):
+    with pytest.raises(SourceError, match="does not take config or data_dir"):
         load_pairs(path, "train", config="c", data_dir="d")
-    with pytest.raises(SourceError, match="config mean nothing"):
+    with pytest.raises(SourceError, match="does not take config"):
         load_pairs("demo", "train", config="c")
 
 
@@ -261,7 +261,7 @@ def test_rows_that_trl_understands_pass_unchanged(row, streamed):
         ({"chosen": "a", "text": "b"}, "lack rejected; their columns are chosen, text.*Rename"),
         ({"instruction": "a"}, "lack chosen and rejected"),
         ({"chosen": "a", "rejected": "b"}, "chosen is a string, rejected is a string.*Add the column prompt"),
-        ({"prompt": "Q", **ROWS[0]}, "holds the prompt again.*Remove the column prompt"),
+        ({"prompt": "Q", **ROWS[0]}, "contains the prompt too.*Remove the column prompt"),
         ({"prompt": "Q", "chosen": [USER, YES], "rejected": [USER, NO]}, "prompt is a string.*Remove the column"),
         ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "prompt is messages, chosen is a string"),
         ({"prompt": "Q", "chosen": "a", "rejected": None}, "rejected is NoneType"),

@@ -1,3 +1,3 @@
-"""The embedded demo: pairs in HH-RLHF's own text form (PAIR_FILES, beside this file) and a small model (`model.py`)."""
+"""The embedded demo: pairs as HH-RLHF text (PAIR_FILES, beside this file) and a small model (`model.py`)."""
 
 PAIR_FILES = {"train": "train.jsonl", "test": "test.jsonl"}
