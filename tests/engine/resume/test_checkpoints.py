@@ -36,7 +36,7 @@ from helpers.comparisons import same, without_timings
 from helpers.paths import PROCESSES
 from helpers.tiny import pairs_dataset
 
-# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of tests/data/test_validation.py.
+# tests/data/test_validation.py tests the warnings about unused hyperparameters and about inverse_logp.
 pytestmark = [pytest.mark.filterwarnings("ignore:constraint=:UserWarning"), pytest.mark.usefixtures("no_model_cards")]
 
 
