@@ -52,7 +52,7 @@ def write_file(path, rows):
 def test_single_file_is_all_train(tmp_path, name, streaming):
     path = write_file(tmp_path / name, ROWS)
     assert list(load_pairs(path, "train", streaming=streaming)) == ROWS
-    with pytest.raises(SourceError, match=r"no split 'test'; it has train\. .*hold a fraction .* second source"):
+    with pytest.raises(SourceError, match=r"no split 'test'; it has train\. .*hold out a fraction .* second source"):
         load_pairs(str(path), "test", streaming=streaming)
 
 
@@ -75,7 +75,7 @@ def test_folder_of_data_files(tmp_path, ending, streaming):
 def test_folder_inside_a_folder(tmp_path):
     write_jsonl(tmp_path / "harmless-base" / "train.jsonl.gz", ROWS)
     assert list(load_pairs(tmp_path, "train", data_dir="harmless-base")) == ROWS
-    with pytest.raises(SourceError, match="no folder 'helpful-base'"):
+    with pytest.raises(SourceError, match="no subfolder 'helpful-base'"):
         load_pairs(tmp_path, "train", data_dir="helpful-base")
 
 
