@@ -15,7 +15,7 @@ from trl_cpo.run.record import pairs_document
 from helpers.by_hand import make_trainer, pairs_by_hand
 from helpers.tiny import pairs_dataset, training_options
 
-# The cautions for knobs that a form does not use are the subject of tests/data/test_validation.py.
+# tests/data/test_validation.py tests the warnings about unused hyperparameters.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
 
 

@@ -13,7 +13,7 @@ from trl_cpo.constraints import CONSTRAINTS
 
 from helpers.tiny import make_model, make_moe, pairs_dataset, training_options
 
-# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of tests/data/test_validation.py.
+# tests/data/test_validation.py tests the warnings about unused hyperparameters and about inverse_logp.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
 
 

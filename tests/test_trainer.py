@@ -20,7 +20,7 @@ from helpers.by_hand import BETA, GAMMA, SMOOTHING, make_trainer, pairs_by_hand
 from helpers.paths import TESTS
 from helpers.tiny import make_model, pairs_dataset, training_options
 
-# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of tests/data/test_validation.py.
+# tests/data/test_validation.py tests the warnings about unused hyperparameters and about inverse_logp.
 pytestmark = pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
 
 

@@ -182,7 +182,7 @@ def test_report_counts_and_remembers_the_first_rows():
     assert str(report).splitlines() == [
         "10 rows: 2 kept, 8 refused",
         "  1 missing_column: the row lacks `chosen` or `rejected` (row 1)",
-        "  7 identical_answers: `chosen` and `rejected` end in the same answer (row 2, 3, 4, 5, 6, ...)",
+        "  7 identical_answers: `chosen` and `rejected` have the same answer (row 2, 3, 4, 5, 6, ...)",
     ]
 
 

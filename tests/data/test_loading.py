@@ -52,7 +52,7 @@ def write_file(path, rows):
 def test_single_file_is_all_train(tmp_path, name, streaming):
     path = write_file(tmp_path / name, ROWS)
     assert list(load_pairs(path, "train", streaming=streaming)) == ROWS
-    with pytest.raises(SourceError, match=r"no split 'test'; it has train\. .*hold a fraction .* second source"):
+    with pytest.raises(SourceError, match=r"no split 'test'; it has train\. .*hold out a fraction .* second source"):
         load_pairs(str(path), "test", streaming=streaming)
 
 
@@ -75,7 +75,7 @@ def test_folder_of_data_files(tmp_path, ending, streaming):
 def test_folder_inside_a_folder(tmp_path):
     write_jsonl(tmp_path / "harmless-base" / "train.jsonl.gz", ROWS)
     assert list(load_pairs(tmp_path, "train", data_dir="harmless-base")) == ROWS
-    with pytest.raises(SourceError, match="no folder 'helpful-base'"):
+    with pytest.raises(SourceError, match="no subfolder 'helpful-base'"):
         load_pairs(tmp_path, "train", data_dir="helpful-base")
 
 
@@ -195,9 +195,9 @@ def test_no_rows(tmp_path):
 
 def test_options_without_meaning_are_refused(tmp_path):
     path = write_file(tmp_path / "p.jsonl", ROWS)
-    with pytest.raises(SourceError, match="config and data_dir mean nothing"):
+    with pytest.raises(SourceError, match="does not take config or data_dir"):
         load_pairs(path, "train", config="c", data_dir="d")
-    with pytest.raises(SourceError, match="config mean nothing"):
+    with pytest.raises(SourceError, match="does not take config"):
         load_pairs("demo", "train", config="c")
 
 
@@ -261,7 +261,7 @@ def test_rows_that_trl_understands_pass_unchanged(row, streamed):
         ({"chosen": "a", "text": "b"}, "lack rejected; their columns are chosen, text.*Rename"),
         ({"instruction": "a"}, "lack chosen and rejected"),
         ({"chosen": "a", "rejected": "b"}, "chosen is a string, rejected is a string.*Add the column prompt"),
-        ({"prompt": "Q", **ROWS[0]}, "holds the prompt again.*Remove the column prompt"),
+        ({"prompt": "Q", **ROWS[0]}, "contains the prompt too.*Remove the column prompt"),
         ({"prompt": "Q", "chosen": [USER, YES], "rejected": [USER, NO]}, "prompt is a string.*Remove the column"),
         ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "prompt is messages, chosen is a string"),
         ({"prompt": "Q", "chosen": "a", "rejected": None}, "rejected is NoneType"),

@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.engine import processes as parallel
-from trl_cpo.engine import shutdown as leaving
+from trl_cpo.engine import shutdown
 
 from helpers.paths import PROCESSES
 from helpers.tiny import make_model, make_tokenizer, pair_rows, pairs_dataset, training_options
@@ -282,15 +282,15 @@ def test_a_thread_of_gloo_that_is_late_does_not_kill_a_process_at_its_end(how, e
 
 def test_a_trainer_ends_its_process_gently_where_there_is_gloo(monkeypatch, tmp_path, model_folder):
     registered = []
-    monkeypatch.setattr(leaving.atexit, "register", registered.append)
+    monkeypatch.setattr(shutdown.atexit, "register", registered.append)
     backends = iter(["cpu:gloo,cuda:nccl", "cuda:nccl"])
-    assert (leaving.pause_at_exit(), registered) == (None, [])  # no process group
+    assert (shutdown.pause_at_exit(), registered) == (None, [])  # no process group
     with monkeypatch.context() as patched:
-        patched.setattr(leaving.dist, "is_initialized", lambda: True)
-        patched.setattr(leaving.dist, "get_backend_config", lambda: next(backends))
-        leaving.pause_at_exit()
-        leaving.pause_at_exit()
-    assert registered == [leaving._pause]
+        patched.setattr(shutdown.dist, "is_initialized", lambda: True)
+        patched.setattr(shutdown.dist, "get_backend_config", lambda: next(backends))
+        shutdown.pause_at_exit()
+        shutdown.pause_at_exit()
+    assert registered == [shutdown._pause]
 
     called = []
     monkeypatch.setattr("trl_cpo.engine.dpo_trainer.pause_at_exit", lambda: called.append(True))

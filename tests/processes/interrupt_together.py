@@ -22,7 +22,7 @@ from unittest.mock import call, patch
 from transformers import TrainerCallback
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.engine import shutdown as leaving
+from trl_cpo.engine import shutdown
 from trl_cpo.engine.interruption import TrainingInterrupted
 
 from helpers.tiny import make_tokenizer, pairs_dataset, training_options
@@ -57,7 +57,7 @@ with patch.object(atexit, "register", wraps=atexit.register) as register:
         callbacks=[Moments()],
     )
 assert trainer.accelerator.num_processes == 2
-assert call(leaving._pause) in register.call_args_list  # a real group of gloo is seen when the trainer is made
+assert call(shutdown._pause) in register.call_args_list  # a real group of gloo is seen when the trainer is made
 # What is put back once the training has ended: the launcher signals a process whose fellow has left before it.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 try:

@@ -18,13 +18,13 @@ import time
 import torch
 import torch.distributed as dist
 
-from trl_cpo.engine import shutdown as leaving
+from trl_cpo.engine import shutdown
 
 dist.init_process_group("gloo")
 if sys.argv[1] == "gently":
     # Long enough for a machine under load: the second process must get to its collective within it.
-    leaving.PAUSE = 2.0
-    leaving.pause_at_exit()
+    shutdown.PAUSE = 2.0
+    shutdown.pause_at_exit()
 dist.barrier()
 if os.environ["RANK"] == "1":
     time.sleep(0.1)

@@ -14,7 +14,7 @@ from trl import DPOTrainer
 #: Columns that DPOTrainer adds to a text dataset when it prepares it.
 TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-#: Columns from which DPOTrainer reads precomputed log-probabilities from.
+#: Columns from which DPOTrainer reads precomputed log-probabilities.
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 

@@ -1,1 +1,1 @@
-"""Preference pairs: where they come from, and what they must look like."""
+"""Preference pairs: loading, conversion and validation."""

@@ -1,12 +1,12 @@
-r"""HH-RLHF text to prompt, chosen and rejected messages.
+r"""Converts HH-RLHF text to prompt, chosen and rejected messages.
 
 HH-RLHF keeps a whole dialogue in each of its columns `chosen` and `rejected`:
 
     "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Bye.\n\nAssistant: Goodbye."
 
-The two share every turn but the last answer. Turns are parsed, not the longest common prefix of the two strings:
-that prefix runs on into the answers when both begin alike. Contents are kept byte for byte, blanks at their ends
-included, and a row is either converted whole or refused with a reason; none is repaired.
+The two share every turn except the last answer. The prompt is found by parsing turns, not as the longest common prefix of
+the two strings, which runs into the answers if both begin alike. Contents are kept byte for byte, including blanks at their
+ends. A row is either converted or refused with a reason, never repaired.
 """
 
 import re
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 ROLES = {"Human": "user", "Assistant": "assistant"}
 _SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
 _TURN = re.compile(r"\n\n(Human|Assistant): ")
-# Inside a turn's text this is a delimiter that lost its blank, or a quotation: which of them cannot be told.
+# Inside a turn's text this is either a delimiter that lost its blank or a quotation; they cannot be told apart.
 _MARK = re.compile(r"\n\n(?:Human|Assistant):")
 
 
 class Reason(StrEnum):
-    """Why a row is refused; each has a `sentence` for people."""
+    """Why a row is refused; `sentence` explains it."""
 
     MISSING_COLUMN = "missing_column"
     OWN_PROMPT = "own_prompt"
@@ -43,27 +43,27 @@ class Reason(StrEnum):
 
 _SENTENCES = {
     Reason.MISSING_COLUMN: "the row lacks `chosen` or `rejected`",
-    Reason.OWN_PROMPT: "the row has a `prompt` beside the one inside `chosen` and `rejected`",
+    Reason.OWN_PROMPT: "the row has a `prompt` in addition to the one inside `chosen` and `rejected`",
     Reason.NOT_A_STRING: "`chosen` or `rejected` is not a string",
     Reason.NOT_A_DIALOGUE: r"the text does not begin with a turn ('\n\nHuman: ')",
-    Reason.UNCLEAR_TURN: r"'\n\nHuman:' or '\n\nAssistant:' stands inside the text of a turn",
-    Reason.ROLE_ORDER: "the turns do not alternate from Human first to Assistant last",
+    Reason.UNCLEAR_TURN: r"'\n\nHuman:' or '\n\nAssistant:' occurs inside the text of a turn",
+    Reason.ROLE_ORDER: "the turns do not alternate, starting with Human and ending with Assistant",
     Reason.EMPTY_TURN: "a turn before the last answer is empty",
     Reason.EMPTY_ANSWER: "the last answer is empty",
     Reason.NO_COMMON_PROMPT: "the turns before the last answer differ between `chosen` and `rejected`",
-    Reason.IDENTICAL_ANSWERS: "`chosen` and `rejected` end in the same answer",
+    Reason.IDENTICAL_ANSWERS: "`chosen` and `rejected` have the same answer",
 }
 
 
 class DialogueError(ValueError):
-    """A text or a row that is not an HH-RLHF dialogue or pair, with its `reason`."""
+    """A text is not an HH-RLHF dialogue, or a row not an HH-RLHF pair; `reason` says why."""
 
     def __init__(self, reason: Reason):
         super().__init__(f"{reason.sentence} ({reason.value})")
         self.reason = reason
 
     def __reduce__(self):
-        # The default would hand the message, not the reason, to __init__ when an error crosses processes.
+        # When an error is pickled, the default would pass the message to __init__ instead of the reason.
         return type(self), (self.reason,)
 
 
@@ -79,19 +79,19 @@ class Turn(NamedTuple):
 
 
 def parse_dialogue(text: str) -> list[Turn]:
-    """Takes one dialogue and gives its turns, from the first of the user to the last answer.
+    """Parses one dialogue into turns, from the user's first to the last answer.
 
     Raises:
-        DialogueError: the text is no string, not in dialogue form, out of order, or has an empty turn.
+        DialogueError: the text is not a string, not in dialogue form, out of order, or has an empty turn.
     """
     if not isinstance(text, str):
         raise DialogueError(Reason.NOT_A_STRING)
-    # Cut at the delimiters: what stood before the first one, then speaker, content, speaker, content, ...
+    # Split at the delimiters: text before the first one, then speaker, content, speaker, content, ...
     before, *pieces = _TURN.split(text)
     if before or not pieces:
         raise DialogueError(Reason.NOT_A_DIALOGUE)
     if text.endswith("\n\nAssistant:"):
-        # The answer is missing, and its blank was stripped from the end of the text.
+        # The answer is missing, and the blank after the delimiter was stripped.
         raise DialogueError(Reason.EMPTY_ANSWER)
     turns = [Turn(ROLES[speaker], content) for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)]
     _check(turns)
@@ -99,10 +99,10 @@ def parse_dialogue(text: str) -> list[Turn]:
 
 
 def render_dialogue(turns: Iterable[Turn]) -> str:
-    """Takes turns and gives their text, the exact inverse of `parse_dialogue`.
+    """Renders turns as text; the exact inverse of `parse_dialogue`.
 
     Raises:
-        DialogueError: the turns would not be parsed back into themselves.
+        DialogueError: parsing the text would not give back the turns.
     """
     turns = list(turns)
     _check(turns)
@@ -123,10 +123,10 @@ def _check(turns: list[Turn]) -> None:
 
 
 def split_pair(chosen: str, rejected: str) -> dict[str, list[dict[str, str]]]:
-    """Takes the two dialogues of a row and gives the messages `prompt` (all common turns), `chosen`, `rejected`.
+    """Splits the two dialogues of a row into the messages `prompt` (all common turns), `chosen` and `rejected`.
 
     Raises:
-        DialogueError: one of them cannot be parsed, or they do not share all turns but the last answer, or share all.
+        DialogueError: a dialogue cannot be parsed, they differ before the last answer, or their answers are equal.
     """
     *prompt, chosen_answer = parse_dialogue(chosen)
     *rejected_prompt, rejected_answer = parse_dialogue(rejected)
@@ -142,7 +142,7 @@ def split_pair(chosen: str, rejected: str) -> dict[str, list[dict[str, str]]]:
 
 
 def convert_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Takes one row and gives it with `prompt`, `chosen` and `rejected` as messages and its other columns as they were.
+    """Converts one row: `prompt`, `chosen` and `rejected` become messages; other columns are kept.
 
     Raises:
         DialogueError: the row is refused.
@@ -157,7 +157,7 @@ def convert_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class RowReport:
-    """How many rows were kept, and how many refused for which reason, with the first row numbers (from 0) of each."""
+    """Counts kept rows, and refused rows by reason, with the first row numbers (from 0) of each reason."""
 
     kept: int = 0
     refused: dict[Reason, int] = field(default_factory=dict)
@@ -166,18 +166,18 @@ class RowReport:
     REMEMBERED = 5
 
     def clear(self) -> None:
-        """Forgets every row."""
+        """Resets all counts."""
         self.kept = 0
         self.refused.clear()
         self.first_rows.clear()
 
     @property
     def total(self) -> int:
-        """All rows that were looked at."""
+        """Number of rows counted, kept or refused."""
         return self.kept + sum(self.refused.values())
 
     def count(self, number: int, reason: Reason | str | None) -> None:
-        """Takes a row's number and why it was refused, None if it was kept, and counts it.
+        """Counts row `number` as refused for `reason`, or as kept if `reason` is None.
 
         Raises:
             ValueError: there is no such reason.
@@ -192,7 +192,7 @@ class RowReport:
             rows.append(number)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as values that JSON can hold; reasons in the order of `Reason`."""
+        """The report as JSON values; reasons in the order of `Reason`."""
         return {
             "total": self.total,
             "kept": self.kept,
@@ -211,7 +211,7 @@ class RowReport:
 
 
 def convert(rows: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], RowReport]:
-    """Takes rows and gives those that could be converted, in order, and the report on all of them."""
+    """Converts rows; returns those that could be converted, in order, and a report on all."""
     kept, report = [], RowReport()
     for number, row in enumerate(rows):
         try:

@@ -1,7 +1,7 @@
-"""Where preference pairs come from, and what they must look like to be trained on.
+"""Loads preference pairs and prepares them for training.
 
-`load_pairs` reads rows as they are; `to_conversational` turns HH-RLHF text into messages, lets rows that TRL
-understands pass, and refuses everything else; `hold_out` cuts a test set off a source that has none.
+`load_pairs` reads rows as they are stored. `to_conversational` converts HH-RLHF text to messages, passes rows that TRL
+understands, and refuses all others. `hold_out` splits a test set off a source that has none.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from .demo import DEMO, PAIR_FILES
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-# By the end of a file's name, the packaged loader of datasets that reads it.
+# The loader of `datasets` for each file ending.
 FILE_KINDS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".parquet": "parquet"}
 _ALLOWED = (
     f"Give a {', '.join(FILE_KINDS)} file with one pair per row, a folder with such files or written by save_to_disk, "
@@ -30,16 +30,16 @@ _FORMS = (
     r"begin with the prompt; or chosen and rejected as HH-RLHF text ('\n\nHuman: ...\n\nAssistant: ...')."
 )
 _REFUSED = "_trl_cpo_refused"
-# Rows looked at to tell what a dataset is: more than one, so that a first row that is damaged does not hide HH text.
-_LOOKED_AT = 20
+# Rows inspected to identify a dataset; several, so that a damaged first row does not hide HH-RLHF text.
+_INSPECTED = 20
 
 
 class SourceError(ValueError):
-    """Pairs that cannot be loaded or used: what was got, what is allowed, what to do next."""
+    """Pairs cannot be loaded or used; the message says what was got, what is allowed and what to do next."""
 
 
 class NoSuchSplit(SourceError):
-    """A split that the source does not have; `known` are those that it has."""
+    """The source lacks a split; `known` lists the splits that it has."""
 
     def __init__(self, message: str, known: list[str]):
         super().__init__(message)
@@ -54,15 +54,19 @@ def load_pairs(
     data_dir: str | None = None,
     streaming: bool = False,
 ) -> "Dataset | IterableDataset":
-    """Takes a source and a split and gives the rows as they are stored.
+    """Loads a split of a source, with rows as they are stored.
 
-    The source is "demo" (the embedded pairs; write ./demo for a folder of that name), a file (.jsonl, .jsonl.gz,
-    .json or .parquet, all of it the split "train"), a folder (written by `save_to_disk`, or holding data files with
-    their split in their names), or a dataset on the hub. `config` names a configuration of a folder's
-    or hub dataset, `data_dir` a folder inside it.
+    Args:
+        name_or_path: "demo" (the embedded pairs; use ./demo for a folder of that name), a file (.jsonl, .jsonl.gz, .json
+            or .parquet; all of it is the split "train"), a folder (written by `save_to_disk`, or with data files whose names
+            contain their split), or a dataset on the hub.
+        split: name of the split.
+        config: configuration of a folder's or hub dataset.
+        data_dir: folder inside a folder's or hub dataset.
+        streaming: whether to stream the rows instead of loading them.
 
     Raises:
-        SourceError: nothing is there, it cannot be read, or it has no such split or no rows.
+        SourceError: the source does not exist, cannot be read, lacks the split, or has no rows.
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
@@ -76,7 +80,7 @@ def load_pairs(
     elif path.is_dir():
         folder = path / data_dir if data_dir else path
         if not folder.is_dir():
-            raise SourceError(f"The folder {name} has no folder {data_dir!r} in it. Correct data_dir.")
+            raise SourceError(f"The folder {name} has no subfolder {data_dir!r}. Correct data_dir.")
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             _refuse_options(name, "a folder written by save_to_disk", config=config)
             dataset = _from_saved(folder, split, streaming)
@@ -94,17 +98,20 @@ def load_pairs(
 
 
 def to_conversational(dataset: "Dataset | IterableDataset") -> "tuple[Dataset | IterableDataset, hh.RowReport | None]":
-    """Takes rows and gives rows that DPOTrainer can train on, and for HH-RLHF text a report on the rows refused.
+    """Converts rows to a form that DPOTrainer can train on.
 
-    HH-RLHF text (strings, no `prompt`, beginning with a turn) becomes messages; its other columns are kept. Rows with
-    prompt, chosen and rejected, all strings or all messages, and rows with chosen and rejected as messages that begin
-    with the prompt, pass unchanged. The report of a streamed dataset fills as its rows are read, and starts again with
-    each pass; otherwise it is complete.
+    HH-RLHF text (strings, no `prompt`, beginning with a turn) becomes messages; its other columns are kept. Two forms pass
+    unchanged: prompt, chosen and rejected, all strings or all messages; and chosen and rejected as messages that begin with
+    the prompt.
+
+    Returns:
+        The rows; and for HH-RLHF text a report on refused rows, else None. The report on a streamed dataset fills as rows
+        are read, and restarts with each pass.
 
     Raises:
-        SourceError: the rows are of none of these kinds, or every HH-RLHF row was refused.
+        SourceError: the rows have none of these forms, or every HH-RLHF row was refused.
     """
-    rows = list(dataset.take(_LOOKED_AT))
+    rows = list(dataset.take(_INSPECTED))
     if not rows:
         raise SourceError("The dataset has no rows. Give another split or source.")
     if not _is_hh(rows):
@@ -116,15 +123,20 @@ def to_conversational(dataset: "Dataset | IterableDataset") -> "tuple[Dataset | 
 
 
 def hold_out(dataset: "Dataset", fraction_or_count: float | int, seed: int = 0) -> "tuple[Dataset, Dataset]":
-    """Takes rows and how many to hold out (a fraction below 1 or a count), and gives the rest and the held-out rows.
+    """Splits rows into a rest and a held-out part; returns both, in that order.
 
-    The same seed and number of rows hold out the same rows on any machine; both parts keep the rows' order.
+    The same seed and number of rows hold out the same rows on any machine. Both parts keep the rows' order.
+
+    Args:
+        dataset: the rows.
+        fraction_or_count: how many rows to hold out: a fraction below 1, or a count.
+        seed: seed of the choice.
 
     Raises:
-        SourceError: the dataset is streamed, or one of the parts would be empty.
+        SourceError: the dataset is streamed, or a part would be empty.
     """
     if _is_streamed(dataset):
-        raise SourceError("Rows cannot be held out of a stream. Load it without streaming, or give a test split.")
+        raise SourceError("Cannot hold out rows of a stream. Load it without streaming, or give a test split.")
     rows, count = len(dataset), 0
     if isinstance(fraction_or_count, Integral) and not isinstance(fraction_or_count, bool):
         count = int(fraction_or_count)
@@ -141,11 +153,11 @@ def hold_out(dataset: "Dataset", fraction_or_count: float | int, seed: int = 0) 
 def _refuse_options(name: str, kind: str, **options: str | None) -> None:
     given = [option for option, value in options.items() if value is not None]
     if given:
-        raise SourceError(f"{name} is {kind}, for which {' and '.join(given)} mean nothing. Leave them out.")
+        raise SourceError(f"{name} is {kind}, which does not take {' or '.join(given)}. Leave that out.")
 
 
 def _looks_like_path(name: str) -> bool:
-    # A dataset on the hub is called name or owner/name, and neither begins with a dot.
+    # Hub datasets are named name or owner/name; neither part begins with a dot.
     return name.endswith(tuple(FILE_KINDS)) or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None
 
 
@@ -164,7 +176,7 @@ def _check_split(split: str, known: list[str], name: str, slices: bool = True) -
     if not all(part in known for part in asked):
         advice = "Give one of these."
         if len(known) == 1:
-            advice = "For a test set hold a fraction of the rows out, or give a second source."
+            advice = "For a test set, hold out a fraction of the rows, or give a second source."
         raise NoSuchSplit(f"{name} has no split {split!r}; it has {', '.join(known)}. {advice}", known)
 
 
@@ -173,7 +185,7 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # datasets wraps what went wrong in a general error; the cause says it.
+        # datasets wraps the real error in a general one.
         cause = error.__cause__ or error
         raise SourceError(f"Could not load {name}: {type(cause).__name__}: {cause}\n{_ALLOWED}") from error
 
@@ -206,7 +218,7 @@ def _from_loader(name: str, split: str, streaming: bool, config: str | None, dat
 
     with _readable(name):
         builder = datasets.load_dataset_builder(name, config, data_dir=data_dir)
-    # Known before anything is downloaded, except for a dataset whose loader tells neither.
+    # Known before any download, unless the dataset's loader gives neither.
     known = [str(key) for key in (builder.info.splits or builder.config.data_files or ())]
     if known:
         _check_split(split, known, name)
@@ -235,22 +247,22 @@ def _is_hh(rows: list[dict[str, Any]]) -> bool:
     got = "In the first row " + ", ".join(f"{column} is {kind}" for column, kind in kinds.items())
     if any(isinstance(row["chosen"], str) and row["chosen"].startswith("\n\nHuman:") for row in rows):
         if "prompt" in kinds:
-            raise SourceError(f"{got}, and chosen holds the prompt again. {_FORMS} Remove the column prompt.")
+            raise SourceError(f"{got}, but chosen contains the prompt too. {_FORMS} Remove the column prompt.")
         return True
     found = set(kinds.values())
     if found == {"messages"} or (found == {"a string"} and "prompt" in kinds):
         return False
     next_step = "Bring the columns into one of these forms."
     if found == {"a string"}:
-        # TRL would take the longest common prefix of the two strings, which cuts inside answers that begin alike.
-        next_step = "Add the column prompt: it cannot be told from two strings where the prompt ends."
+        # TRL would take the longest common prefix as the prompt, which runs into answers that begin alike.
+        next_step = "Add the column prompt: two strings alone do not show where the prompt ends."
     elif kinds["chosen"] == kinds["rejected"] == "messages":
         next_step = "Remove the column prompt if chosen and rejected begin with it, or make it messages."
     raise SourceError(f"{got}. {_FORMS} {next_step}")
 
 
 def _split_batch(chosen: list, rejected: list, parser: str) -> dict[str, list]:
-    # `parser` is not used: as an argument it makes the fingerprint, and so the cached result, that of this parser.
+    # `parser` is unused: as an argument it enters the fingerprint, so that a new parser gets a new cached result.
     columns: dict[str, list] = {"prompt": [], "chosen": [], "rejected": [], _REFUSED: []}
     for pair in zip(chosen, rejected, strict=True):
         try:
@@ -266,12 +278,12 @@ def _split_rows(dataset):
     import datasets
 
     features = None
-    # A streamed dataset may not know its columns' types before it is read.
+    # A streamed dataset may not know its column types before it is read.
     if dataset.features is not None:
         messages = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
         types = {"prompt": messages, "chosen": messages, "rejected": messages, _REFUSED: datasets.Value("string")}
         features = datasets.Features({**dataset.features, **types})
-    # The reason travels in a column, not in an object beside the rows: a result out of the cache has it too.
+    # The reason is kept in a column, not in a separate object, so that a cached result has it too.
     return dataset.map(
         _split_batch,
         batched=True,
@@ -288,7 +300,7 @@ def _kept_rows(dataset) -> "tuple[Dataset, hh.RowReport]":
         if reason is None:
             kept.append(number)
     if not kept:
-        raise SourceError(f"Every row was refused.\n{report}\nGive HH-RLHF text, or messages.")
+        raise SourceError(f"Every row was refused.\n{report}\nGive HH-RLHF text or messages.")
     return dataset.select(kept) if report.refused else dataset, report
 
 

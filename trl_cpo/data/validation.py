@@ -1,4 +1,4 @@
-"""What a user's model, tokenizer and data must have, checked before anything expensive starts."""
+"""Checks of the user's model, tokenizer and data, before anything expensive starts."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ _FORMAT = (
 
 
 def check_preference_dataset(dataset: Any, name: str) -> None:
-    """Raises `ValueError` if a dataset, called `name`, is empty or lacks the columns of preference pairs.
+    """Raises `ValueError` if the dataset, called `name` in the message, is empty or lacks preference columns.
 
-    Of a streamed dataset the first row is looked at.
+    Only the first row is read, so streamed datasets can be checked too.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_preference_dataset(part, f"{name}[{key!r}]")
         return
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        return  # DPOTrainer names the types that it takes.
+        return  # DPOTrainer raises an error that names the allowed types.
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(f"{name} is empty. {_FORMAT}; check the split and any filter in front of the trainer.")
+        raise ValueError(f"{name} is empty. Check the split, and any filter applied before the trainer. {_FORMAT}.")
     missing = [column for column in ("chosen", "rejected") if column not in first]
     if missing:
         raise ValueError(
@@ -33,80 +33,80 @@ def check_preference_dataset(dataset: Any, name: str) -> None:
 
 
 def check_tokenizer(tokenizer: Any, conversational: bool) -> None:
-    """Raises `ValueError` if a tokenizer cannot pad, or cannot end a plain-text completion, or has no template it needs."""
+    """Raises `ValueError` if a tokenizer cannot pad, cannot end a plain-text completion, or lacks a required template."""
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise ValueError(
             f"The tokenizer {type(tokenizer).__name__} has neither a pad token nor an EOS token, so batches cannot be "
-            "padded. Set one before making the trainer, for example tokenizer.pad_token = '<|endoftext|>' (a token of "
+            "padded. Set one before creating the trainer, for example tokenizer.pad_token = '<|endoftext|>' (a token of "
             "its vocabulary), and pass it as processing_class=tokenizer."
         )
     if tokenizer.eos_token is None and not conversational:
         raise ValueError(
-            f"The tokenizer {type(tokenizer).__name__} has no EOS token, and the dataset is plain text, where every "
-            "completion must end in one or the model never learns to stop. Set tokenizer.eos_token to the token that "
-            "ends a text in its vocabulary, or use messages with a chat template."
+            f"The tokenizer {type(tokenizer).__name__} has no EOS token, but the dataset is plain text. Every completion "
+            "must end in one, or the model never learns to stop. Set tokenizer.eos_token to the token of its vocabulary "
+            "that ends a text, or use messages with a chat template."
         )
     if conversational and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"The dataset is conversational (messages), and the tokenizer {type(tokenizer).__name__} has no chat "
+            f"The dataset is conversational (messages), but the tokenizer {type(tokenizer).__name__} has no chat "
             "template to turn messages into text. Set tokenizer.chat_template (trl.clone_chat_template copies another "
             "model's), or pass prompt, chosen and rejected as strings."
         )
 
 
 def check_vocabularies(config: Any, ref_model: Any) -> None:
-    """Raises `ValueError` if the policy (by its config) and the reference score different vocabularies.
+    """Checks that the policy (given by its config) and the reference have the same vocabulary size.
 
-    `TypeError` if the reference is no model.
+    Raises:
+        ValueError: the vocabularies differ in size.
+        TypeError: the reference is not a model.
     """
     if not hasattr(ref_model, "config"):
         raise TypeError(
             f"ref_model must be a model, got {ref_model!r}. Load it first, with AutoModelForCausalLM.from_pretrained(...), "
-            "or leave it out to take the model's own start."
+            "or leave it out to use the initial model."
         )
     ours, theirs = (c.get_text_config().vocab_size for c in (config, ref_model.config))
     if ours != theirs:
         raise ValueError(
-            f"model has a vocabulary of {ours} tokens and ref_model one of {theirs}: their log-probabilities of the same "
-            "token ids are about different tokens. Use a ref_model with the model's tokenizer, or leave ref_model out "
-            "to take the model's own start. If only padding rows differ, "
-            f"ref_model.resize_token_embeddings({ours}) makes them equal."
+            f"model has a vocabulary of {ours} tokens, but ref_model one of {theirs}: the same token ids may mean different "
+            "tokens. Use a ref_model with the model's tokenizer, or leave ref_model out to use the initial model. If only "
+            f"padding rows differ, call ref_model.resize_token_embeddings({ours})."
         )
 
 
 def check_not_all_dropped(dataset: Any, name: str, max_length: int | None) -> None:
-    """Raises `ValueError` if preparing a dataset left no pair in it."""
+    """Raises `ValueError` if no pair of a dataset is left after preparation."""
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(
             f"No pair of the {name} dataset is left after preparation: every prompt alone fills max_length={max_length} "
-            "tokens, and nothing of the answers would be seen. Set a larger max_length."
+            "tokens, so that no token of an answer is left. Set a larger max_length."
         )
 
 
 def check_lengths_known(dataset: Any, option: str) -> None:
-    """Raises `ValueError`, naming the option that needs them, if the lengths of a dataset's pairs are not known before
-    training: streamed, or with images."""
+    """Raises `ValueError` if pair lengths are unknown before training (streams, images); `option` is what needs them."""
     columns = getattr(dataset, "column_names", None) or []
     if not isinstance(dataset, Dataset) or "image" in columns or "images" in columns:
         got = "one with images" if isinstance(dataset, Dataset) else type(dataset).__name__
         raise ValueError(
-            f"{option} needs the lengths of all pairs beforehand, got {got}. Train on a text Dataset that is not streamed, or "
-            f"leave {option} out."
+            f"{option} needs the lengths of all pairs beforehand, got {got}. Use a text Dataset that is not streamed, or leave "
+            f"{option} out."
         )
 
 
 def visible_span(prompt: int, completion: int, max_length: int | None, keep: str) -> tuple[int, int, int]:
-    """What DPOTrainer's truncation leaves of an answer: from which token to which, and how many of them are scored.
+    """The part of an answer that DPOTrainer's truncation keeps, and how many of its tokens are scored.
 
     Args:
         prompt: tokens of the prompt.
         completion: tokens of the answer.
-        max_length: the most tokens that stay, of both together; None: all.
-        keep: "keep_start" or "keep_end", which end of the sequence stays.
+        max_length: the most tokens kept of both together; None: all.
+        keep: "keep_start" or "keep_end": which end of the sequence is kept.
 
     Returns:
-        first, end: the slice of the answer that stays; scored: its tokens but one in the sequence's first place, which
-        nothing before it could predict.
+        first, end: the slice of the answer that is kept; scored: its number of tokens, without one in the sequence's first
+        place, which has no predecessor to predict it.
     """
     cut = 0 if max_length is None else max(0, prompt + completion - max_length)
     if keep == "keep_start":
@@ -119,10 +119,10 @@ def visible_span(prompt: int, completion: int, max_length: int | None, keep: str
 
 
 def degenerate_rows(dataset: Dataset, max_length: int | None, keep: str) -> dict[str, list[int]]:
-    """The numbers of a tokenized dataset's rows that compare no two answers once truncated, by what is wrong with them.
+    """Row numbers of the degenerate pairs of a tokenized dataset after truncation, by kind.
 
-    "same answers": their tokens are equal; "nothing scored": of one answer, no token that is scored is left. Both lists
-    are empty for a dataset without token ids (images are tokenized later).
+    "same answers": both answers have the same tokens. "nothing scored": an answer has no scored token left. Both lists are
+    empty for a dataset without token ids (images are tokenized later).
     """
     found: dict[str, list[int]] = {"same answers": [], "nothing scored": []}
     if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names):
@@ -144,20 +144,20 @@ def degenerate_rows(dataset: Dataset, max_length: int | None, keep: str) -> dict
 def degenerate_message(
     found: dict[str, list[int]], *, name: str, total: int, dropped: int, max_length: int | None, left_out_by: str | None
 ) -> str | None:
-    """The sentences for pairs that teach nothing, or None where there are none.
+    """The warning about dropped and degenerate pairs; None if there are none.
 
     Args:
-        found: what `degenerate_rows` gave of the prepared dataset.
-        name: what the dataset is called.
-        total: rows before preparation.
-        dropped: rows that DPOTrainer dropped in preparation.
-        max_length: what they were truncated to.
-        left_out_by: who leaves such pairs out of account; None: nobody does.
+        found: the result of `degenerate_rows` on the prepared dataset.
+        name: name of the dataset.
+        total: number of rows before preparation.
+        dropped: number of rows that DPOTrainer dropped in preparation.
+        max_length: length that rows were truncated to.
+        left_out_by: start of the sentence that says who leaves degenerate pairs out; None: nobody does.
     """
     same, unscored = found["same answers"], found["nothing scored"]
     parts = []
     if dropped:
-        parts.append(f"{dropped} were dropped, because the prompt alone fills max_length={max_length} tokens")
+        parts.append(f"{dropped} were dropped because the prompt alone fills max_length={max_length} tokens")
     if same:
         parts.append(f"{len(same)} have the same tokens in both answers, after truncation ({_rows(same)})")
     if unscored:
@@ -166,11 +166,11 @@ def degenerate_message(
         return None
     kept = ""
     if left_out_by is not None and (same or unscored):
-        kept = f" {left_out_by} such pairs out, DPO's own loss does not; cpo/incomparable_pairs counts them."
+        kept = f" {left_out_by} such pairs out; DPO's own loss does not. cpo/incomparable_pairs counts them."
     counted = " Rows are counted from 0" + (", without the dropped ones." if dropped else ".") if same or unscored else ""
     return (
-        f"Of the {total} pairs of the {name} dataset, {'; '.join(parts)}.{kept}{counted} Take them out, or set a larger "
-        "max_length where truncation made them."
+        f"Of the {total} pairs of the {name} dataset, {'; '.join(parts)}.{kept}{counted} Remove them, or set a larger "
+        "max_length if truncation caused them."
     )
 
 

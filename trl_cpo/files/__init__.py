@@ -1,1 +1,1 @@
-"""Files: where a run may write, and how a file is replaced whole."""
+"""Files: where a run may write, and how a file is replaced atomically."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing: a file is written completely or not at all."""
 
 import json
 import math
@@ -15,7 +15,7 @@ DRAFTS = ".*.tmp"
 
 
 def draft_of(name: str) -> str | None:
-    """The file that a draft called `name` was to become, or None if that is no draft's name."""
+    """The name of the file that the draft `name` was meant to become; None if `name` is not a draft."""
     found = _DRAFT.fullmatch(name)
     return None if found is None else found["name"]
 
@@ -23,11 +23,11 @@ def draft_of(name: str) -> str | None:
 def replace_file(file: Path, content: bytes) -> None:
     """Writes `content` into a draft beside `file`, syncs it to disk, and renames it to `file`.
 
-    Killed at any moment, `file` is what it was before or the whole new content. The draft has a random name, is made here
-    or not at all, and follows no link; a failure removes it, a kill leaves it (see `draft_of`).
+    If the process is killed at any moment, `file` holds either its old or its complete new content. The draft has a random
+    name, never reuses an existing file and follows no link. A failure removes it; a kill leaves it behind (see `draft_of`).
 
     Raises:
-        OSError: a step failed; `file` is what it was.
+        OSError: a step failed; `file` is unchanged.
     """
     draft = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -43,7 +43,7 @@ def replace_file(file: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # The rename must survive a power cut as well; not every file system lets a folder be synced.
+    # So that the rename survives a power cut. Not every file system can sync a folder.
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -57,7 +57,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def strict(value: Any) -> Any:
-    """`value` as JSON can hold it: null for NaN and infinities, which JSON has no word for, text for unknown objects."""
+    """`value` as strict JSON: null for NaN and infinities, which JSON lacks, and strings for unknown objects."""
     if isinstance(value, dict):
         return {str(key): strict(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -68,6 +68,6 @@ def strict(value: Any) -> Any:
 
 
 def write_json(file: Path, document: dict[str, Any]) -> None:
-    """Writes `document` as strict JSON into `file`, whole or not at all."""
+    """Writes `document` to `file` as strict JSON, atomically."""
     text = json.dumps(strict(document), indent=1, ensure_ascii=False, allow_nan=False)
     replace_file(file, f"{text}\n".encode())

@@ -1,11 +1,11 @@
-"""The folder for what can be made again: the demo's model, tables of log-probabilities."""
+"""The cache folder, for files that can be recreated: the demo's model, tables of log-probabilities."""
 
 import os
 from pathlib import Path
 
 
 def cache_root() -> Path:
-    """Gives the cache folder: $TRL_CPO_CACHE, else $XDG_CACHE_HOME/trl_cpo, else ~/.cache/trl_cpo. It need not exist yet."""
+    """The cache folder: $TRL_CPO_CACHE, else $XDG_CACHE_HOME/trl_cpo, else ~/.cache/trl_cpo. It may not exist yet."""
     if own := os.environ.get("TRL_CPO_CACHE"):
         return Path(own).expanduser().absolute()
     general = os.environ.get("XDG_CACHE_HOME")

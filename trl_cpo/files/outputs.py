@@ -1,4 +1,4 @@
-"""Where a run may write: never over what is there."""
+"""Output folders: a run never overwrites existing files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def is_taken(folder: str | Path) -> bool:
-    """Whether `folder` exists and holds anything (or is a file)."""
+    """Whether `folder` exists and is not empty, or is a file."""
     path = Path(folder)
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
@@ -24,14 +24,14 @@ def refuse_taken(folder: str | Path) -> None:
     """Raises `FileExistsError` if `folder` is taken."""
     if is_taken(folder):
         raise FileExistsError(
-            f"The output folder {folder} already holds files, and nothing in it is overwritten. Give another "
-            f"--output_dir ({next_free(folder)} is free), or --resume_from_checkpoint latest to go on with the run in it."
+            f"The output folder {folder} already holds files, and they are never overwritten. Give another --output_dir "
+            f"({next_free(folder)} is free), or --resume_from_checkpoint latest to continue the run in it."
         )
 
 
 @contextmanager
 def making(folder: str | Path) -> Iterator[Path]:
-    """Makes `folder`, and its parents; where what follows fails, those that it made are taken away, if still empty."""
+    """Creates `folder` and its parents; if the block raises, removes those that it created and that are still empty."""
     path = Path(folder)
     missing = [each for each in (path, *path.parents) if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""The log of a run: written while it works, read afterwards, and told in words."""
+"""The log of a run: writing it, reading it, and putting it into words."""

@@ -1,4 +1,4 @@
-"""Reading a run's log, without any of the libraries that it takes to write one."""
+"""Reads a run's log, without importing the libraries needed to write one."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def read_log(file: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's log that count, in order: what a `RunLog` would hold had the run never been interrupted.
+    """The valid lines of a run's log, in order, as if the run had never been interrupted.
 
-    Lines torn by a kill, and lines of no step, are skipped. `{"resumed_from": step}` takes back every earlier line of a
-    later step (every line before it, where step is 0: the run began anew), and a line takes back an earlier one of its
-    step and its names.
+    Skips lines torn by a kill and lines without a step. `{"resumed_from": step}` voids all earlier lines of later steps, or
+    all earlier lines if step is 0, because the run then started over. A line also replaces an earlier one with the same
+    step and the same keys.
     """
     kept: dict[tuple, dict[str, Any]] = {}
     for text in Path(file).read_bytes().split(b"\n"):
@@ -25,6 +25,6 @@ def read_log(file: str | Path) -> list[dict[str, Any]]:
             kept = {key: old for key, old in kept.items() if start and key[0] <= start}
         elif isinstance(line.get("step"), int):
             key = line["step"], *sorted(line)
-            kept.pop(key, None)  # its place is that of the later one
+            kept.pop(key, None)  # a replaced line moves to the place of the later one
             kept[key] = line
     return list(kept.values())

@@ -1,4 +1,4 @@
-"""The log in words: what training does to the two log-probabilities, and to the pairs in the undesirable region U."""
+"""The log in words: how training moves the two log-probabilities, and the share of pairs in the undesirable region U."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from ..units import UNITS
 
-#: Below this, in nats, a mean log-probability counts as not moved: float rounding of another batching moves it this far.
+#: A mean log-probability that moved by less than this, in nats, counts as unmoved: rebatching alone can cause that much
+#: rounding.
 _UNMOVED = 1e-3
 
 _CHOSEN, _REJECTED = "cpo/chosen_logps_shift", "cpo/rejected_logps_shift"
@@ -18,15 +19,15 @@ _NEEDED = (_CHOSEN, _REJECTED, _IN_U, _PREFERS)
 
 
 def sentence(before: Mapping[str, Any] | None, after: Mapping[str, Any], unit: str = UNITS["sum"]) -> str | None:
-    """What two logs say about displacement and U, in one line; None where `after` holds no pairs.
+    """One line about displacement and U, from one or two logs; None if `after` holds no pairs.
 
     For example: "both log-probs fall, chosen less (-4.6 and -40.8 nats per response); 7 % of pairs in U, down from 21 %; the
     policy prefers chosen on 52 %, up from 18 %".
 
     Args:
         before: an earlier log with the `cpo/*` metrics, for comparison, or None.
-        after: the log to tell of; shifts are against the reference.
-        unit: of the log-probabilities, one of `trl_cpo.units.UNITS`.
+        after: the log to describe; shifts are relative to the reference.
+        unit: unit of the log-probabilities, one of `trl_cpo.units.UNITS`.
     """
     if not _told(after):
         return None
@@ -39,7 +40,7 @@ def sentence(before: Mapping[str, Any] | None, after: Mapping[str, Any], unit: s
 
 
 def _told(log: Mapping[str, Any]) -> bool:
-    # A run that diverged has other things to say than this.
+    # Not for a run that diverged: its metrics may be missing or not finite.
     return all(key in log and math.isfinite(log[key]) for key in _NEEDED)
 
 
@@ -61,7 +62,7 @@ def _displacement(chosen: float, rejected: float, unit: str) -> str:
 
 
 def _percent(fraction: float) -> str:
-    # A rounding must not say "none" or "all" where it is not so.
+    # Rounding must not turn "a few" into 0 %, or "nearly all" into 100 %.
     if 0 < fraction < 0.005:
         return "under 1 %"
     if 0.995 < fraction < 1:
@@ -78,9 +79,9 @@ def _than(now: float, before: float | None) -> str:
 
 
 class Narrator(TrainerCallback):
-    """Prints the sentence at the first training log and at the end of training, from the first process alone.
+    """Prints the sentence at the first training log and at the end of training, on process 0.
 
-    It keeps nothing: the logs it compares are the trainer's own history, which a resumed run has too.
+    It has no state: it compares logs of the trainer's own history, which a resumed run has too.
     """
 
     def __init__(self, reduction: str):
@@ -98,11 +99,11 @@ class Narrator(TrainerCallback):
 
     @staticmethod
     def _training_logs(state) -> list[dict[str, Any]]:
-        # Evaluations have the same names under their set's prefix.
+        # Evaluation logs have prefixed names, so they do not match.
         return [log for log in state.log_history if all(key in log for key in _NEEDED)]
 
     @staticmethod
     def _say(when: str, words: str | None) -> None:
         if words is not None:
-            # Above the progress bar, where there is one.
+            # tqdm.write prints above a progress bar, if there is one.
             tqdm.write(f"[{when}] {words}")

@@ -1,4 +1,4 @@
-"""What a run says while it works: one short line a log for people, every number as JSON for programs."""
+"""The log that a run writes: one short line for people, and every number as JSON for programs."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ __all__ = ["RunLog", "read_log"]
 
 
 class RunLog(TrainerCallback):
-    """Appends each log as a JSON line to `file`, and prints the gap's part of it, from the first process alone.
+    """Appends each log as a JSON line to `file`, and prints a short line about loss and gap; process 0 only.
 
-    A line is never changed or taken away: a run that is resumed, or begun anew in the same file, says so in a line of its
-    own, `{"resumed_from": step}`, and `read_log` leaves out what that makes void.
+    Lines are never changed or removed. A run that is resumed, or restarted into the same file, first writes
+    `{"resumed_from": step}`; `read_log` then skips the lines that this makes void.
     """
 
     def __init__(self, file: str | Path):
@@ -40,7 +40,7 @@ class RunLog(TrainerCallback):
         with self.file.open("ab+") as lines:
             if lines.tell():
                 lines.seek(-1, 2)
-                torn = lines.read(1) != b"\n"  # the process before was killed while it wrote
+                torn = lines.read(1) != b"\n"  # the previous process was killed while writing
             else:
                 torn = False
             lines.write(b"\n" * torn + json.dumps(line).encode() + b"\n")

@@ -1,11 +1,11 @@
-"""The table that a training run ends with: the preference gap on held-out pairs, before and after."""
+"""The table printed at the end of training: the preference gap on held-out pairs, before and after."""
 
 from collections.abc import Mapping
 
 from ..units import UNITS
 
-#: The rows: label, metric, and how it is written: "%" for a fraction, "nats" for a log-probability. A starred one
-#: compares policy and reference, so that before training, where they are the same model, it says nothing.
+#: The rows: label, metric, and format ("%" for a fraction, "nats" for a log-probability). A star marks metrics that compare
+#: policy and reference; they are meaningless before training, when the two are the same model.
 ROWS = (
     ("prefers chosen itself (δ > 0)", "cpo/prefers_chosen", "%"),
     ("in the undesirable region U (δ_ref < δ < 0)", "cpo/in_undesirable_region", "%*"),
@@ -33,11 +33,11 @@ def before_after(
     """The table as text, from two evaluations of one set of pairs.
 
     Args:
-        before, after: what `trainer.evaluate()` returned, keys beginning with `prefix`; before may be unknown.
-        pairs: how many pairs were evaluated.
+        before, after: results of `trainer.evaluate()`, whose keys begin with `prefix`; `before` may be None.
+        pairs: number of pairs evaluated.
         gamma: γ, nats.
-        reduction: "sum" or "mean", which sets the unit.
-        constraint: name of the constraint that was trained with.
+        reduction: "sum" or "mean"; determines the unit.
+        constraint: name of the constraint used in training.
     """
     unit = UNITS[reduction]
     lines = [

@@ -14,7 +14,7 @@ from trl_cpo.engine.forward import NotPackable, PackedPairForward, packed_forwar
 from trl_cpo.engine.forward import adapter as adapter_module
 from trl_cpo.engine.forward.mask import LayerKind, dense_masks, layer_kinds, visible
 from trl_cpo.engine.forward.plan import CHOSEN, REJECTED, SHARED, plan_pairs
-from trl_cpo.engine.forward.probing import comparison as judging
+from trl_cpo.engine.forward.probing import comparison
 from trl_cpo.engine.forward.probing import probe as probing
 from trl_cpo.engine.forward.probing.rounding import watch_precision
 from trl_cpo.engine.forward.probing.static_checks import static_reason
@@ -71,7 +71,7 @@ def test_a_mistake_in_the_plan_is_found(mistake, scale, dtype, monkeypatch):
 
 
 def test_a_leak_is_found_where_log_probs_tell_nothing(monkeypatch):
-    blind = dataclasses.replace(judging.EXACT, difference=float("inf"), nats=float("inf"))
+    blind = dataclasses.replace(comparison.EXACT, difference=float("inf"), nats=float("inf"))
     monkeypatch.setattr(probing, "EXACT", blind)
     assert probe(tiny_model("llama"), attention="dense").ok
     monkeypatch.setattr(
@@ -93,19 +93,19 @@ PARTS = {
 def test_every_part_of_the_answers_is_judged_by_itself(name, rounded):
     inputs = model_inputs(random_pairs([(10, 40, 40), (5, 40, 40)]))
     zeros = torch.zeros(4, 49)
-    sample = judging.Sample(inputs, SimpleNamespace(log_probs=zeros), None)
-    bounds = judging.EXACT
+    sample = comparison.Sample(inputs, SimpleNamespace(log_probs=zeros), None)
+    bounds = comparison.EXACT
     allowed = bounds.difference
     if rounded:
         # A mistake would cost plenty; rounding moves every token by a tenth of a nat.
-        bounds, allowed = dataclasses.replace(judging.ROUNDED, difference=1.0), 0.1
+        bounds, allowed = dataclasses.replace(comparison.ROUNDED, difference=1.0), 0.1
         sample = dataclasses.replace(sample, perturbed=SimpleNamespace(log_probs=zeros + 0.1))
     off = zeros.clone()
     off[tuple(zip(*PARTS[name], strict=True))] = 3 * allowed
     everywhere = SimpleNamespace(log_probs=zeros + 0.9 * allowed)
-    assert judging.compare(sample, everywhere, bounds, mistake=1.0) == pytest.approx(0.9 * allowed)
-    with pytest.raises(judging.Refused, match=name):
-        judging.compare(sample, SimpleNamespace(log_probs=off), bounds, mistake=1.0)
+    assert comparison.compare(sample, everywhere, bounds, mistake=1.0) == pytest.approx(0.9 * allowed)
+    with pytest.raises(comparison.Refused, match=name):
+        comparison.compare(sample, SimpleNamespace(log_probs=off), bounds, mistake=1.0)
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.02])

