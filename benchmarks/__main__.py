@@ -2,7 +2,7 @@
 Runs benchmark cases and writes JSON and a table.
 
     python -m benchmarks --pairs path/to/hh-rlhf-harmless-base-test.jsonl.gz            # all CPU cases
-    python -m benchmarks --cases packed-lora-8 packed-full-8 --no-memory                # some, times alone
+    python -m benchmarks --cases packed-lora-8 packed-full-8 --no-memory                # some, times only
     python -m benchmarks --cases gpu-lora-long gpu-lora-short gpu-full-long gpu-full-short   # on a GPU
 """
 
@@ -17,7 +17,7 @@ import torch
 
 
 def row(name: str, record: dict, target: str) -> str:
-    """One line of the table."""
+    """One row of the table: a case, its record and its target, in Markdown."""
     if "seconds_per_pair" in record:
         shown = ", ".join(f"{n}: {1000 * v['train_s']:.1f} ms" for n, v in record["seconds_per_pair"].items())
         shown += f" (+ {max(v['first_step_s'] for v in record['seconds_per_pair'].values()):.2f} s for the first step)"
@@ -42,14 +42,14 @@ def main() -> None:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=None, help="model folder; default: the embedded SmolLM2-135M-Instruct")
-    parser.add_argument("--pairs", default="demo", help="pairs in HH-RLHF's or TRL's form: file, folder or hub name")
-    parser.add_argument("--cases", nargs="*", default=None, help="names of cases; default: all but gpu-*")
-    parser.add_argument("--batches", type=int, default=3, help="batches that each arm runs")
+    parser.add_argument("--pairs", default="demo", help="pairs in HH-RLHF's or TRL's format: file, folder, hub name or 'demo'")
+    parser.add_argument("--cases", nargs="*", default=None, help="cases to run; default: all but gpu-*")
+    parser.add_argument("--batches", type=int, default=3, help="batches per arm")
     parser.add_argument("--max_length", type=int, default=512, help="longest sequence, tokens")
-    parser.add_argument("--gpu_shape", default="8b", help="shape of the random weights of gpu-*: 8b, or tiny to try")
+    parser.add_argument("--gpu_shape", default="8b", help="model shape of gpu-* (random weights): 8b, or tiny for a trial run")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--no-memory", action="store_true", help="times alone")
-    parser.add_argument("--out", default="benchmarks.json", help="JSON file to write; what is in it is kept")
+    parser.add_argument("--no-memory", action="store_true", help="measure times only")
+    parser.add_argument("--out", default="benchmarks.json", help="JSON file to add to")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.model is None:
@@ -60,7 +60,7 @@ def main() -> None:
     names = options.cases or [name for name in table if not name.startswith("gpu-")]
     unknown = [name for name in names if name not in table]
     if unknown:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(table)}")
+        parser.error(f"no case {', '.join(unknown)}; the cases are {', '.join(table)}")
     out = Path(options.out)
     records = json.loads(out.read_text()) if out.exists() else []
     about = {

@@ -1,4 +1,4 @@
-"""What is compared: a step of DPOTrainer, of ours padded and packed, and a stand-in for the release's step."""
+"""The arms of the benchmark: a step of DPOTrainer, of ours padded and packed, and a stand-in for the release's step."""
 
 import dataclasses
 import tempfile
@@ -16,13 +16,13 @@ from trl import DPOConfig, DPOTrainer
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.data.loading import load_pairs, to_conversational
 
-#: Shapes of random weights by name: hidden, MLP, layers, heads, key-value heads, vocabulary.
+#: Model shapes for random weights: hidden, MLP, layers, heads, key-value heads, vocabulary.
 SHAPES = {"8b": (4096, 14336, 32, 32, 8, 128256), "tiny": (32, 48, 2, 4, 2, 400)}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One case: what is trained on what. Picklable, so that memory can be measured in a fresh process."""
+    """What one case trains, and on what. Picklable, so that memory can be measured in a fresh process."""
 
     model: str
     pairs: str = "demo"
@@ -30,17 +30,17 @@ class Setting:
     batch: int = 8
     max_length: int = 512
     batches: int = 3
-    made_up: tuple[int, int] | None = None  # prompt : answer, in parts of max_length
-    shape: str | None = None  # random weights of this shape instead of the model's
+    made_up: tuple[int, int] | None = None  # synthetic pairs: prompt : answer, as parts of max_length
+    shape: str | None = None  # random weights of this shape instead of the model
     dtype: str = "float32"
     checkpointing: bool = False
     precomputed: bool = False
     forward_only: bool = False
-    padded_tokens: int | None = None  # take only batches that DPOTrainer pads to at most so many tokens
+    padded_tokens: int | None = None  # use only batches that DPOTrainer pads to at most this many tokens
 
 
 def made_up_tokens(setting: Setting, count: int) -> list[dict[str, list[int]]]:
-    """`count` pairs of random tokens, all of one length, as DPOTrainer's collator takes them."""
+    """`count` pairs of random tokens, all of one length, in the format of DPOTrainer's collator."""
     prompt, answer = (setting.max_length * part // sum(setting.made_up) for part in setting.made_up)
     generator = torch.Generator().manual_seed(0)
 
@@ -51,7 +51,7 @@ def made_up_tokens(setting: Setting, count: int) -> list[dict[str, list[int]]]:
 
 
 def dataset_of(setting: Setting, count: int):
-    """`count` pairs of the setting's source in TRL's form."""
+    """`count` pairs of the setting's source in TRL's format, shuffled, repeated if there are fewer."""
     pairs, _ = to_conversational(load_pairs(setting.pairs, "train"))
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     repeated = (order * (count // len(order) + 1))[:count]
@@ -59,7 +59,7 @@ def dataset_of(setting: Setting, count: int):
 
 
 def model_of(setting: Setting, seed: int = 0, layers: int | None = None):
-    """The setting's model, from its folder or of random weights, then of so many layers (None: its shape's)."""
+    """The setting's model: loaded from its folder, or with random weights and `layers` layers (None: all of its shape)."""
     if setting.shape is None:
         return AutoModelForCausalLM.from_pretrained(setting.model, dtype=getattr(torch, setting.dtype))
     hidden, mlp, all_layers, heads, kv_heads, vocabulary = SHAPES[setting.shape]
@@ -84,7 +84,7 @@ def model_of(setting: Setting, seed: int = 0, layers: int | None = None):
 
 
 def trainer_of(setting: Setting, arm: str, count: int | None = None):
-    """A trainer by arm: "dpo" (TRL's), "padded" and "packed" (ours, constraint clip)."""
+    """The trainer of an arm: "dpo" (TRL's), "padded" or "packed" (ours, constraint clip)."""
     import datasets
 
     on_gpu = torch.cuda.is_available()
@@ -108,14 +108,14 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
         trainer_class = CPOConstrainedTrainer
         args = CPOConstrainedConfig(
             **options, constraint="clip", prefix_sharing=arm == "packed", check_reference=not setting.precomputed
-        )  # made-up references are no start
+        )  # the synthetic references do not match the policy
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(setting.model)
-    # Given none, DPOTrainer would load one of another shape. Where it is precomputed and never runs, one layer will do.
+    # Without a reference, DPOTrainer would load one of another shape. A precomputed one never runs: one layer will do.
     shaped = not setting.lora and setting.shape is not None
     reference = model_of(setting, layers=1 if setting.precomputed else None) if shaped else None
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if setting.lora else None
-    # More than the batches need: DPOTrainer drops pairs whose prompt alone is too long, and some batches are passed over.
+    # More pairs than needed: DPOTrainer drops those whose prompt alone is too long, and some batches are skipped.
     spare = setting.batches + 1 if setting.padded_tokens is None else 40
     count = count or setting.batch * (setting.batches + spare)
     with warnings.catch_warnings():
@@ -135,9 +135,9 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
 
 
 def switch_on_checkpointing(trainer) -> None:
-    """As `train` does, which the benchmark never calls: the trainer's arguments alone switch nothing on.
+    """Switches gradient checkpointing on, as `train` does: the benchmark never calls `train`, and arguments alone do nothing.
 
-    That the inputs of a model with LoRA require gradients, DPOTrainer sees to when it is made.
+    With LoRA, DPOTrainer's constructor makes the inputs require gradients.
     """
     model = trainer.model
     # Since transformers 5.23 the older name is deprecated.
@@ -146,7 +146,7 @@ def switch_on_checkpointing(trainer) -> None:
 
 
 def batches_of(trainer, setting: Setting) -> list[dict[str, torch.Tensor]]:
-    """The collated batches that every arm runs, with made-up precomputed references if the setting has them."""
+    """The collated batches that every arm runs, with synthetic precomputed references if the setting asks for them."""
     if setting.made_up is not None:
         rows = made_up_tokens(setting, setting.batch * setting.batches)
     else:
@@ -159,7 +159,10 @@ def batches_of(trainer, setting: Setting) -> list[dict[str, torch.Tensor]]:
         if len(batches) == setting.batches:
             break
     else:
-        raise ValueError(f"only {len(batches)} of {setting.batches} batches of at most {setting.padded_tokens} tokens found")
+        raise ValueError(
+            f"found {len(batches)} of {setting.batches} batches of at most {setting.padded_tokens} tokens; lower "
+            "--batches or --max_length"
+        )
     for batch in batches:
         if setting.precomputed:
             batch["ref_chosen_logps"] = torch.full((setting.batch,), -50.0)
@@ -169,7 +172,10 @@ def batches_of(trainer, setting: Setting) -> list[dict[str, torch.Tensor]]:
 
 
 def step_of(trainer, setting: Setting) -> Callable[[dict[str, Any]], Any]:
-    """Loss and gradients of one batch by a trainer, without the optimizer's step, which is the same for all."""
+    """A function that computes a trainer's loss and gradients on one batch.
+
+    The optimizer's step is left out: it is the same for all arms.
+    """
     trainer.precompute_ref_logps = setting.precomputed
 
     def step(batch):
@@ -186,15 +192,15 @@ def step_of(trainer, setting: Setting) -> Callable[[dict[str, Any]], Any]:
 
 
 def reference_pass_of(trainer) -> Callable[[dict[str, Any]], Any]:
-    """The reference's log-probabilities of one batch, as a precompute pass takes them."""
+    """A function that computes the reference's log-probabilities on one batch, as a precompute pass does."""
     return lambda batch: trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
 
 
 def release_step_of(trainer) -> Callable[[dict[str, Any]], Any]:
-    """A stand-in, written for this benchmark, for a step as the authors' release makes it.
+    """A stand-in for a step of the authors' release, written for this benchmark.
 
-    Full-vocabulary logits of every position of policy and reference, log-softmax over them, and a cross-entropy on the
-    chosen answers every step, used or not. The clip target's loss on means.
+    Like the release, it computes full-vocabulary logits at every position of policy and reference, their log-softmax, and
+    at every step a cross-entropy on the chosen answers, even if unused. The loss is that of the clip target, on means.
     """
     model, beta = trainer.model, trainer.beta
 

@@ -1,11 +1,11 @@
 """
-What a bound on the violation reaches, beside penalties of fixed weight, on the embedded model and pairs.
+Compares a bound on the violation with penalties of fixed weight, on the embedded model and pairs.
 
     python -m benchmarks.bound --epsilon 5 10 20 --penalty 0.01 0.1 1 --out bound.json
 
-Each run trains the demo's recipe (LoRA, β 0.1, γ 1) and is then measured at its final weights: the mean violation over
-all training pairs, which is what the bound is about, and over the held-out pairs; and the KL divergence paid, as the
-mean over held-out prompts of Σ_t KL(π_θ ‖ π_ref) along a response of up to 48 tokens sampled from the policy.
+Each run trains the demo's recipe (LoRA, β 0.1, γ 1). Measured at the final weights: the mean violation over all training
+pairs, which the bound limits, and over the held-out pairs; and the KL divergence, the mean over held-out prompts of
+Σ_t KL(π_θ ‖ π_ref) along a response of up to 48 tokens sampled from the policy.
 """
 
 import argparse
@@ -27,7 +27,7 @@ RESPONSE_TOKENS = 48
 def trained(
     model: str, train, test, epochs: float, seed: int, target_modules: str | None = None, **options
 ) -> CPOConstrainedTrainer:
-    """A trainer after the demo's recipe with this constraint; options go before the recipe's."""
+    """A trainer after training with the demo's recipe; `options`, such as the constraint, override the recipe."""
     recipe = dict(
         output_dir=tempfile.mkdtemp(),
         use_cpu=True,
@@ -62,8 +62,8 @@ def trained(
 
 
 def tokens_of(tokenizer, prompts) -> dict[str, torch.Tensor]:
-    """The prompts as tokens, filled up on the left, so that every response begins right after its prompt."""
-    # Given to apply_chat_template itself, the side is ignored.
+    """The tokenized prompts, padded on the left, so that every response begins right after its prompt."""
+    # apply_chat_template ignores a padding_side argument, so set it on the tokenizer.
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         return tokenizer.apply_chat_template(
@@ -84,7 +84,7 @@ def kl_paid(trainer: CPOConstrainedTrainer, prompts, seed: int = 0, batch: int =
         tokens = model.generate(**inputs, max_new_tokens=RESPONSE_TOKENS, do_sample=True, top_k=0, top_p=1.0)
         answer = tokens[:, inputs["input_ids"].size(1) :]
         ended = (answer == tokenizer.eos_token_id).cumsum(1)
-        kept = (ended - (answer == tokenizer.eos_token_id).long()) == 0  # the end token is part of the response
+        kept = (ended - (answer == tokenizer.eos_token_id).long()) == 0  # the end token counts as part of the response
         mask = torch.cat([inputs["attention_mask"], kept.long()], dim=1)
         first = inputs["input_ids"].size(1) - 1
 
@@ -103,7 +103,7 @@ def kl_paid(trainer: CPOConstrainedTrainer, prompts, seed: int = 0, batch: int =
 
 
 def measured(trainer: CPOConstrainedTrainer, prompts) -> dict:
-    """The record of a finished run."""
+    """The measurements of a trained run, by name."""
     logs = trainer.evaluate()
     record = {
         f"{split}_{name}": logs[f"eval_{split}_cpo/{name}"]
@@ -121,11 +121,11 @@ def main() -> None:
     )
     parser.add_argument("--model", default=None, help="model folder; default: the embedded SmolLM2-135M-Instruct")
     parser.add_argument("--epsilon", type=float, nargs="*", default=[], help="bounds on the mean violation, nats")
-    parser.add_argument("--rate", type=float, nargs="*", default=[], help="bounds on the fraction of pairs violating")
+    parser.add_argument("--rate", type=float, nargs="*", default=[], help="bounds on the fraction of violating pairs")
     parser.add_argument("--penalty", type=float, nargs="*", default=[], help="fixed weights; 0 is plain DPO")
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--options", type=json.loads, default={}, help="config fields, JSON; go before the recipe's")
+    parser.add_argument("--options", type=json.loads, default={}, help="config fields as JSON; they override the recipe")
     parser.add_argument("--out", default="bound.json", help="JSON file to add to")
     options = parser.parse_args()
     if options.model is None:

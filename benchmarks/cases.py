@@ -1,4 +1,4 @@
-"""The cases of the benchmark, each a function from options to a record; the table `CASES` names them."""
+"""The cases of the benchmark: each is a function from a setting to a record; `cases` lists them by name."""
 
 import functools
 import time
@@ -19,7 +19,7 @@ from .arms import (
 from .measure import compared, interleaved, peak_memory
 
 H200_TFLOPS = 788.0
-#: What DPOTrainer can pad a batch of 8 to within 24 GB of memory, on a CPU, without gradient checkpointing.
+#: The most tokens to which DPOTrainer can pad a batch of 8 in 24 GB, on a CPU, without gradient checkpointing.
 PADDED_TOKENS = 4600
 
 
@@ -30,7 +30,7 @@ def _steps(setting: Setting, *arms: str):
 
 
 def _work(setting: Setting, arm: str, loaded) -> None:
-    """For `peak_memory`: the longest batch, twice, in a fresh process."""
+    """The work of `peak_memory`: runs the longest batch twice."""
     torch.set_num_threads(1)
     trainer = trainer_of(setting, "dpo" if arm == "release" else arm)
     batches = sorted(batches_of(trainer, setting), key=lambda batch: batch["input_ids"].numel())
@@ -41,7 +41,7 @@ def _work(setting: Setting, arm: str, loaded) -> None:
 
 
 def _memory(setting: Setting, baseline: str, ours: str, wanted: bool) -> dict:
-    """Peaks of two arms. Taken before the times: this process then holds no model beside the measured one."""
+    """Memory peaks of two arms. Call it before timing, while this process holds no model."""
     if not wanted:
         return {}
     peaks = {arm: peak_memory(functools.partial(_work, setting, arm)) for arm in (baseline, ours)}
@@ -50,14 +50,14 @@ def _memory(setting: Setting, baseline: str, ours: str, wanted: bool) -> dict:
 
 
 def constraint_cost(setting: Setting, memory: bool) -> dict:
-    """Constraint on, padded path, against DPOTrainer: what the constraint itself costs."""
+    """The cost of the constraint itself: ours padded, constraint on, against DPOTrainer."""
     peaks = _memory(setting, "dpo", "padded", memory)
     _, steps, batches = _steps(setting, "dpo", "padded")
     return {**compared(interleaved(steps, batches * 2), "dpo", "padded"), **peaks}
 
 
 def packed(setting: Setting, memory: bool) -> dict:
-    """Packed and shared, forward and backward, against DPOTrainer."""
+    """Packed pairs with shared prefixes, forward and backward, against DPOTrainer."""
     peaks = _memory(setting, "dpo", "packed", memory)
     _, steps, batches = _steps(setting, "dpo", "packed")
     record = compared(interleaved(steps, batches), "dpo", "packed")
@@ -65,7 +65,7 @@ def packed(setting: Setting, memory: bool) -> dict:
 
 
 def equal_lengths(setting: Setting, memory: bool) -> dict:
-    """All lengths equal, so that only sharing counts: against the limit (2p + 2a)/(p + 2a) that unique tokens set."""
+    """The gain from sharing alone (all lengths equal), against its limit (2p + 2a)/(p + 2a), the ratio of tokens."""
     prompt, answer = setting.made_up
     record = packed(setting, memory=False)
     record["limit"] = (2 * prompt + 2 * answer) / (prompt + 2 * answer)
@@ -74,7 +74,7 @@ def equal_lengths(setting: Setting, memory: bool) -> dict:
 
 
 def reference_pass(setting: Setting, memory: bool) -> dict:
-    """The reference pass of precompute and audit, against TRL's."""
+    """Our reference pass, used by precomputing and audit, against TRL's."""
     trainers = {arm: trainer_of(setting, arm) for arm in ("dpo", "packed")}
     batches = batches_of(trainers["dpo"], setting)
     return compared(
@@ -83,7 +83,7 @@ def reference_pass(setting: Setting, memory: bool) -> dict:
 
 
 def release(setting: Setting, memory: bool) -> dict:
-    """A step with full-vocabulary logits and an extra cross-entropy (a stand-in written here) against ours."""
+    """Ours against a stand-in for the release: full-vocabulary logits and an extra cross-entropy (`release_step_of`)."""
     peaks = _memory(setting, "release", "packed", memory)
     trainers = {"release": trainer_of(setting, "dpo"), "packed": trainer_of(setting, "packed")}
     batches = batches_of(trainers["release"], setting)
@@ -92,12 +92,12 @@ def release(setting: Setting, memory: bool) -> dict:
 
 
 def growth(setting: Setting, memory: bool, sizes=(100, 1000, 10000)) -> dict:
-    """Seconds per pair of preparing and training 10² to 10⁴ pairs in one epoch; batches as they come.
+    """Seconds per pair to prepare and train 10² to 10⁴ pairs in one epoch, with all batches.
 
-    The first step, with the checks and the probe before it, costs the same whatever follows: it is told by itself.
+    The first step, with the checks and the probe before it, has a fixed cost and is reported separately.
     """
     per_pair = {}
-    for size in (sizes[0], *sizes):  # the first, once more, warms up
+    for size in (sizes[0], *sizes):  # run the first size twice: once as a warm-up
         start = time.perf_counter()
         trainer = trainer_of(setting, "packed", count=size)
         prepared = time.perf_counter()
@@ -116,7 +116,7 @@ def growth(setting: Setting, memory: bool, sizes=(100, 1000, 10000)) -> dict:
 
 
 class FirstStep(TrainerCallback):
-    """Notes when the first step of a training has ended."""
+    """Records when the first training step ended."""
 
     ended = float("nan")
 
@@ -126,11 +126,11 @@ class FirstStep(TrainerCallback):
 
 
 def flops_per_step(setting: Setting, batches) -> float:
-    """Useful floating-point operations of a step: unique tokens only, 2 per weight and multiply-add.
+    """Useful floating-point operations of a step: unique tokens only, 2 FLOP per multiply-add.
 
-    Forward 2N per token, backward 4N (full) or 2N (LoRA: weight gradients are the adapters' only); attention
-    4·hidden·(keys seen) per query and layer forward, twice that backward. Embeddings are looked up, the head scores
-    completion tokens alone.
+    With N weights, a token costs 2N forward, and backward 4N (full) or 2N (LoRA, whose weight gradients are only the
+    adapters'). Attention costs 4·hidden·(keys seen) per query and layer forward, and twice that backward. Embeddings are
+    lookups, and the head scores only completion tokens.
     """
     hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[setting.shape]
     per_layer = hidden * hidden * 2 + 2 * hidden * hidden * kv_heads // heads + 3 * hidden * mlp
@@ -151,10 +151,10 @@ def flops_per_step(setting: Setting, batches) -> float:
 
 
 def gpu(setting: Setting, memory: bool) -> dict:
-    """Random weights of a large model's shape, bfloat16, precomputed reference: share of the GPU's matrix rate.
+    """Our share of the GPU's matrix rate: random weights in a large model's shape, bfloat16, precomputed reference.
 
-    The arms take turns as in the other cases, so both models are on the GPU at once: for 8B in full fine-tuning some 70 GB
-    of weights and gradients (2 × 16 GB each, and a layer in place of each reference), beside the activations.
+    The arms alternate as in the other cases, so both models are on the GPU at once. For full fine-tuning of 8B that takes
+    some 70 GB of weights and gradients (2 × 16 GB each, and one layer instead of each reference), beside the activations.
     """
     _, steps, batches = _steps(setting, "dpo", "packed")
     record = compared(interleaved(steps, batches), "dpo", "packed")
@@ -169,13 +169,13 @@ def gpu(setting: Setting, memory: bool) -> dict:
 
 
 def cases(model: str, pairs: str, batches: int, gpu_shape: str, max_length: int = 512) -> dict:
-    """Name to (function, setting, target in words)."""
+    """The cases by name: (function, setting, target in words)."""
     base = Setting(model=model, pairs=pairs, batches=batches, max_length=max_length)
-    # Gradient checkpointing, TRL's default, is on in one case and on a GPU only. Without it a padded batch of 8 × 512 needs
-    # more than 20 GB on a CPU, as TRL's head scores every position of SmolLM2's vocabulary. So of the batches of 8 those are
-    # taken that fit, which have the least padding to save. Batches of 4 fit into 24 GB as they come.
+    # Gradient checkpointing, TRL's default, is on in one CPU case and on a GPU. Without it, a padded batch of 8 × 512 needs
+    # more than 20 GB on a CPU, as TRL's head scores every position over SmolLM2's vocabulary. So only those batches of 8
+    # are used that fit; they have the least padding to save. Batches of 4 all fit into 24 GB.
     eight = reduced(base, padded_tokens=PADDED_TOKENS)
-    # For batches of 16 every row is cut to what fits (32 rows of 143 tokens; the tests' are shorter still).
+    # In batches of 16, every row is cut to fit: 32 rows of at most 143 tokens.
     sixteen = reduced(eight, batch=16, padded_tokens=None, max_length=min(max_length, PADDED_TOKENS // 32))
     table = {
         "constraint-cost": (constraint_cost, reduced(base, batch=2), "step time 1/1.01, memory 1.00"),

@@ -1,4 +1,4 @@
-"""Timing and memory: arms interleaved in one process, ratios of medians with their spread, peaks in fresh processes."""
+"""Measures time (arms interleaved in one process, ratios of medians) and memory (peaks in fresh processes)."""
 
 import multiprocessing
 import statistics
@@ -11,14 +11,14 @@ import torch
 
 
 class Seconds(NamedTuple):
-    """How long something took: on the wall, and of this process's CPU time, which other work on the machine hardly changes."""
+    """Seconds of wall-clock time, and of this process's CPU time, which other work on the machine hardly affects."""
 
     wall: float
     cpu: float
 
 
 def synchronised(run: Callable[[], Any]) -> Seconds:
-    """What `run` takes, with the GPU's queue empty at both ends."""
+    """The time `run` takes, with the GPU's queue empty at start and end."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = Seconds(time.perf_counter(), time.process_time())
@@ -29,9 +29,9 @@ def synchronised(run: Callable[[], Any]) -> Seconds:
 
 
 def interleaved(arms: Mapping[str, Callable[[Any], Any]], batches: Sequence[Any]) -> dict[str, list[Seconds]]:
-    """Seconds of every arm on every batch, the arms taking turns, so that what disturbs the machine disturbs all alike.
+    """Times every arm on every batch. Arms alternate, so that disturbances of the machine affect all alike.
 
-    Each arm runs the first batch once beforehand, uncounted. The arm that begins changes from batch to batch.
+    Each arm first runs the first batch once as a warm-up. The arm that starts changes from batch to batch.
     """
     for run in arms.values():
         run(batches[0])
@@ -44,7 +44,7 @@ def interleaved(arms: Mapping[str, Callable[[Any], Any]], batches: Sequence[Any]
 
 
 def compared(seconds: Mapping[str, Sequence[Seconds]], baseline: str, ours: str) -> dict[str, float]:
-    """How many times faster `ours` is: the ratio of medians, and the smallest and largest ratio on one batch."""
+    """How many times faster `ours` is: the ratio of medians, and the smallest and largest ratio of a single batch."""
     ratios = [b.wall / o.wall for b, o in zip(seconds[baseline], seconds[ours], strict=True)]
     wall, cpu = (
         {arm: statistics.median(getattr(taken, clock) for taken in seconds[arm]) for arm in (baseline, ours)}
@@ -62,7 +62,7 @@ def compared(seconds: Mapping[str, Sequence[Seconds]], baseline: str, ours: str)
 
 
 def _peak_in_child(work: Callable[[Callable[[], None]], None], answer) -> None:
-    """Runs `work(loaded)`, which calls `loaded()` when its model is in memory; answers MiB above that point."""
+    """Runs `work(loaded)`, which calls `loaded()` once its model is in memory; answers the peak above that point, MiB."""
     base = [0.0]
     if torch.cuda.is_available():
 
@@ -75,7 +75,7 @@ def _peak_in_child(work: Callable[[Callable[[], None]], None], answer) -> None:
         return
 
     def loaded():
-        # Writing 5 lowers the high-water mark to what is resident now, so that a peak while loading does not count.
+        # Writing 5 resets the high-water mark to the current resident size, so that a peak during loading does not count.
         Path("/proc/self/clear_refs").write_text("5")
         base[0] = _resident("VmRSS")
 
@@ -84,13 +84,16 @@ def _peak_in_child(work: Callable[[Callable[[], None]], None], answer) -> None:
 
 
 def _resident(field: str) -> float:
-    """MiB of this process, now ("VmRSS") or at most so far ("VmHWM"); Linux alone tells."""
+    """Resident MiB of this process, now ("VmRSS") or its maximum so far ("VmHWM"). Linux only."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(line.split()[1]) / 2**10
 
 
 def peak_memory(work: Callable[[Callable[[], None]], None]) -> float:
-    """MiB that `work` needs above the loaded model, at its peak, in a process of its own (allocated on a GPU, else RSS)."""
+    """The peak of `work` above the loaded model, in MiB, measured in a fresh process (allocated on a GPU, else RSS).
+
+    NaN if the process was killed.
+    """
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
     child = context.Process(target=_peak_in_child, args=(work, answer))

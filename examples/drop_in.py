@@ -1,11 +1,11 @@
 """
-An ordinary TRL script for DPO with CPOConstrainedTrainer dropped in: four lines differ, each marked "was".
+A plain TRL script for DPO with CPOConstrainedTrainer dropped in. Four lines differ, each marked "was".
 
 # One GPU, or a CPU with --use_cpu --bf16 False
 python examples/drop_in.py --dataset_name trl-lib/ultrafeedback_binarized --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
     --constraint clip --gamma 1.0 --output_dir Qwen2.5-0.5B-CPO
 
-# Several GPUs: the whole model on each (ddp.yaml), or split over them (zero2.yaml, zero3.yaml, fsdp2.yaml)
+# Several GPUs: the whole model on each (ddp.yaml), or sharded over them (zero2.yaml, zero3.yaml, fsdp2.yaml)
 accelerate launch --config_file deepspeed_configs/zero3.yaml --num_processes 4 examples/drop_in.py \
     --dataset_name trl-lib/ultrafeedback_binarized --model_name_or_path Qwen/Qwen2.5-7B-Instruct \
     --constraint clip --gamma 1.0 --output_dir Qwen2.5-7B-CPO

@@ -1,5 +1,5 @@
 """
-LoRA or QLoRA from training to one merged model: train an adapter, save it, load it again, merge it, and check each step.
+LoRA or QLoRA from training to a merged model: trains an adapter, saves, reloads and merges it, and checks the result.
 
 # LoRA: the adapter in Qwen-LoRA/, the merged model in Qwen-LoRA/merged/
 python examples/lora.py --dataset_name trl-lib/ultrafeedback_binarized --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
@@ -9,12 +9,12 @@ python examples/lora.py --dataset_name trl-lib/ultrafeedback_binarized --model_n
 python examples/lora.py --dataset_name trl-lib/ultrafeedback_binarized --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
     --load_in_4bit --bnb_4bit_quant_type nf4 --constraint clip --gamma 1.0 --learning_rate 1e-5 --output_dir Qwen-QLoRA
 
-# Train an adapter further; the reference is then the adapter as it was loaded
+# Train an adapter further; the reference is then the adapter as loaded
 python examples/lora.py --adapter Qwen-LoRA --learning_rate 1e-6 --output_dir Qwen-LoRA-2 ...
 
-An adapter trained on 4-bit weights belongs to those weights. They are dequantised before merging, so that the merged model is
-the one that was trained; merged into the original weights it would be another, by all that 4 bits round away. (On CPUs with
-AVX512-BF16, 4-bit layers compute in bfloat16 when a model is evaluated: the check below then finds differences of that size.)
+An adapter trained on 4-bit weights belongs to those weights. The script dequantizes them before merging, so that the merged
+model is the one that was trained; merging into the original weights would add the rounding error of 4 bits. (On CPUs with
+AVX512-BF16, 4-bit layers compute in bfloat16 during evaluation, so the check below finds differences of that size.)
 """
 
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 
 @dataclass
 class AdapterArguments(ScriptArguments):
-    """ScriptArguments, and an adapter to start from."""
+    """ScriptArguments plus an adapter to start from."""
 
     adapter: str | None = field(default=None, metadata={"help": "Folder of an adapter to train further."})
 
@@ -65,7 +65,7 @@ def main(script_args, training_args, model_args):
         **given,
     )
     trainer.train()
-    # The adapter alone: a few megabytes.
+    # Saves only the adapter: a few megabytes.
     trainer.save_model(training_args.output_dir)
     if not trainer.is_world_process_zero():
         return
@@ -84,7 +84,7 @@ def main(script_args, training_args, model_args):
     folder = Path(training_args.output_dir) / "merged"
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"the adapter moves logits by up to {moved:.2e}; merged, they are off by up to {error:.2e}")
+    print(f"the adapter moves logits by up to {moved:.2e}; those of the merged model are off by up to {error:.2e}")
     print(f"adapter  {training_args.output_dir}\nmerged   {folder}")
 
 

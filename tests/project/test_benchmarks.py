@@ -139,4 +139,4 @@ def test_an_unknown_case_is_named(tmp_path, model_folder):
         text=True,
         timeout=120,
     )
-    assert done.returncode == 2 and "no case packd; there are constraint-cost" in done.stderr
+    assert done.returncode == 2 and "no case packd; the cases are constraint-cost" in done.stderr

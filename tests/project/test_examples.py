@@ -113,7 +113,7 @@ def test_drop_in_with_zero3(places, tmp_path):
 
 
 def moved_and_error(out: str) -> tuple[float, float]:
-    return tuple(map(float, re.search(r"by up to (\S+); merged, they are off by up to (\S+)", out).groups()))
+    return tuple(map(float, re.search(r"by up to (\S+); those of the merged model are off by up to (\S+)", out).groups()))
 
 
 def test_lora_and_further(run, tmp_path):

@@ -47,7 +47,7 @@ def test_the_papers_setting():
     assert (args.constraint, args.beta, args.alpha, args.logps_reduction) == ("softplus", 2.5, 0.25, "mean")
     assert args.loss_type == ["sigmoid_norm"] and args.learning_rate == 1e-6 and not policy.use_peft
     assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 128
-    assert "never run here" in recipe("llama3-8b-paper").file.read_text()
+    assert "has not been run here" in recipe("llama3-8b-paper").file.read_text()
 
 
 def test_the_arithmetic_in_the_recipes():
@@ -76,8 +76,8 @@ def test_the_arithmetic_in_the_recipes():
     flop = 10 * (linear + head) * 62_000 * 1_100
     assert f"{(linear + head) / 1e9:.1f}e9 weights take part" in text and f"{10 * (linear + head) / 1e9:.0f} GFLOP" in text
     assert f"{flop / 1e18:.1f}e18 FLOP" in text
-    assert f"that is {flop / (0.4 * 8 * 989e12) / 60:.0f} minutes" in text
-    assert f"(312 TFLOP/s) {flop / (0.4 * 8 * 312e12) / 60:.0f} minutes" in text
+    assert f"that takes {flop / (0.4 * 8 * 989e12) / 60:.0f} minutes" in text
+    assert f"(312 TFLOP/s), {flop / (0.4 * 8 * 312e12) / 60:.0f} minutes" in text
 
     total, linear, head = counts(3584, 18944, 28, 512, 152064, False, True)
     text = said("hh-rlhf-qlora-24gb")
@@ -96,7 +96,7 @@ def test_the_arithmetic_in_the_recipes():
 
 
 @pytest.mark.parametrize("name", names())
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of what a user's CPU lacks, and of knobs
+@pytest.mark.filterwarnings("ignore::UserWarning")  # about what a CPU lacks, and about hyperparameters
 def test_two_steps_of_each_recipe(name, tmp_path, model_folder, monkeypatch, capsys):
     """Its own options, but for model, pairs, device and sizes."""
     monkeypatch.chdir(tmp_path)

@@ -487,7 +487,7 @@ def test_of_many_pairs_some_arrows_are_drawn_and_all_heads(tmp_path):
     arrows = sum(len(part.get_segments()) for part in parts if isinstance(part, LineCollection))
     heads = sum(len(part.get_offsets()) for part in parts if not isinstance(part, LineCollection))
     assert (arrows, heads) == (300, 1000)
-    assert notes == ["A: arrows of 300 of 1000 pairs, evenly spaced in δ_ref; heads of all."]
+    assert notes == ["A: arrows for 300 of 1000 pairs, evenly spaced in δ_ref; heads for all."]
 
 
 def test_pairs_outside_the_axes_are_counted(tmp_path):
@@ -742,7 +742,7 @@ def test_a_report_with_a_strangers_file_or_changed_by_hand_stays(tmp_path):
     ):
         check_free(tmp_path / "out")
         change()
-        with pytest.raises(FileExistsError, match="no report's|changed by hand"):
+        with pytest.raises(FileExistsError, match="not a report's|has been changed"):
             write(tmp_path / "out", {"report.html": b"3"})
         assert (tmp_path / "out" / "report.html").read_bytes() == b"1"
         (tmp_path / "out" / "mine.txt").unlink(missing_ok=True)
@@ -787,7 +787,7 @@ def test_drafts_of_a_killed_report_are_its_own(tmp_path, draft):
         write(out, files)
         assert {file.name for file in out.iterdir()} == {*files, CONTENTS}
     (out / draft.format("notes.txt")).write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match="no report's"):
+    with pytest.raises(FileExistsError, match="not a report's"):
         write(out, files)
 
 

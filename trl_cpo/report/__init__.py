@@ -1,4 +1,4 @@
-"""A report of training runs, from their JSON and logs alone: an HTML page with its pictures, and these as PNGs."""
+"""Makes a report of training runs from their JSON and logs: an HTML page with pictures, and the pictures as PNGs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ __all__ = ["NotARun", "Report", "make_report"]
 
 @dataclass(frozen=True)
 class Report:
-    """What was made: the page, the pictures beside it, the runs as they were read, and what has to be known of them."""
+    """What was made: the page, the PNGs beside it, the runs as read, and notes on comparing them."""
 
     page: Path
     pictures: list[Path]
@@ -22,22 +22,22 @@ class Report:
 
 
 def make_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Report:
-    """Reads the runs, draws what they allow, and writes `report.html` and the PNGs into `out`.
+    """Reads the runs, draws every picture their files allow, and writes `report.html` and the PNGs to `out`.
 
     Args:
         folders: the runs' folders, each with any of log.jsonl, metrics.json and pairs.json.
-        out: where to write, by default `report` inside the first run's folder. A report that stands there is replaced if
-            nobody has changed it; nothing else is.
+        out: folder to write to, by default `report` in the first run's folder. An earlier report there is replaced if
+            it is unchanged; nothing else is.
 
     Raises:
-        NotARun: a folder is no run's.
-        FileExistsError: `out` holds files that this does not replace.
+        NotARun: a folder is not a run's.
+        FileExistsError: `out` holds anything but an unchanged report.
         ModuleNotFoundError: matplotlib is not installed.
     """
     runs = read_runs(folders)
     out = Path(folders[0]) / "report" if out is None else Path(out)
     check_free(out)
-    # matplotlib is an extra, and the last thing that can be wanting.
+    # matplotlib is optional: import it only after all other checks.
     from .page import render
     from .pictures import draw
 

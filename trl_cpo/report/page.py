@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing beside itself, in which every name and value of a run is only text."""
+"""The page: one self-contained HTML file in which every name and value of a run is shown as plain text."""
 
 import base64
 import unicodedata
@@ -12,13 +12,13 @@ from . import table
 from .pictures import Picture
 from .run import Run
 
-#: Value columns of one table; more runs get further tables, so that none is wider than the page.
+#: Runs per table; more runs get further tables, so that no table is wider than the page.
 _COLUMNS = 8
 _FEW = 4
 
 
 def shown(value) -> str:
-    """`value` as text in which control and direction characters are seen and do nothing."""
+    """`value` as text, with control and direction characters escaped so that they are visible and harmless."""
     return "".join(
         f"\\u{ord(char):04x}" if unicodedata.category(char).startswith("C") and char not in "\n\t" else char
         for char in str(value)
@@ -26,16 +26,16 @@ def shown(value) -> str:
 
 
 def chunks(runs: list, size: int) -> list[list]:
-    """The runs in their order, at most `size` at a time, as evenly as that goes."""
+    """The runs in order, in parts of at most `size`, as even as possible."""
     parts = -(-len(runs) // size)
     return [runs[len(runs) * part // parts : len(runs) * (part + 1) // parts] for part in range(parts)]
 
 
 def _sentence(run: Run) -> str:
-    """What became of a run's held-out pairs, in a sentence."""
+    """One sentence on how a run changed its held-out pairs."""
     after = table.cell(run.after, "cpo/prefers_chosen", True)
     if run.after is None or after is None:
-        return "no evaluation after training is known."
+        return "no evaluation after training was found."
     before = table.cell(run.before, "cpo/prefers_chosen", True)
     in_u = table.cell(run.after, "cpo/in_undesirable_region", True)
     of = f"of {run.after.pairs} held-out pairs" if run.after.pairs else "of the held-out pairs"

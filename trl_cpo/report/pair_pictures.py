@@ -1,4 +1,4 @@
-"""Pictures of single held-out pairs: the phase portrait, the gaps' distributions, and displacement."""
+"""Draws the pictures of single held-out pairs: phase portrait, distributions of the gap, displacement."""
 
 import math
 
@@ -14,20 +14,20 @@ from ..gaps import in_undesirable_region
 from .run import HeldOut, Run, by_unit
 from .style import COLOURS, LINES, OUTCOMES, QUIET, U_SHADE, canvas, panels, plain_ticks, run_style, run_title
 
-#: Above so many pairs, arrows are drawn for so many of them alone.
+#: The most arrows drawn; with more pairs, only this many get one.
 MOST_ARROWS = 300
 _BINS = 40
 
 
 def outcomes(pairs: HeldOut) -> dict[str, np.ndarray]:
-    """Which pairs prefer chosen, lie in U, or do neither, as masks (n,) that share no pair and leave none out."""
+    """Masks, (n,), of the pairs that prefer chosen, lie in U, or do neither. Each pair is in exactly one."""
     prefers = pairs.gap > 0
     in_u = in_undesirable_region(pairs.gap, pairs.ref_gap)
     return {"prefers": prefers, "in_u": in_u, "neither": ~prefers & ~in_u}
 
 
 def limits(*values: np.ndarray, include: tuple[float, ...] = ()) -> tuple[float, float]:
-    """Axis limits: all values, unless a few lie so far out that the rest would shrink to a line; then the inner 99 %."""
+    """Axis limits around all values; only the inner 99 % if outliers would squeeze the rest into a line."""
     found = np.concatenate([np.asarray(value, dtype=float).ravel() for value in values])
     found = found[np.isfinite(found)]
     inner = np.quantile(found, [0.005, 0.995]) if len(found) else np.zeros(2)
@@ -40,12 +40,12 @@ def limits(*values: np.ndarray, include: tuple[float, ...] = ()) -> tuple[float,
 
 
 def outside(pairs_x: np.ndarray, pairs_y: np.ndarray, across: tuple[float, float], up: tuple[float, float]) -> int:
-    """How many points lie outside the axes."""
+    """The number of points outside the axes."""
     return int(np.sum((pairs_x < across[0]) | (pairs_x > across[1]) | (pairs_y < up[0]) | (pairs_y > up[1])))
 
 
 def evenly(order: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` indices, evenly spaced in the order of `order`, always the same ones."""
+    """At most `most` indices, evenly spaced in the order of `order`. Deterministic."""
     ranked = np.argsort(order, kind="stable")
     return ranked if len(ranked) <= most else ranked[np.linspace(0, len(ranked) - 1, most).round().astype(int)]
 
@@ -55,7 +55,7 @@ def _count(share: np.ndarray) -> str:
 
 
 def phase_portrait(runs: list[Run]) -> tuple[Figure, list[str]]:
-    """δ_ref across, δ_θ up, an arrow a pair from before to after training, U shaded; a panel a run. And notes."""
+    """Draws the phase portrait and returns it with notes: δ_ref across, δ_θ up, one arrow per pair, one panel per run."""
     figure, axes = panels(len(runs))
     notes: list[str] = []
     seen: set[str] = set()
@@ -73,10 +73,10 @@ def phase_portrait(runs: list[Run]) -> tuple[Figure, list[str]]:
                 )
             if len(run.pairs) > MOST_ARROWS:
                 notes.append(
-                    f"{run.letter}: arrows of {MOST_ARROWS} of {len(run.pairs)} pairs, evenly spaced in δ_ref; heads of all."
+                    f"{run.letter}: arrows for {MOST_ARROWS} of {len(run.pairs)} pairs, evenly spaced in δ_ref; heads for all."
                 )
             if not np.isfinite(run.pairs.start_gap).any():
-                notes.append(f"{run.letter}: where the policy stood before training is not known, so there are no arrows.")
+                notes.append(f"{run.letter}: no arrows, because the gaps before training are not known.")
     handles: list[Artist] = [Patch(color=U_SHADE, label="U, the undesirable region")]
     handles += [Line2D([], [], color=QUIET, linestyle=LINES[1], label="δ_θ = δ_ref (the reference itself)")]
     if any(run.gamma is not None for run in runs):
@@ -96,7 +96,7 @@ def phase_portrait(runs: list[Run]) -> tuple[Figure, list[str]]:
 
 
 def _portrait(axes: Axes, run: Run, across: tuple[float, float], up: tuple[float, float]) -> set[str]:
-    """Draws one panel; gives the outcomes and markers that are in it."""
+    """Draws one panel and returns the outcomes and markers in it."""
     pairs = run.pairs
     seen: set[str] = set()
     axes.set(xlim=across, ylim=up)
@@ -160,13 +160,13 @@ def _portrait(axes: Axes, run: Run, across: tuple[float, float], up: tuple[float
 
 
 def _edges(span: tuple[float, float]) -> np.ndarray:
-    """About `_BINS` equal bins over a span, with 0 between two of them."""
+    """Edges of about `_BINS` equal bins over a span; 0 is an edge."""
     width = (span[1] - span[0]) / _BINS
     return width * np.arange(math.floor(span[0] / width), math.ceil(span[1] / width) + 1)
 
 
 def _histogram(axes: Axes, gaps: np.ndarray, edges: np.ndarray, **style) -> float:
-    """Draws the share of pairs in each bin, in %; gaps beyond the bins count in the outermost. Gives the highest share."""
+    """Draws the share of pairs in each bin, in %, and returns the highest. The outermost bins count all gaps beyond them."""
     width = np.ptp(edges)
     inside = np.clip(gaps, edges[0] + 1e-9 * width, edges[-1] - 1e-9 * width)
     shares = axes.hist(inside, edges.tolist(), weights=np.full(len(gaps), 100.0 / len(gaps)), **style)[0]
@@ -174,7 +174,7 @@ def _histogram(axes: Axes, gaps: np.ndarray, edges: np.ndarray, **style) -> floa
 
 
 def gap_distributions(runs: list[Run]) -> tuple[Figure, list[str]]:
-    """Histograms of the gap before and after training and of the reference's; a panel a run, and notes."""
+    """Draws histograms of the policy's gap before and after training and of the reference's; one panel per run. And notes."""
     figure, axes = panels(len(runs), heights=(4.2, 3.7, 3.3))
     notes: list[str] = []
     kinds: dict[str, Artist] = {}
@@ -214,7 +214,7 @@ def gap_distributions(runs: list[Run]) -> tuple[Figure, list[str]]:
 
 
 def gaps_together(runs: list[Run]) -> tuple[Figure, list[str]]:
-    """The share of pairs below every gap, all runs of a unit in the same axes; and notes."""
+    """Draws the share of pairs below each gap, all runs of one unit in the same axes. And notes."""
     groups = by_unit(runs)
     figure = canvas(0.6 + 4.0 * len(groups))
     handles, reference_handles, notes = [], [], []
@@ -225,7 +225,7 @@ def gaps_together(runs: list[Run]) -> tuple[Figure, list[str]]:
         for run in group:
             style = {**run_style(run), "marker": None}
             handles += _steps(axes, run.pairs.gap, **style, linewidth=2.0, label=f"{run_title(run)}, after")
-            # One line for references that are the same on the same pairs.
+            # Draw a reference that several runs share only once.
             gaps = np.sort(run.pairs.ref_gap)
             if not any(len(gaps) == len(old) and np.allclose(gaps, old, atol=1e-3) for old in references):
                 references.append(gaps)
@@ -253,7 +253,7 @@ def _steps(axes: Axes, gaps: np.ndarray, **style) -> list[Line2D]:
 
 
 def displacement_of_pairs(runs: list[Run]) -> tuple[Figure, list[str]]:
-    """How far training moved each pair's chosen (across) and rejected (up) log-probability; a panel a run, and notes."""
+    """Draws how far each pair's chosen (across) and rejected (up) log-probs moved; one panel per run. And notes."""
     figure, axes = panels(len(runs), heights=(5.0, 4.6, 4.0))
     notes: list[str] = []
     seen: set[str] = set()

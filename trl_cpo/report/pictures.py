@@ -1,4 +1,4 @@
-"""The report's pictures in their order: what each shows, what a good one looks like, and which runs it can be made of."""
+"""The report's pictures in order: what each shows, what a good one looks like, and what a run must have for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from .style import WIDTH, drawing, png
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of picture: file name without its ending, title, words, what draws it, and what a run must have for it."""
+    """A kind of picture: file name without suffix, title, captions, drawing function, and what a run must have for it."""
 
     name: str
     title: str
@@ -24,7 +24,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was drawn, or (`png` is None) why it was not. Sizes are CSS pixels on the page."""
+    """A picture, or, if `png` is None, notes on why it was not drawn. Sizes are CSS pixels on the page."""
 
     kind: Kind
     png: bytes | None
@@ -37,45 +37,43 @@ KINDS = (
     Kind(
         "phase-portrait",
         "Phase portrait of the held-out pairs",
-        "A held-out pair is an arrow from its gap before training to its gap after (up), at the place of the "
-        "reference's gap (across). The dashed diagonal is the reference itself; DPO's loss falls wherever an arrow "
-        "rises from it. In the shaded region U the pair beats the reference and the policy still prefers the rejected "
-        "answer.",
-        "Arrows that start on the left, below 0, end above the dotted line γ, and few heads stay in the shade. Under "
-        "plain DPO many arrows from far below end inside it. Heads far to the right that fall towards 0 would be a "
-        "price to look at.",
+        "Each arrow is a held-out pair: across, the reference's gap; up, the policy's gap, from before training to after. "
+        "The dashed diagonal is the reference itself; DPO's loss falls as an arrow rises above it. In the shaded region U "
+        "a pair's gap exceeds the reference's, yet the policy still prefers the rejected answer.",
+        "Arrows that start at the left, below 0, end above the dotted line γ, and few heads stay in the shade. Under "
+        "plain DPO many arrows from far below end in the shade. Heads far to the right that fall towards 0 are a cost: "
+        "look at those pairs.",
         pair_pictures.phase_portrait,
         needs="pairs",
     ),
     Kind(
         "over-steps",
         "Undesirable region, violations and preferences over steps",
-        "The share of pairs in U, with a gap below γ, and preferred by the policy itself; lines are the training "
-        "pairs of each log, other pairs every time, and markers are the held-out pairs.",
-        "“Prefers chosen” rises and violations fall, on held-out pairs too. U may rise at first, as pairs leave the "
-        "reference upwards, and should fall again; a U that stays high while the loss falls is DPO's failure on "
-        "misaligned pairs. Lines far better than the markers mean overfitting.",
+        "The share of pairs in U, of pairs with a gap below γ, and of pairs whose chosen answer the policy prefers. Lines: "
+        "the training pairs of each log, different pairs every time. Markers: the held-out pairs.",
+        "“Prefers chosen” rises and violations fall, on held-out pairs too. U may rise at first, as gaps rise above the "
+        "reference's, and should then fall. If U stays high while the loss falls, that is DPO's failure on misaligned "
+        "pairs. Lines far better than the markers mean overfitting.",
         step_pictures.fractions_over_steps,
         needs="log",
     ),
     Kind(
         "gap-distributions",
         "Distribution of the gap",
-        "How the gaps of the held-out pairs are spread: the reference's in grey, after training in blue (before "
-        "training dashed, where the policy did not start as the reference). Mass left of 0 prefers the rejected "
-        "answer.",
-        "The blue outline has moved to the right of the dotted line γ. A long left tail that did not move holds the "
-        "pairs that training left behind.",
+        "The distribution of the held-out pairs' gaps: the reference's in grey, after training in blue, and before "
+        "training dashed if the policy did not start as the reference. Left of 0, the rejected answer is preferred.",
+        "The blue outline has moved to the right of the dotted line γ. A long left tail that has not moved holds pairs "
+        "that training left behind.",
         pair_pictures.gap_distributions,
         needs="pairs",
     ),
     Kind(
         "gaps-together",
         "The gaps of all runs in the same axes",
-        "For every gap, the share of held-out pairs that lie below it, after training and for the reference. The "
-        "height at 0 is the share that prefers the rejected answer.",
-        "The lower and the further right a curve runs, the larger the gaps. A run that is lower at 0 and higher far "
-        "to the right gets more pairs right by smaller gaps.",
+        "For each gap, the share of held-out pairs below it, after training and for the reference. The height at 0 is "
+        "the share of pairs whose rejected answer is preferred.",
+        "The lower and the further right a curve lies, the larger the gaps. A run that is lower at 0 but higher far to "
+        "the right gets more pairs right, with smaller gaps.",
         pair_pictures.gaps_together,
         needs="pairs",
         fewest_runs=2,
@@ -83,42 +81,41 @@ KINDS = (
     Kind(
         "loss-and-gap",
         "Loss and mean gap over steps",
-        "What is minimised, beside what is wanted. The loss is measured against each constraint's own target, so "
-        "losses of different constraints do not compare; gaps do. The dotted level is the reference's mean gap on the "
-        "held-out pairs.",
-        "The gap rises with the falling loss and crosses 0. A loss that falls while the gap stays below 0 says that "
-        "the policy beats the reference, and no more.",
+        "What is minimised (loss) and what is wanted (gap). Each constraint measures the loss against its own target, so "
+        "compare gaps between constraints, not losses. The dotted line is the reference's mean gap on the held-out "
+        "pairs.",
+        "The gap rises as the loss falls, and crosses 0. If the loss falls while the gap stays below 0, the policy beats "
+        "the reference, and no more.",
         step_pictures.loss_and_gap,
         needs="log",
     ),
     Kind(
         "multiplier",
         "Multiplier, violation and slack",
-        "λ, the weight that the constraint has now; the mean violation that drives it; and the slack, ε minus the "
-        "violation of the signal, which is negative as long as the constraint does not hold.",
-        "λ rises while the slack is negative and settles as the slack comes to 0 or above. λ at its cap with the "
-        "slack still negative: the constraint cannot be met, or the cap is too low. λ going up and down: its step "
-        "size is too large.",
+        "λ, the current weight of the constraint; the mean violation; and the slack, ε minus the signal that drives λ, "
+        "which is negative while the constraint does not hold.",
+        "λ rises while the slack is negative and settles when the slack reaches 0 or more. If λ is at its cap and the "
+        "slack still negative, the constraint cannot be met, or the cap is too low. If λ goes up and down, its step size "
+        "is too large.",
         step_pictures.multiplier,
         needs="multiplier",
     ),
     Kind(
         "displacement-over-steps",
         "Displacement over steps",
-        "How far training moved the log-probability of the chosen and of the rejected answers from the reference's, "
-        "on average.",
-        "Rejected falls, chosen falls less or not at all. Both falling far means that probability goes to answers "
-        "that are in no pair, which no number here judges: read some.",
+        "How far training moved the mean log-probabilities of the chosen and of the rejected answers from the reference's.",
+        "Rejected falls; chosen falls less or not at all. If both fall far, probability goes to answers in no pair, "
+        "which nothing here measures: sample some and read them.",
         step_pictures.displacement_over_steps,
         needs="log",
     ),
     Kind(
         "displacement-of-pairs",
         "Displacement of each held-out pair",
-        "Each held-out pair by how far its chosen (across) and rejected (up) answers moved. Below the dashed diagonal "
-        "the gap grew beyond the reference's; left of the upright line the chosen answer became less likely.",
-        "Points below the diagonal and near, or right of, the upright line: the rejected answer fell and the chosen "
-        "one stayed. Points far down on the left fell on both sides.",
+        "How far the log-probabilities of each held-out pair moved: chosen across, rejected up. Below the dashed diagonal "
+        "the gap exceeds the reference's; left of the vertical line the chosen answer became less likely.",
+        "Points lie below the diagonal and near, or right of, the vertical line: the rejected answer fell and the chosen "
+        "one did not. For points far down on the left, both answers fell.",
         pair_pictures.displacement_of_pairs,
         needs="pairs",
     ),
@@ -132,16 +129,16 @@ _HAS = {
 
 
 def draw(runs: list[Run]) -> list[Picture]:
-    """Every picture that the runs allow; one that none of them allows has no PNG and says why.
+    """Draws every kind of picture. If no run has what a picture needs, it has no PNG and its note says why.
 
-    A picture that does not apply (the multiplier where no run has one, runs together where there is one) is left out.
+    Leaves out pictures that do not apply: the multiplier if no run has one, runs together if there is only one run.
     """
     pictures = []
     for kind in KINDS:
         has, why = _HAS[kind.needs]
         able = [run for run in runs if has(run)]
         if kind.needs == "multiplier" and able:
-            able = [run for run in runs if _HAS["log"][0](run)]  # the others' violations stand beside it
+            able = [run for run in runs if _HAS["log"][0](run)]  # also runs without a multiplier, to compare their violations
         elif kind.needs == "multiplier" or len(runs) < kind.fewest_runs:
             continue
         if len(able) < kind.fewest_runs:

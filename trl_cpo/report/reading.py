@@ -1,4 +1,4 @@
-"""A run's folder read as it lies there, whole or not: what is missing or broken becomes a note and never an error."""
+"""Reads a run's folder, complete or not: missing and broken files become notes, never errors."""
 
 import json
 import math
@@ -12,19 +12,20 @@ from ..files.run_files import KNOWN_COLUMNS, LOG, METRICS, PAIR_COLUMNS, PAIRS
 from ..logs.log_file import read_log
 from .run import Evaluation, HeldOut, Run, number
 
-#: More runs than this cannot be told apart by colour and line style, nor read in one table.
+#: More runs than this cannot be told apart by colour and line style.
 MOST_RUNS = 12
 _EVALUATION_KEY = re.compile(r"(eval(?:_.+?)?)_cpo/")
 
 
 class NotARun(Exception):
-    """A folder of which no report can be made; the message says why and what to give."""
+    """The folders given allow no report. The message says why, and what to give."""
 
 
 def read_runs(folders: Iterable[str | Path]) -> list[Run]:
-    """Every run, lettered in the order given, with names that tell them apart.
+    """Reads the runs; letters them in the order given, and gives them distinct names.
 
-    Raises `NotARun` where a folder does not exist, holds no file of a run, or is given twice.
+    Raises:
+        NotARun: a folder does not exist, holds no file of a run, or is given twice; or there are more than `MOST_RUNS`.
     """
     paths = [Path(folder) for folder in folders]
     if len(paths) > MOST_RUNS:
@@ -32,7 +33,7 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
     whole = [path.resolve() for path in paths]
     for position, path in enumerate(whole):
         if path in whole[:position]:
-            raise NotARun(f"The run {paths[position]} is given twice. Name every run once.")
+            raise NotARun(f"The run {paths[position]} is given twice. Give each run once.")
     runs = [read_run(path) for path in paths]
     for run, letter, name in zip(runs, "ABCDEFGHIJKL", _names(whole), strict=False):
         run.letter, run.name = letter, name
@@ -40,7 +41,7 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell all of them apart."""
+    """The shortest ends of the paths that are all distinct."""
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
@@ -48,15 +49,15 @@ def _names(paths: list[Path]) -> list[str]:
 
 
 def read_run(folder: str | Path) -> Run:
-    """One run's folder. Raises `NotARun` if it is none."""
+    """Reads one run's folder. Raises `NotARun` if it is not a run's."""
     path = Path(folder)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise NotARun(f"{path} {what}. Give the folder that a training run wrote (with {LOG} in it).")
     if not any((path / name).is_file() for name in (LOG, METRICS, PAIRS)):
         raise NotARun(
-            f"{path} holds none of {LOG}, {METRICS} and {PAIRS}, so it is not the folder of a run. Give the output folder "
-            "of `trl-cpo train` or of examples/hh_rlhf.py."
+            f"{path} is not the folder of a run: it holds none of {LOG}, {METRICS} and {PAIRS}. Give the output folder of "
+            "`trl-cpo train` or of examples/hh_rlhf.py."
         )
     run = Run(path)
     run.record = _object(run, METRICS, "its settings, versions and final metrics are not known")
@@ -72,7 +73,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _object(run: Run, name: str, otherwise: str) -> dict:
-    """The JSON object in a file of the run, or an empty one and a note."""
+    """The JSON object in a file of the run; if it is missing or broken, an empty object and a note."""
     file = run.folder / name
     if not file.is_file():
         run.notes.append(f"{name} is missing: {otherwise}.")
@@ -83,7 +84,7 @@ def _object(run: Run, name: str, otherwise: str) -> dict:
         run.notes.append(f"{name} cannot be read ({type(error).__name__}: {str(error)[:120]}): {otherwise}.")
         return {}
     if not isinstance(got, dict):
-        run.notes.append(f"{name} holds a {type(got).__name__} where an object was expected: {otherwise}.")
+        run.notes.append(f"{name} holds a {type(got).__name__} instead of an object: {otherwise}.")
         return {}
     return got
 
@@ -104,18 +105,18 @@ def _read_pairs(run: Run) -> None:
 
     read = [[cell(row, name) for name in PAIR_COLUMNS] for row in rows if isinstance(row, list)]
     values = np.array(read, dtype=float).reshape(-1, len(PAIR_COLUMNS))
-    # Beyond this no difference of two log-probabilities means anything, nor can an axis show it.
+    # Beyond this, differences of log-probabilities are meaningless and cannot be drawn.
     values[np.abs(values) > 1e12] = np.nan
     whole, run.pairs_in_file = np.isfinite(values[:, :4]).all(axis=1), len(rows)
     if len(rows) > whole.sum():
         run.notes.append(
-            f"{PAIRS}: {len(rows) - whole.sum()} of {len(rows)} pairs have a log-probability that is missing, NaN or "
-            "infinite, and are left out of the pictures of single pairs."
+            f"{PAIRS}: {len(rows) - whole.sum()} of {len(rows)} pairs lack a finite log-probability. The pictures of single "
+            "pairs leave them out."
         )
     if whole.any():
         run.held_out = HeldOut(values[whole])
         if not np.isfinite(run.held_out.start_gap).all():
-            run.notes.append(f"{PAIRS}: where the policy stood before training is not known for every pair.")
+            run.notes.append(f"{PAIRS}: the gap before training is not known for every pair.")
     elif not rows:
         run.notes.append(f"{PAIRS} holds no pairs.")
     for setting, key in (
@@ -127,7 +128,9 @@ def _read_pairs(run: Run) -> None:
         if key in table:
             known = run.settings.setdefault(setting, table[key])
             if known != table[key]:
-                run.notes.append(f"{PAIRS} says {key} = {table[key]!r} and {METRICS} {known!r}: are they of one run?")
+                run.notes.append(
+                    f"{PAIRS} says {key} = {table[key]!r}, but {METRICS} says {known!r}: they may be from different runs."
+                )
 
 
 def _read_log(run: Run) -> None:
@@ -143,7 +146,7 @@ def _read_log(run: Run) -> None:
         return
     if resumed:
         steps = ", ".join(step.decode() for step in resumed)
-        run.notes.append(f"The run was resumed from step {steps}; curves show the steps that count, once each.")
+        run.notes.append(f"The run was resumed from step {steps}; curves show each step once, as last run.")
     finished, not_finite = False, 0
     sets = sorted({match[1] for entry in entries for key in entry if (match := _EVALUATION_KEY.match(key))})
     chosen = "eval" if not sets or "eval" in sets else sets[0]
@@ -168,7 +171,7 @@ def _read_log(run: Run) -> None:
         run.notes.append(
             f"{LOG} holds no training."
             if last is None
-            else f"{LOG} ends at step {last} without the end of training: the run was stopped there, or goes on."
+            else f"{LOG} ends at step {last} without the end of training: the run was stopped, or is still running."
         )
 
 
@@ -182,7 +185,7 @@ def _evaluation(values: dict, prefix: str, step: int | None, pairs=None) -> Eval
 
 
 def _before_and_after(run: Run) -> None:
-    """The two evaluations that the table compares: of metrics.json, else the log's first (at step 0) and last."""
+    """Finds the two evaluations that the table compares: those in metrics.json, else the log's first (at step 0) and last."""
     count = run.record.get("held_out_pairs", len(run.held_out) if run.held_out else None)
     found = {}
     for name in ("before", "after"):
@@ -198,11 +201,11 @@ def _before_and_after(run: Run) -> None:
         run.before = run.evaluations[0]
     if run.after is None and steps and steps[-1] > 0:
         run.after = run.evaluations[steps[-1]]
-        run.notes.append(f"“After” is the last evaluation in {LOG}, at step {steps[-1]}: {METRICS} has no final one.")
+        run.notes.append(f"“After” is the last evaluation in {LOG}, at step {steps[-1]}, because {METRICS} has no final one.")
     for name, evaluation in (("before", run.before), ("after", run.after)):
         if evaluation is None:
             run.notes.append(f"There is no evaluation {name} training.")
-    # A run evaluates one set of pairs: what one of its evaluations says of their number holds for the other.
+    # A run evaluates one set of pairs, so the number of pairs in one evaluation holds for the other.
     known = next((e.pairs for e in (run.after, run.before) if e and e.pairs), None)
     if run.before and not run.before.pairs:
         run.before = Evaluation(run.before.step, run.before.values, known)
@@ -211,7 +214,7 @@ def _before_and_after(run: Run) -> None:
 
 
 def _cross_check(run: Run) -> None:
-    """pairs.json against the final metrics: the same weights on the same pairs must give the same fractions."""
+    """Checks pairs.json against the final metrics: the same weights on the same pairs must give the same fractions."""
     if run.held_out is None or run.after is None:
         return
     pairs, got = len(run.held_out), float(np.mean(run.held_out.gap > 0))
@@ -219,16 +222,16 @@ def _cross_check(run: Run) -> None:
         run.notes.append(f"{PAIRS} holds {run.pairs_in_file} pairs; the final evaluation was over {run.after.pairs}.")
         return
     said = run.after.values.get("cpo/prefers_chosen")
-    # Pairs that were left out may be on either side, and one may lie at 0 to rounding.
+    # Pairs left out may be on either side, and one pair may lie at 0 up to rounding.
     if said is not None and abs(said - got) > (1.5 + run.pairs_in_file - pairs) / run.pairs_in_file:
         run.notes.append(
             f"{PAIRS} and the final metrics disagree: {100 * got:.1f} % of its pairs prefer the chosen answer, the metrics "
-            f"say {100 * said:.1f} %. Pictures of single pairs may be of another moment of the run."
+            f"say {100 * said:.1f} %. Pictures of single pairs may show another step of the run."
         )
 
 
 def of_runs(runs: list[Run]) -> list[str]:
-    """What has to be known when several runs stand side by side, in words."""
+    """Notes on comparing the runs with each other."""
     notes = []
 
     def listed(values) -> str:
@@ -236,7 +239,7 @@ def of_runs(runs: list[Run]) -> list[str]:
 
     units = [run.unit if run.reduction else "not known" for run in runs]
     if len(set(units)) > 1:
-        notes.append(f"Gaps are not known to be in one unit ({listed(units)}): compare fractions, not nats.")
+        notes.append(f"Gaps may be in different units ({listed(units)}): compare fractions, not nats.")
     gammas = ["not known" if run.gamma is None else f"{run.gamma:g}" for run in runs]
     if len(set(gammas)) > 1:
         notes.append(f"γ differs ({listed(gammas)}): violations (δ < γ) count different things.")
@@ -247,9 +250,9 @@ def of_runs(runs: list[Run]) -> list[str]:
     known = [start for start in starts if start is not None and start[1] == start[1]]
     if len(set(known)) > 1 and len(set(units)) == 1:
         notes.append(
-            "The runs were evaluated on different pairs or against different references: their numbers do not compare."
+            "The runs were evaluated on different pairs or against different references: do not compare their numbers."
         )
     seeds = [run.record.get("seed", "not known") for run in runs]
     if len(runs) > 1:
-        notes.append(f"One seed a run ({listed(seeds)}): what differs between runs includes chance in training.")
+        notes.append(f"One seed per run ({listed(seeds)}): differences between runs include chance.")
     return notes

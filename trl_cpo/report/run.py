@@ -1,4 +1,4 @@
-"""What is known of a run: its settings, curves, evaluations and held-out pairs, whatever of them there is."""
+"""A run as data: its settings, curves, evaluations and held-out pairs, as far as known."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from ..units import UNITS
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Log-probabilities of n held-out pairs in nats, (n, 6), columns as in `PAIR_COLUMNS`; NaN where the start is not known."""
+    """Log-probabilities of n held-out pairs, (n, 6), nats, columns as in `PAIR_COLUMNS`; NaN where the start is not known."""
 
     rows: np.ndarray
 
@@ -42,18 +42,18 @@ class HeldOut:
 
     @property
     def starts_at_reference(self) -> bool:
-        """Whether the policy began as the reference, to a thousandth of a nat, wherever its start is known."""
+        """Whether the policy started as the reference, to a thousandth of a nat, wherever its start is known."""
         known = np.isfinite(self.start_gap)
         return bool(known.any() and np.all(np.abs(self.start_gap - self.ref_gap)[known] <= 1e-3))
 
     def shift(self, side: str) -> np.ndarray:
-        """s_θ − s_ref of the "chosen" or "rejected" responses after training, (n,)."""
+        """s_θ − s_ref of the "chosen" or "rejected" responses after training, (n,), nats."""
         return self._column(f"policy_{side}") - self._column(f"ref_{side}")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the held-out pairs: metrics without their prefix, and over how many pairs, where known."""
+    """One evaluation of the held-out pairs: its step, metrics without their prefix, and number of pairs; None: not known."""
 
     step: int | None
     values: dict[str, float]
@@ -62,7 +62,7 @@ class Evaluation:
 
 @dataclass
 class Run:
-    """What is known of a run. `notes` says in words what is missing, broken or surprising."""
+    """One run. `notes` says what is missing, broken or surprising."""
 
     folder: Path
     letter: str = "A"
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def reduction(self) -> str | None:
-        """ "sum" or "mean", or None where no file says it."""
+        """ "sum" or "mean"; None if no file says."""
         got = self.settings.get("logps_reduction")
         return got if isinstance(got, str) and got in UNITS else None
 
@@ -89,9 +89,9 @@ class Run:
 
     @property
     def pairs(self) -> HeldOut:
-        """The held-out pairs of a run that has them; the pictures of single pairs are drawn for those alone."""
+        """The held-out pairs. Raises `ValueError` if the run has none."""
         if self.held_out is None:
-            raise ValueError(f"{self.folder} has no held-out pairs. Ask for `held_out` first.")
+            raise ValueError(f"{self.folder} has no held-out pairs. Check `held_out` first.")
         return self.held_out
 
     @property
@@ -114,7 +114,7 @@ def number(value) -> float | None:
 
 
 def by_unit(runs: list[Run]) -> list[list[Run]]:
-    """The runs whose gaps are in the same unit, together: only these share axes in nats."""
+    """The runs grouped by the unit of their gaps: only runs of one group share axes in nats."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(run.unit, []).append(run)

@@ -1,4 +1,4 @@
-"""Pictures over optimizer steps: U, violations and preferences, loss and gap, the multiplier, displacement."""
+"""Draws the pictures over optimizer steps: fractions of pairs, loss and gap, the multiplier, displacement."""
 
 import math
 from typing import Any
@@ -11,23 +11,23 @@ from matplotlib.lines import Line2D
 from .run import Run, by_unit
 from .style import QUIET, canvas, plain_ticks, run_style, run_title
 
-#: Above so many logs, the curve of training is a running mean, and the logs themselves are drawn faintly.
+#: With more logs than this, the training curve is a running mean, and the logs themselves are drawn faintly.
 MOST_LOGS = 60
 _FEW = 4
 
 
 def series(run: Run, metric: str, of_training: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a metric that was logged, (k,) each, NaN where it was not finite."""
+    """Steps and values of a logged metric, (k,) each; NaN where a value is not finite or beyond 1e30."""
     found = run.training if of_training else {step: evaluation.values for step, evaluation in run.evaluations.items()}
     steps = [step for step, values in found.items() if metric in values]
     values = np.array([found[step][metric] for step in steps], dtype=float)
-    # Beyond this no axis can be drawn; such a run has diverged, and its log says so.
+    # Beyond this no axis can be drawn; the run has diverged, and its log shows it.
     values[~np.isfinite(values) | (np.abs(values) > 1e30)] = math.nan
     return np.array(steps, dtype=float), values
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the values around each, `window` of them inside and fewer at the ends, NaN left out, (k,)."""
+    """The mean over a window around each value, (k,): `window` values, fewer at the ends, NaN left out."""
     half = window // 2
     around = [values[max(0, place - half) : place + half + 1] for place in range(len(values))]
     return np.array([np.nanmean(part) if np.isfinite(part).any() else math.nan for part in around])
@@ -38,9 +38,9 @@ def _window(logs: int) -> int:
 
 
 def _draw(axes: Axes, runs: list[Run], metric: str, scale: float = 1.0) -> bool:
-    """A run's training curve and its evaluations of one metric; whether anything was there to draw."""
+    """Draws one metric of the runs, training curves and evaluations; returns whether there was anything to draw."""
     drawn = False
-    # Of many runs the markers are to be read, and the noise of training would hide them.
+    # With many runs, training noise would hide the markers.
     line: dict[str, Any] = {"linewidth": 1.3} if len(runs) <= _FEW else {"linewidth": 0.9, "alpha": 0.45}
     for run in runs:
         style = run_style(run)
@@ -61,7 +61,7 @@ def _draw(axes: Axes, runs: list[Run], metric: str, scale: float = 1.0) -> bool:
         steps, values = series(run, metric, of_training=False)
         if np.isfinite(values).any():
             drawn = True
-            # Two evaluations, start and end, are no curve.
+            # Two evaluations, start and end, do not make a curve.
             joined = style["linestyle"] if len(steps) > 2 else ""
             axes.plot(
                 steps,
@@ -79,11 +79,11 @@ def _draw(axes: Axes, runs: list[Run], metric: str, scale: float = 1.0) -> bool:
 
 def _notes(runs: list[Run]) -> list[str]:
     smoothed = [f"{run.letter}: {_window(len(run.training))} logs" for run in runs if _window(len(run.training)) > 1]
-    return [f"Training curves are running means, the logs themselves faint ({', '.join(smoothed)})."] if smoothed else []
+    return [f"Training curves are running means; the logs themselves are faint ({', '.join(smoothed)})."] if smoothed else []
 
 
 def _frame(runs: list[Run], columns: int, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with rows of panels, and the legend that all of them share."""
+    """A figure with rows of panels and a shared legend."""
     figure = canvas(0.5 + 3.4 * rows + 0.22 * max(0, (len(runs) + 2) // 3 - 1))
     axes = [[figure.add_subplot(rows, columns, row * columns + place + 1) for place in range(columns)] for row in range(rows)]
     handles = [Line2D([], [], **run_style(run), linewidth=1.5, markersize=7, label=run_title(run)) for run in runs]
@@ -114,7 +114,7 @@ def _finish(axes: Axes, runs: list[Run], title: str, unit: str) -> None:
 
 
 def fractions_over_steps(runs: list[Run]) -> tuple[Figure, list[str]]:
-    """U, violations and preferences over steps, in per cent of pairs, all runs in the same axes; and notes."""
+    """Draws U, violations and preferences over steps, in % of pairs, all runs in the same axes. And notes."""
     chosen = (
         ("in_undesirable_region", "In U (δ_ref < δ_θ < 0)"),
         ("violation_rate", "Violations (δ_θ < γ)"),
@@ -130,7 +130,7 @@ def fractions_over_steps(runs: list[Run]) -> tuple[Figure, list[str]]:
 
 
 def loss_and_gap(runs: list[Run]) -> tuple[Figure, list[str]]:
-    """The loss, and the mean gap with the held-out reference's, a row a unit; and notes."""
+    """Draws the loss, and the mean gap beside the held-out reference's; one row per unit. And notes."""
     groups = by_unit(runs)
     figure, rows = _frame(runs, 2, len(groups))
     for (left, right), group in zip(rows, groups, strict=True):
@@ -156,7 +156,7 @@ def has_multiplier(run: Run) -> bool:
 
 
 def multiplier(runs: list[Run]) -> tuple[Figure, list[str]]:
-    """λ, the mean violation and the slack over steps, a row a unit; and notes."""
+    """Draws λ, the mean violation and the slack over steps; one row per unit. And notes."""
     groups = [group for group in by_unit(runs) if any(map(has_multiplier, group))]
     runs = [run for group in groups for run in group]
     figure, rows = _frame(runs, 3, len(groups))
@@ -175,7 +175,7 @@ def multiplier(runs: list[Run]) -> tuple[Figure, list[str]]:
 
 
 def displacement_over_steps(runs: list[Run]) -> tuple[Figure, list[str]]:
-    """How far chosen and rejected log-probabilities moved from the reference's, over steps; and notes."""
+    """Draws how far chosen and rejected log-probabilities moved from the reference's, over steps. And notes."""
     groups = by_unit(runs)
     figure, rows = _frame(runs, 2, len(groups))
     for both, group in zip(rows, groups, strict=True):

@@ -1,4 +1,4 @@
-"""How every picture of the report looks: colours, line styles, sizes, and text that can be drawn."""
+"""The style of the report's pictures: colours, line styles, sizes, and text that the font can draw."""
 
 import io
 import unicodedata
@@ -16,13 +16,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from .run import Run
 from .table import minus
 
-#: Width of a picture on the page, in inches of 96 CSS pixels, and the pixels of the PNG per such inch.
+#: Width of a picture in inches (96 CSS pixels on the page), and pixels of the PNG per inch.
 WIDTH, DPI = 12.0, 160
-#: Okabe and Ito's colours without the yellow, which is hard to see on white.
+#: Okabe and Ito's colours without yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2)), (0, (8, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-#: What became of a pair: label, colour, marker where place alone does not tell.
+#: Outcomes of a pair: label, colour, and a marker for pictures in which position does not show the outcome.
 OUTCOMES = {
     "prefers": ("prefers chosen (δ_θ > 0)", "#0072B2", "o"),
     "in_u": ("in U (δ_ref < δ_θ < 0)", "#D55E00", "^"),
@@ -43,14 +43,14 @@ _SETTINGS: dict[Any, Any] = {
     "grid.linewidth": 0.7,
     "legend.frameon": False,
     "legend.fontsize": 9.5,
-    # Names of runs may hold $ signs.
+    # Names of runs may contain $.
     "text.parse_math": False,
 }
 
 
 @contextmanager
 def drawing():
-    """matplotlib's own defaults and the report's settings, whatever the user's matplotlibrc says."""
+    """Draws with matplotlib's defaults and the report's settings, and ignores the user's matplotlibrc."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
@@ -63,14 +63,14 @@ def canvas(height: float) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG of `WIDTH * DPI` pixels across, the same bytes for the same figure."""
+    """The figure as a PNG, `WIDTH * DPI` pixels wide; the same figure gives the same bytes."""
     held = io.BytesIO()
     figure.savefig(held, format="png", dpi=DPI, metadata={"Software": None})
     return held.getvalue()
 
 
 def panels(count: int, heights: tuple[float, float, float] = (5.6, 4.9, 4.3)) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, at most three in a row; `heights`: inches of a row of one, two and three."""
+    """A figure with `count` panels, at most three in a row; `heights`: inches of a row with one, two and three panels."""
     columns = min(count, 3)
     rows = -(-count // columns)
     figure = canvas(heights[columns - 1] * rows + 0.3)
@@ -79,7 +79,7 @@ def panels(count: int, heights: tuple[float, float, float] = (5.6, 4.9, 4.3)) ->
 
 
 def plain_ticks(axes: Axes, x: bool = True, y: bool = True) -> None:
-    """Few ticks that say their whole number, so that none overlap and none hides in a corner of the axes."""
+    """Sets few ticks with full numbers, so that labels do not overlap and no factor hides in a corner of the axes."""
     for axis, wanted in ((axes.xaxis, x), (axes.yaxis, y)):
         if wanted:
             axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
@@ -100,14 +100,14 @@ def _advance(char: str) -> float:
 
 
 def width_of(text: str) -> float:
-    """The width of a text that can be drawn, in font sizes."""
+    """The width of a drawable text, in font sizes."""
     return sum(map(_advance, text))
 
 
 def drawable(text: str, limit: float = 19.0) -> str:
-    """`text` on one line, its middle cut out beyond a width of `limit` font sizes, □ for what the font has no glyph of.
+    """`text` on one line, with the middle cut out beyond a width of `limit` font sizes, and □ for missing glyphs.
 
-    The limit is what a panel's title and a column of the legend have room for where three stand side by side.
+    The default fits a panel's title and a column of the legend, with three side by side.
     """
     text = "".join(
         "□" if unicodedata.category(char)[0] in "CZ" and char != " " or not _font().get_char_index(ord(char)) else char
@@ -122,12 +122,12 @@ def drawable(text: str, limit: float = 19.0) -> str:
 
 
 def run_title(run: Run) -> str:
-    """A run in a picture: its letter and its name, shortened."""
+    """A run's title in pictures: its letter and its shortened name."""
     return f"{run.letter}  {drawable(run.name)}"
 
 
 def run_style(run: Run) -> dict:
-    """Colour, line style and marker of a run; of twelve no two share colour and line style, nor colour and marker."""
+    """Colour, line style and marker of a run. No two of twelve runs share colour and line style, or colour and marker."""
     place = ord(run.letter) - ord("A")
     colour, hollow = COLOURS[place % len(COLOURS)], place >= len(COLOURS)
     return {

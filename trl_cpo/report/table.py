@@ -1,4 +1,4 @@
-"""What stands in the report's tables: metrics before and after with exact intervals, settings that differ, versions."""
+"""The report's tables: metrics before and after with exact intervals, settings that differ, versions."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from ..intervals import clopper_pearson
 from ..logs.summary import ROWS
 from .run import Evaluation, Run, number
 
-#: Rows of the report beside those that a run prints at its end.
+#: Rows of the report in addition to those that a run prints at its end.
 MORE_ROWS = (
     ("the reference prefers the rejected answer (δ_ref < 0)", "cpo/reference_misaligned", "%"),
     ("mean violation max(0, γ − δ)", "cpo/violation", "nats"),
 )
-#: What a single run's settings are read for first; of several runs all that differ are shown.
+#: The settings shown for a single run. For several runs, all that differ are shown.
 MAIN_SETTINGS = (
     "constraint",
     *HYPERPARAMETER_NAMES,
@@ -35,13 +35,13 @@ MAIN_SETTINGS = (
     "fp16",
     "seed",
 )
-#: Where a run writes and who may push it says nothing of what it does.
+#: Settings left out: where a run writes, and who may push it, do not affect training.
 _BESIDE_THE_POINT = {"output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of the table: a fraction with its 95 % interval where the number of pairs is known, or nats."""
+    """A number of the table: a fraction, with its 95 % interval if the number of pairs is known, or nats."""
 
     value: float
     is_fraction: bool
@@ -68,7 +68,7 @@ def minus(text: str) -> str:
 
 
 def started_as_reference(run: Run) -> bool:
-    """Whether policy and reference were the same model before training, so that comparing them says nothing."""
+    """Whether policy and reference were the same model before training (also if unknown), so that comparing says nothing."""
     values = run.before.values if run.before else {}
     gap, ref_gap = values.get("cpo/gap"), values.get("cpo/ref_gap")
     if gap is None or ref_gap is None:
@@ -77,9 +77,9 @@ def started_as_reference(run: Run) -> bool:
 
 
 def cell(evaluation: Evaluation | None, metric: str, is_fraction: bool) -> Cell | None:
-    """One metric of one evaluation, with the exact interval of its fraction; None where it is not known.
+    """One metric of one evaluation, with the exact interval if it is a fraction; None if it is not known.
 
-    The fraction's k is the nearest whole number of its n pairs; where it is not one to a hundredth, no interval is given.
+    The interval takes k = fraction · n, rounded. If that is off a whole number by more than 0.01, no interval is given.
     """
     if evaluation is None or (value := evaluation.values.get(metric)) is None:
         return None
@@ -92,7 +92,7 @@ def cell(evaluation: Evaluation | None, metric: str, is_fraction: bool) -> Cell 
 
 
 def metric_rows(runs: list[Run]) -> list[dict]:
-    """A row a metric: its label, key, and for each run the cells (before, after)."""
+    """One row per metric: its label, its key, and the cells (before, after) of each run."""
     rows = []
     for label, metric, form in ROWS + MORE_ROWS:
         cells = []
@@ -115,9 +115,10 @@ def _shown(value) -> str:
 
 
 def settings(runs: list[Run]) -> dict:
-    """Of one run the main settings; of several those that differ, and how many are equal in all runs that have any.
+    """The main settings of one run, or the settings that differ between several.
 
-    Returns {"rows": [(name, [text or None for each run])], "equal": number of settings shared}.
+    Returns {"rows": [(name, [text or None for each run])], "equal": number of settings not in the rows}. Runs without any
+    settings count as different in none.
     """
     names = list(dict.fromkeys(name for run in runs for name in map(str, run.settings) if name not in _BESIDE_THE_POINT))
     table = {name: [_shown(run.settings[name]) if name in run.settings else None for run in runs] for name in names}
@@ -125,7 +126,7 @@ def settings(runs: list[Run]) -> dict:
         order = [name for name in MAIN_SETTINGS if name in table]
     else:
         first = [name for name in MAIN_SETTINGS if name in table]
-        # A run whose settings are not known differs in nothing.
+        # A run whose settings are not known counts as different in none.
         with_any = [position for position, run in enumerate(runs) if run.settings]
         order = [
             name
@@ -136,14 +137,14 @@ def settings(runs: list[Run]) -> dict:
 
 
 def versions(runs: list[Run]) -> list[tuple[str, list[str | None]]]:
-    """A row a library: its version in each run."""
+    """One row per library: its version in each run."""
     of_run = [got if isinstance(got := run.record.get("versions"), dict) else {} for run in runs]
     names = dict.fromkeys(str(name) for found in of_run for name in found)
     return [(name, [_shown(found[name]) if name in found else None for found in of_run]) for name in names]
 
 
 def facts(run: Run) -> dict[str, str]:
-    """What a run was, in a few words by name."""
+    """The main facts about a run, by name."""
     pairs = run.record.get("pairs")
     pairs = pairs if isinstance(pairs, dict) else {}
     last = max([*run.training, *run.evaluations], default=None)

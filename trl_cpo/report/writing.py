@@ -1,4 +1,4 @@
-"""Writing a report over nothing but an unchanged older report."""
+"""Writes a report; replaces nothing but an unchanged earlier report."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from ..files.atomic import draft_of, replace_file
 from ..files.outputs import is_taken, next_free
 
-#: Lists a report's own files and their hashes, so that the next one knows what it may replace.
+#: Lists a report's files and their hashes, so that the next report knows what it may replace.
 CONTENTS = "report-contents.json"
 _MADE_BY = "trl-cpo report"
 
@@ -18,7 +18,7 @@ def _hash(data: bytes) -> str:
 
 
 def _own_files(out: Path) -> dict[str, list[str]]:
-    """The files that an older report in `out` lists as its own, with the hashes they may have; empty if there is none."""
+    """The files that an earlier report in `out` lists, each with its possible hashes; empty if there is no report."""
     try:
         contents = json.loads((out / CONTENTS).read_text(encoding="utf-8"))
         files = contents["files"] if contents["made_by"] == _MADE_BY else {}
@@ -32,25 +32,27 @@ def check_free(out: str | Path) -> None:
     out = Path(out)
     if not is_taken(out):
         return
-    advice = f"Nothing in it is overwritten. Give another folder, such as --out {next_free(out)}."
+    advice = f"It is not overwritten. Give another folder, such as --out {next_free(out)}."
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file. {advice}")
     own = _own_files(out)
     ours = {CONTENTS, *own}
     strangers = sorted(path.name for path in out.iterdir() if path.name not in ours and _finished(path.name) not in ours)
-    # A report interrupted at its very first file has left nothing else.
+    # A report interrupted at its first file leaves only drafts, which are not strangers.
     if strangers or (not own and (out / CONTENTS).exists()):
-        raise FileExistsError(f"{out} holds files that are no report's ({', '.join(strangers[:3]) or CONTENTS}). {advice}")
+        raise FileExistsError(f"{out} holds files that are not a report's ({', '.join(strangers[:3]) or CONTENTS}). {advice}")
     changed = [name for name, hashes in own.items() if (out / name).exists() and _hash((out / name).read_bytes()) not in hashes]
     if changed:
-        raise FileExistsError(f"{out} holds a report that was changed by hand ({', '.join(changed[:3])}). {advice}")
+        raise FileExistsError(f"{out} holds a report that has been changed ({', '.join(changed[:3])}). {advice}")
 
 
 def write(out: str | Path, files: dict[str, bytes]) -> None:
-    """Writes the files of a report, after `check_free`; those of an older report that the new one lacks are removed.
+    """Writes a report's files after `check_free`, and removes an earlier report's files that the new one lacks.
 
-    The list of the report's own files is written first, with the hashes of old and new ones, so that a report that is
-    interrupted here is still known as one.
+    The list of files is written first, with old and new hashes, so that a report interrupted here is still recognised.
+
+    Raises:
+        FileExistsError: as `check_free`.
     """
     out = Path(out)
     check_free(out)
@@ -68,8 +70,8 @@ def write(out: str | Path, files: dict[str, bytes]) -> None:
 
 
 def _finished(draft: str) -> str | None:
-    """The file of a report that `draft` was to become, or None if it is no draft."""
-    older = re.fullmatch(r"\.(.+)\.unfinished", draft)  # as earlier versions called it
+    """The file that the draft would have become; None if `draft` is not a draft."""
+    older = re.fullmatch(r"\.(.+)\.unfinished", draft)  # the name in earlier versions
     return older[1] if older else draft_of(draft)
 
 
