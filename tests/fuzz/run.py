@@ -1,5 +1,12 @@
 """Fuzzing at length: `python tests/fuzz/run.py --draws 1000000 [--seed N] [--only NAME ...]`; exit code 1 at the first failure."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers
+
+# isort: split
+
 import argparse
 import random
 import sys
