@@ -14,12 +14,11 @@ from trl_cpo.data.hh import (
     Reason,
     RowReport,
     Turn,
-    convert,
-    convert_row,
     parse_dialogue,
-    render_dialogue,
     split_pair,
 )
+
+from helpers.hh_text import render_dialogue
 
 CHOSEN = "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Which bread? \n\nAssistant: Rye, it keeps.\n"
 REJECTED = "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Which bread? \n\nAssistant: Rye."
@@ -66,9 +65,6 @@ def test_only_the_whole_delimiter_starts_a_turn():
 
 GOOD = "\n\nHuman: Q\n\nAssistant: A"
 REFUSED = [
-    ({"chosen": GOOD}, Reason.MISSING_COLUMN),
-    ({"rejected": GOOD}, Reason.MISSING_COLUMN),
-    ({"chosen": GOOD, "rejected": GOOD + "b", "prompt": "Q"}, Reason.OWN_PROMPT),
     ({"chosen": GOOD, "rejected": None}, Reason.NOT_A_STRING),
     ({"chosen": [{"role": "user", "content": "Q"}], "rejected": GOOD}, Reason.NOT_A_STRING),
     ({"chosen": "", "rejected": GOOD}, Reason.NOT_A_DIALOGUE),
@@ -98,7 +94,7 @@ REFUSED = [
 @pytest.mark.parametrize(("row", "reason"), REFUSED)
 def test_refused_with_its_reason(row, reason):
     with pytest.raises(DialogueError) as caught:
-        convert_row(row)
+        split_pair(**row)
     assert caught.value.reason is reason
     assert reason.sentence in str(caught.value)
 
@@ -142,46 +138,20 @@ def test_pairs_are_put_together_again(history, first, second):
     assert pair["prompt"] + pair["rejected"] == [turn.message() for turn in rejected]
 
 
-@pytest.mark.parametrize(
-    ("turns", "reason"),
-    [
-        ([], Reason.NOT_A_DIALOGUE),
-        ([Turn("user", "Q\n\nAssistant: A"), Turn("assistant", "B")], Reason.UNCLEAR_TURN),
-        ([Turn("system", "S"), Turn("assistant", "A")], Reason.ROLE_ORDER),
-        ([Turn("user", "Q")], Reason.ROLE_ORDER),
-    ],
-)
-def test_turns_that_would_not_parse_back_are_not_rendered(turns, reason):
-    with pytest.raises(DialogueError) as caught:
-        render_dialogue(turns)
-    assert caught.value.reason is reason
-
-
-def test_convert_keeps_other_columns_and_the_rows_given():
-    row = {"id": 7, "chosen": CHOSEN, "rejected": REJECTED, "meta": {"source": "x"}}
-    before = dict(row)
-    kept, report = convert([row])
-    assert row == before
-    assert list(kept[0]) == ["prompt", "chosen", "rejected", "id", "meta"]
-    assert (kept[0]["id"], kept[0]["meta"]) == (7, {"source": "x"})
-    assert (report.total, report.kept, report.refused) == (1, 1, {})
-
-
 def test_report_counts_and_remembers_the_first_rows():
-    good = {"chosen": GOOD + "a", "rejected": GOOD}
-    same = {"chosen": GOOD, "rejected": GOOD}
-    kept, report = convert([good, {}, *[same] * 7, good])
-    assert len(kept) == report.kept == 2
+    report = RowReport()
+    for number, reason in enumerate([None, "role_order", *["identical_answers"] * 7, None]):
+        report.count(number, reason)
     assert report.to_dict() == {
         "total": 10,
         "kept": 2,
-        "refused": {"missing_column": 1, "identical_answers": 7},
-        "first_rows": {"missing_column": [1], "identical_answers": [2, 3, 4, 5, 6]},
+        "refused": {"role_order": 1, "identical_answers": 7},
+        "first_rows": {"role_order": [1], "identical_answers": [2, 3, 4, 5, 6]},
     }
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
     assert str(report).splitlines() == [
         "10 rows: 2 kept, 8 refused",
-        "  1 missing_column: the row lacks `chosen` or `rejected` (row 1)",
+        "  1 role_order: the turns do not alternate from Human first to Assistant last (row 1)",
         "  7 identical_answers: `chosen` and `rejected` have the same answer (row 2, 3, 4, 5, 6, ...)",
     ]
 

@@ -12,6 +12,8 @@ from trl_cpo.data import hh
 from trl_cpo.data import loading as sources
 from trl_cpo.data.loading import SourceError, hold_out, load_pairs, to_conversational
 
+from helpers.hh_text import converted as converted_one_by_one
+
 
 def hh_row(n: int) -> dict:
     return {"chosen": f"\n\nHuman: Q{n}\n\nAssistant: I say yes", "rejected": f"\n\nHuman: Q{n}\n\nAssistant: I say no"}
@@ -207,7 +209,7 @@ def test_hh_text_becomes_messages(tmp_path, streaming):
     rows = [{**row, "id": n} for n, row in enumerate([BROKEN, *ROWS, hh_row(0) | {"rejected": hh_row(0)["chosen"]}])]
     path = write_file(tmp_path / "p.jsonl", rows)
     converted, report = to_conversational(load_pairs(path, "train", streaming=streaming))
-    expected, expected_report = hh.convert(rows)
+    expected, expected_report = converted_one_by_one(rows)
     for _ in range(2):  # a stream is counted afresh in each pass
         assert list(converted) == expected
         assert report == expected_report

@@ -7,6 +7,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for fuzz
 
 # isort: split
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers
+
+# isort: split
+
 import argparse
 import random
 import tempfile

@@ -16,12 +16,13 @@ from trl_cpo import CPOConstrainedConfig
 from trl_cpo.constraint_fields import HYPERPARAMETERS
 from trl_cpo.constraints import CONSTRAINTS, Constraint
 from trl_cpo.constraints.dual_rule import DualRule
-from trl_cpo.data.hh import DialogueError, Reason, convert_row, parse_dialogue, render_dialogue
+from trl_cpo.data.hh import DialogueError, Reason, parse_dialogue, split_pair
 from trl_cpo.metrics import COLUMNS, METRICS, PairView, per_pair
 from trl_cpo.objective import pair_loss
 from trl_cpo.pairs import PairLogps
 
 from helpers.formulas import gap_from_loss
+from helpers.hh_text import render_dialogue
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Pairs in one tensor; one draw is one pair.
@@ -276,20 +277,15 @@ def rows(rng: random.Random, draws: int) -> int:
             column: rng.choice([head + "\n\nAssistant: " + answer] * 30 + [any_text(rng), None, 3, b"\n\nHuman: x", [], {}])
             for column, answer in zip(("chosen", "rejected"), answers, strict=True)
         }
-        row |= {name: 1 for name in ("extra", "prompt") if rng.random() < 0.03}
-        if rng.random() < 0.03:
-            row.pop(rng.choice(["chosen", "rejected"]))
         try:
-            got = convert_row(row)
+            got = split_pair(**row)
         except DialogueError as error:
             hold(error.reason in Reason, "a known reason", error)
             continue
         kept += 1
         for column in ("chosen", "rejected"):
             turns = [(message["role"], message["content"]) for message in [*got["prompt"], *got[column]]]
-            text = "".join(f"\n\n{ {'user': 'Human', 'assistant': 'Assistant'}[role] }: {content}" for role, content in turns)
-            hold(text == row[column], "not a byte is lost", row)
-        hold(got.get("extra") == row.get("extra"), "other columns stay", row)
+            hold(render_dialogue(turns) == row[column], "not a byte is lost", row)
     return kept
 
 

@@ -10,13 +10,11 @@ ends. A row is either converted or refused with a reason, never repaired.
 """
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 ROLES = {"Human": "user", "Assistant": "assistant"}
-_SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
 _TURN = re.compile(r"\n\n(Human|Assistant): ")
 # Inside a turn's text this is either a delimiter that lost its blank or a quotation; they cannot be told apart.
 _MARK = re.compile(r"\n\n(?:Human|Assistant):")
@@ -25,8 +23,6 @@ _MARK = re.compile(r"\n\n(?:Human|Assistant):")
 class Reason(StrEnum):
     """Why a row is refused; `sentence` explains it."""
 
-    MISSING_COLUMN = "missing_column"
-    OWN_PROMPT = "own_prompt"
     NOT_A_STRING = "not_a_string"
     NOT_A_DIALOGUE = "not_a_dialogue"
     UNCLEAR_TURN = "unclear_turn"
@@ -42,8 +38,6 @@ class Reason(StrEnum):
 
 
 _SENTENCES = {
-    Reason.MISSING_COLUMN: "the row lacks `chosen` or `rejected`",
-    Reason.OWN_PROMPT: "the row has a `prompt` in addition to the one inside `chosen` and `rejected`",
     Reason.NOT_A_STRING: "`chosen` or `rejected` is not a string",
     Reason.NOT_A_DIALOGUE: r"the text does not begin with a turn ('\n\nHuman: ')",
     Reason.UNCLEAR_TURN: r"'\n\nHuman:' or '\n\nAssistant:' occurs inside the text of a turn",
@@ -98,20 +92,7 @@ def parse_dialogue(text: str) -> list[Turn]:
     return turns
 
 
-def render_dialogue(turns: Iterable[Turn]) -> str:
-    """Renders turns as text; the exact inverse of `parse_dialogue`.
-
-    Raises:
-        DialogueError: parsing the text would not give back the turns.
-    """
-    turns = list(turns)
-    _check(turns)
-    return "".join(f"\n\n{_SPEAKERS[role]}: {content}" for role, content in turns)
-
-
 def _check(turns: list[Turn]) -> None:
-    if not turns:
-        raise DialogueError(Reason.NOT_A_DIALOGUE)
     if any(_MARK.search(turn.content) for turn in turns):
         raise DialogueError(Reason.UNCLEAR_TURN)
     if len(turns) % 2 or any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
@@ -139,20 +120,6 @@ def split_pair(chosen: str, rejected: str) -> dict[str, list[dict[str, str]]]:
         "chosen": [chosen_answer.message()],
         "rejected": [rejected_answer.message()],
     }
-
-
-def convert_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts one row: `prompt`, `chosen` and `rejected` become messages; other columns are kept.
-
-    Raises:
-        DialogueError: the row is refused.
-    """
-    if "chosen" not in row or "rejected" not in row:
-        raise DialogueError(Reason.MISSING_COLUMN)
-    if "prompt" in row:
-        raise DialogueError(Reason.OWN_PROMPT)
-    pair = split_pair(row["chosen"], row["rejected"])
-    return pair | {name: value for name, value in row.items() if name not in pair}
 
 
 @dataclass
@@ -208,16 +175,3 @@ class RowReport:
                 shown = ", ".join(map(str, rows)) + (", ..." if self.refused[reason] > len(rows) else "")
                 lines.append(f"  {self.refused[reason]} {reason.value}: {reason.sentence} (row {shown})")
         return "\n".join(lines)
-
-
-def convert(rows: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], RowReport]:
-    """Converts rows; returns those that could be converted, in order, and a report on all."""
-    kept, report = [], RowReport()
-    for number, row in enumerate(rows):
-        try:
-            kept.append(convert_row(row))
-        except DialogueError as error:
-            report.count(number, error.reason)
-        else:
-            report.count(number, None)
-    return kept, report
