@@ -330,5 +330,5 @@ def test_refusals_say_what_to_do_and_exit_with_2(audit, tmp_path, model_folder, 
     assert "has no split 'dev'" in refused("--split", "dev")
     other = tmp_path / "other"
     make_model(vocab_size=384).save_pretrained(other)
-    assert "vocabulary of 400 tokens and ref_model one of 384" in refused("--ref-model", str(other))
+    assert "vocabulary of 400 tokens, but ref_model one of 384" in refused("--ref-model", str(other))
     assert "every prompt alone fills max_length=1 tokens" in refused("--max-length", 1)

@@ -151,7 +151,7 @@ def test_report_counts_and_remembers_the_first_rows():
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
     assert str(report).splitlines() == [
         "10 rows: 2 kept, 8 refused",
-        "  1 role_order: the turns do not alternate from Human first to Assistant last (row 1)",
+        "  1 role_order: the turns do not alternate, starting with Human and ending with Assistant (row 1)",
         "  7 identical_answers: `chosen` and `rejected` have the same answer (row 2, 3, 4, 5, 6, ...)",
     ]
 
