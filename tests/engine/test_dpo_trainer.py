@@ -125,3 +125,11 @@ def test_the_default_config_is_named_after_the_model(tokenizer, small_model, mon
     monkeypatch.chdir(tmp_path)
     assert DPOTrainer._config(None, "owner/model").output_dir == "model-DPO"
     assert CPOConstrainedTrainer._config(None, "owner/model").output_dir == "model-CPO"
+
+
+def test_its_public_names_are_looked_up_when_they_are_used():
+    import trl_cpo.engine
+
+    assert trl_cpo.engine.DPOTrainer is DPOTrainer and trl_cpo.engine.DPOConfig is DPOConfig
+    with pytest.raises(AttributeError, match="nothing_here"):
+        trl_cpo.engine.nothing_here  # noqa: B018
