@@ -220,3 +220,29 @@ def test_help_is_there(tmp_path):
     out = launched(tmp_path, "--help").stdout
     for option in ("--constraint", "--gamma", "--logps_reduction", "--use_peft", "--precompute_ref_log_probs"):
         assert option in out
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_run_that_starts_beside_another_leaves_its_folder_alone(run, tmp_path, monkeypatch, hh_file, given):
+    """The second is started while the first reads its pairs: its folder is empty, and claimed."""
+    from trl_cpo.run import training
+
+    options = ["--dataset_name", hh_file, *TINY, *(["--output_dir", "mine"] if given else [])]
+    folder, seen = "mine" if given else "outputs/pairs-clip", []
+
+    def load(arguments, real=training.load_sets):
+        seen.append(sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("_claim.json")))
+        if len(seen) == 1:
+            seen.append(run(*options, check=False).stderr)
+        arguments.dataset_name = "nowhere.jsonl"
+        return real(arguments)
+
+    monkeypatch.setattr(training, "load_sets", load)
+    assert run(*options, check=False).returncode == 2
+    if given:
+        claims, said = seen
+        assert claims == ["mine"] and "mine is in use by another run" in said and "mine-2 is free" in said
+        assert len(said.splitlines()) == 2
+    else:
+        assert [seen[0], seen[1]] == [[folder], [folder, f"{folder}-2"]] and "nowhere.jsonl" in seen[2]
+    assert list(tmp_path.iterdir()) == [], "neither leaves a folder behind"
