@@ -133,11 +133,14 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
 
     say(f"[1/4] Reading pairs: {options.dataset_name}")
     with state.main_process_first():
-        train_set, test_set, reports, held_out = load_sets(options)
+        train_set, test_set, reports, held_out, learned = load_sets(options)
     if not options.dataset_streaming:
         say_reports(reports, say)
     if held_out is not None:
         say(f"      no test split: held {held_out} of {held_out + len(train_set)} pairs out")
+    left_out = learned["trained_on_left_out"]
+    if left_out:
+        say(f"      left {left_out} evaluation pairs out, which are trained on too")
 
     say(f"[2/4] Loading the model: {policy.model_name_or_path}")
     with state.main_process_first():
@@ -197,6 +200,7 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
                 split=options.dataset_test_split if held_out is None else "held out",
                 # No reference is given here, so it is the policy at the start, unless it has followed the policy since.
                 start_is_reference=not args.sync_ref_model,
+                trained_on=left_out,
             ),
         )
         record = {
@@ -205,7 +209,7 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
             "after": after,
             "seconds": round(time.time() - started, 1),
             "data": {split: report.to_dict() for split, report in reports.items() if report is not None},
-            "pairs": {"dataset_name": options.dataset_name, "trained_on": trained_on},
+            "pairs": {"dataset_name": options.dataset_name, "trained_on": trained_on, **learned},
             "model": policy.model_name_or_path,
             "seed": args.seed,
             "versions": versions(),
@@ -221,7 +225,9 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
             before, after, pairs=evaluated, gamma=args.gamma, reduction=args.logps_reduction, constraint=args.constraint
         )
         say(
-            f"\n{table}\n\nmodel    {output_dir}\nmetrics  {output_dir / METRICS}\nlog      {run_log.file}\n"
+            f"\n{table}\n"
+            + (f"{left_out} evaluation pairs were trained on, and are not counted\n" if left_out else "")
+            + f"\nmodel    {output_dir}\nmetrics  {output_dir / METRICS}\nlog      {run_log.file}\n"
             f"took {time.time() - started:.0f} s"
         )
     trainer.end()
