@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.models import read_config, source_of
 from ..files.atomic import write_json
+from ..files.masking import masked
 from ..files.run_files import LOG, METRICS, PAIRS
 from .data import load_sets, say_reports
 from .record import pairs_document, versions
@@ -220,7 +221,7 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
             },
         }
         # Last, so that a folder with a metrics.json is a finished run.
-        write_json(output_dir / METRICS, record)
+        write_json(output_dir / METRICS, masked(record))
         table = before_after(
             before, after, pairs=evaluated, gamma=args.gamma, reduction=args.logps_reduction, constraint=args.constraint
         )
