@@ -32,11 +32,15 @@ LAYOUT = {
     "plan": ("what a device will hold", set()),
     "recipes": ("settings with a name", set()),
     "__init__": ("the public names", {"config", "trainer"}),
-    "trainer": ("compute_loss with the constraint", {"config", "engine", "logs", "metrics", "multiplier", "pairs"}),
+    "trainer": (
+        "compute_loss with the constraint",
+        {"config", "engine", "logs", "metrics", "multiplier", "pairs", "price"},
+    ),
     "config": (
         "its options",
-        {"_trl", "constraint_fields", "constraints", "engine", "faults", "hyperparameters", "pairs"},
+        {"_trl", "constraint_fields", "constraints", "engine", "faults", "hyperparameters", "pairs", "price"},
     ),
+    "price": ("what training did to the model", {"engine", "faults", "files"}),
     "theory": ("closed forms, in float64", {"constraints", "gaps", "objective", "pairs"}),
     "engine": ("DPOTrainer: exact resume, packing, guards", {"_trl", "data", "faults", "files", "pairs"}),
     "_trl": ("the seam: all of upstream's insides", {"pairs"}),

@@ -52,8 +52,10 @@ class RunLog(TrainerCallback):
         if f"{prefix}cpo/gap" not in logs or f"{prefix}loss" not in logs:
             return None
         value = {key: logs[f"{prefix}cpo/{key}"] for key in ("gap", "prefers_chosen", "in_undesirable_region")}
-        return (
+        line = (
             f"step {state.global_step:>5}/{state.max_steps} {name:>5}: loss {float(logs[f'{prefix}loss']):.4f}, "
             f"gap {value['gap']:+.2f} nats, prefers chosen {100 * value['prefers_chosen']:.0f} %, "
             f"in U {100 * value['in_undesirable_region']:.0f} %"
         )
+        kl = logs.get(f"{prefix}cpo/kl")
+        return line if kl is None else f"{line}, KL {kl:.3g} nats a token"

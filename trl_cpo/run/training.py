@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..data.models import read_config, source_of
 from ..files.atomic import write_json
 from ..files.run_files import LOG, METRICS, PAIRS
+from .card import add_results
 from .data import load_sets, say_reports
 from .record import pairs_document, versions
 
@@ -71,7 +72,7 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
     from ..engine.resume.checkpoints import clean_up, is_fresh
     from ..files.outputs import making, next_free, refuse_taken
     from ..logs.run_log import RunLog
-    from ..logs.summary import before_after
+    from ..logs.summary import before_after, gain_and_price
     from ..trainer import CPOConstrainedTrainer
 
     state, started = PartialState(), time.time()
@@ -185,11 +186,28 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
                 k: str(v) if v in (math.inf, -math.inf) else v for k, v in args.to_dict().items() if k != "eval_on_start"
             },
         }
-        # Last, so that a folder with a metrics.json is a finished run.
-        write_json(output_dir / METRICS, record)
         table = before_after(
             before, after, pairs=evaluated, gamma=args.gamma, reduction=args.logps_reduction, constraint=args.constraint
         )
+        sentence = None
+        if trainer.price is not None:
+            record["price"] = trainer.price.summary(time.time() - started)
+            sentence = gain_and_price(before, after, record["price"]["words"])
+        add_results(
+            output_dir / "README.md",
+            settings={
+                "base model": policy.model_name_or_path,
+                "pairs": options.dataset_name,
+                "constraint": args.constraint,
+                **{name: getattr(args, name) for name in ("gamma", "beta", "logps_reduction", "learning_rate")},
+            },
+            table=table,
+            sentence=sentence,
+        )
+        # Last, so that a folder with a metrics.json is a finished run.
+        write_json(output_dir / METRICS, record)
+        if sentence is not None:
+            table += f"\n\n{sentence}\nMeasuring the price took {record['price']['seconds']:.0f} s."
         say(
             f"\n{table}\n\nmodel    {output_dir}\nmetrics  {output_dir / METRICS}\nlog      {run_log.file}\n"
             f"took {time.time() - started:.0f} s"
