@@ -95,17 +95,18 @@ def test_saved_folders(tmp_path, streaming):
         load_pairs(tmp_path / "one", "train[:1]", streaming=streaming)
 
 
-def test_demo_reads_the_embedded_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "files"), [("demo", "decisions"), ("demo-answers", "answers")])
+def test_demo_reads_the_embedded_files(tmp_path, monkeypatch, name, files):
     monkeypatch.setattr(sources, "__file__", str(tmp_path / "sources.py"))
-    write_jsonl(tmp_path / "demo" / "train.jsonl", ROWS[:5])
-    write_jsonl(tmp_path / "demo" / "test.jsonl", ROWS[5:])
-    assert list(load_pairs("demo", "train")) == ROWS[:5]
-    assert list(load_pairs("demo", "test")) == ROWS[5:]
+    write_jsonl(tmp_path / "demo" / f"{files}-train.jsonl", ROWS[:5])
+    write_jsonl(tmp_path / "demo" / f"{files}-test.jsonl", ROWS[5:])
+    assert list(load_pairs(name, "train")) == ROWS[:5]
+    assert list(load_pairs(name, "test")) == ROWS[5:]
     with pytest.raises(SourceError, match="no split 'dev'; it has train, test"):
-        load_pairs("demo", "dev")
-    (tmp_path / "demo" / "test.jsonl").unlink()
-    with pytest.raises(SourceError, match="lacks .*test.jsonl"):
-        load_pairs("demo", "train")
+        load_pairs(name, "dev")
+    (tmp_path / "demo" / f"{files}-test.jsonl").unlink()
+    with pytest.raises(SourceError, match=f"lacks .*{files}-test.jsonl"):
+        load_pairs(name, "train")
 
 
 class Builder:

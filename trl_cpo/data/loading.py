@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import hh
-from .demo import DEMO, PAIR_FILES
+from .demo import PAIR_FILES
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FILE_KINDS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".parquet": "parquet"}
 _ALLOWED = (
     f"Give a {', '.join(FILE_KINDS)} file with one pair per row, a folder with such files or written by save_to_disk, "
-    f"the name of a dataset on the hub (owner/name; needs a network or the local cache), or {DEMO!r}."
+    f"the name of a dataset on the hub (owner/name; needs a network or the local cache), or one of the embedded sets, {' and '.join(PAIR_FILES)}."
 )
 _FORMS = (
     "Allowed are prompt, chosen and rejected, all strings or all messages; chosen and rejected as messages that "
@@ -57,8 +57,8 @@ def load_pairs(
     """Loads a split of a source, with rows as they are stored.
 
     Args:
-        name_or_path: "demo" (the embedded pairs; use ./demo for a folder of that name), a file (.jsonl, .jsonl.gz, .json
-            or .parquet; all of it is the split "train"), a folder (written by `save_to_disk`, or with data files whose names
+        name_or_path: "demo" or "demo-answers" (embedded pairs; use ./demo for a folder of that name), a file (.jsonl,
+            .jsonl.gz, .json or .parquet; all of it is the split "train"), a folder (written by `save_to_disk`, or with data files whose names
             contain their split), or a dataset on the hub.
         split: name of the split.
         config: configuration of a folder's or hub dataset.
@@ -70,9 +70,9 @@ def load_pairs(
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
-    if name == DEMO:
-        _refuse_options(name, "the embedded pairs", config=config, data_dir=data_dir)
-        files = {key: Path(__file__).parent / "demo" / file for key, file in PAIR_FILES.items()}
+    if name in PAIR_FILES:
+        _refuse_options(name, "an embedded set", config=config, data_dir=data_dir)
+        files = {key: Path(__file__).parent / "demo" / file for key, file in PAIR_FILES[name].items()}
         dataset = _from_files("json", files, name, split, streaming)
     elif path.is_file():
         _refuse_options(name, "a single file", config=config, data_dir=data_dir)
