@@ -51,9 +51,13 @@ def make_run(
     scale: float = 40.0,
     evaluate_every: int | None = None,
     other_start: bool = False,
+    kl: float | None = None,
     **config,
 ) -> Path:
-    """Writes log.jsonl, metrics.json and pairs.json of a finished run, and gives the folder."""
+    """Writes log.jsonl, metrics.json and pairs.json of a finished run, and gives the folder.
+
+    With `kl`, its evaluations measure a price that ends there, in nats per token.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True)
     rng, rows = np.random.default_rng(seed), made_up_pairs(pairs, seed, scale, other_start)
@@ -65,7 +69,8 @@ def make_run(
 
     def evaluation(step: int) -> dict:
         values = {f"eval_{name}": value for name, value in metrics_of(at(step / steps, rows), gamma).items()}
-        return {"eval_loss": 6.0 - 3.0 * step / steps, **values, "eval_cpo/pairs": pairs}
+        price = {} if kl is None else {"eval_cpo/kl": kl * (step / steps) ** 2, "eval_cpo/kl_general": 0.1 * kl * step / steps}
+        return {"eval_loss": 6.0 - 3.0 * step / steps, **values, **price, "eval_cpo/pairs": pairs}
 
     lines = [{"step": 0, **evaluation(0), "epoch": 0}]
     for step in range(every, steps + 1, every):
