@@ -553,7 +553,7 @@ def test_the_page_is_whole_and_safe(page_of_several, several):
         "{{ 7 * 7 }}" in page.text and "onerror=alert(1)" in page.text and "$x_1$<script>alert(1)<&\\u202e\u4e2d" in page.text
     )
     tables = [attributes["class"] for tag, attributes in page.tags if tag == "table"]
-    assert tables == ["runs", "metrics", "settings", "versions"]
+    assert tables == ["runs", "metrics", "metrics price", "settings", "versions"]
     for row in table.metric_rows(read_runs(several)):
         assert row["label"] in page.text
         for cell in (cell for pair in row["cells"] for cell in pair if cell):
