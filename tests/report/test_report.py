@@ -10,7 +10,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
 
@@ -20,7 +19,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Polygon
 
@@ -35,6 +33,7 @@ from trl_cpo.report.run import HeldOut, Run
 from trl_cpo.report.writing import CONTENTS, check_free, write
 from trl_cpo.run.record import pairs_document
 
+from helpers.report_looks import Page, drawn_figure, texts_of
 from helpers.run_folders import made_up_pairs, make_run, metrics_of
 from helpers.tiny import make_model, pairs_dataset, training_options
 
@@ -47,8 +46,8 @@ def several(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
     attack = '"><img src=x onerror=alert(1)>{{ 7 * 7 }}'
     return [
-        make_run(root / "none", seed=1, constraint="none", gamma=0.0, evaluate_every=20),
-        make_run(root / "lagrangian", seed=2, constraint="lagrangian", evaluate_every=20),
+        make_run(root / "none", seed=1, constraint="none", gamma=0.0, evaluate_every=20, kl=0.7),
+        make_run(root / "lagrangian", seed=2, constraint="lagrangian", evaluate_every=20, kl=1.2),
         make_run(
             root / HOSTILE,
             seed=3,
@@ -62,31 +61,6 @@ def several(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="module")
 def page_of_several(several, tmp_path_factory) -> Path:
     return make_report(several, tmp_path_factory.mktemp("out") / "report").page
-
-
-class Page(HTMLParser):
-    """Tags as a tree is built of them, and the visible text; a tag that is closed in the wrong place fails."""
-
-    VOID = {"meta", "img", "br", "hr", "link", "input"}
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.open, self.tags, self.text = [], [], ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
 
 
 @pytest.fixture
@@ -397,39 +371,22 @@ def test_settings_that_differ_and_only_those(several):
 # Pictures
 
 
-def drawn_figure(kind, runs):
-    with style.drawing():
-        figure, notes = kind.draw(runs)
-        figure.draw_without_rendering()
-    return figure, notes
-
-
-def texts_of(figure) -> list[tuple[str, object]]:
-    """Every text that is to be seen, with where it lies in pixels."""
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    found = [text for legend in figure.legends for text in legend.get_texts()]
-    for axes in figure.axes:
-        found += [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
-        for axis, (low, high) in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
-            found += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-            found.append(axis.get_offset_text())
-    return [
-        (text.get_text(), text.get_window_extent(renderer)) for text in found if text.get_visible() and text.get_text().strip()
-    ]
-
-
 LAYOUTS = {
-    "one": lambda root: [make_run(root / "one", other_start=True)],
+    "one": lambda root: [make_run(root / "one", other_start=True, kl=0.4)],
     "three, long names": None,
     "twelve": lambda root: [
-        make_run(root / f"{'nW'[i % 2] * 60}{i}", seed=i, constraint=("clip", "lagrangian")[i % 2], evaluate_every=10)
+        make_run(
+            root / f"{'nW'[i % 2] * 60}{i}", seed=i, constraint=("clip", "lagrangian")[i % 2], evaluate_every=10, kl=0.1 * i
+        )
         for i in range(12)
     ],
     "huge and tiny": lambda root: [
-        make_run(root / "huge", scale=3e8, steps=1_000_000, every=50_000, evaluate_every=100_000, constraint="lagrangian"),
-        make_run(root / "tiny", scale=1e-7, gamma=0.0, reduction="mean", constraint="lagrangian"),
+        make_run(
+            root / "huge", scale=3e8, steps=1_000_000, every=50_000, evaluate_every=100_000, constraint="lagrangian", kl=1e9
+        ),
+        make_run(root / "tiny", scale=1e-7, gamma=0.0, reduction="mean", constraint="lagrangian", kl=1e-9),
     ],
-    "one pair": lambda root: [make_run(root / "one", pairs=1, steps=5)],
+    "one pair": lambda root: [make_run(root / "one", pairs=1, steps=5, kl=0.0)],
     "many pairs": lambda root: [make_run(root / f"{i}", pairs=12345, steps=5) for i in range(3)],
 }
 
@@ -439,9 +396,10 @@ def test_no_text_lies_over_another_or_outside_the_picture(tmp_path, several, lay
     runs = read_runs(LAYOUTS[layout](tmp_path) if LAYOUTS[layout] else several)
     count = 0
     for kind in pictures.KINDS:
-        if len(runs) < kind.fewest_runs or (kind.needs == "multiplier" and not any(map(step_pictures.has_multiplier, runs))):
+        able = pictures.NEEDS[kind.needs].able(runs)
+        if len(able) < kind.fewest_runs:
             continue
-        figure, _ = drawn_figure(kind, runs)
+        figure, _ = drawn_figure(kind, able)
         found, whole = texts_of(figure), figure.bbox
         assert len(found) > 10
         for text, box in found:
@@ -595,7 +553,7 @@ def test_the_page_is_whole_and_safe(page_of_several, several):
         "{{ 7 * 7 }}" in page.text and "onerror=alert(1)" in page.text and "$x_1$<script>alert(1)<&\\u202e\u4e2d" in page.text
     )
     tables = [attributes["class"] for tag, attributes in page.tags if tag == "table"]
-    assert tables == ["runs", "metrics", "settings", "versions"]
+    assert tables == ["runs", "metrics", "metrics price", "settings", "versions"]
     for row in table.metric_rows(read_runs(several)):
         assert row["label"] in page.text
         for cell in (cell for pair in row["cells"] for cell in pair if cell):
@@ -606,7 +564,7 @@ def test_every_picture_is_in_the_page_and_beside_it(page_of_several):
     page = Page(page_of_several.read_text())
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
-    assert len(images) == len(pictures.KINDS) == 8
+    assert len(images) == len(pictures.KINDS) == 9
     for image, kind in zip(images, pictures.KINDS, strict=True):
         data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
         assert data == (page_of_several.parent / f"{kind.name}.png").read_bytes()
@@ -655,7 +613,7 @@ addEventListener("load", () => {
 def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which):
     """Every picture loaded, every table there, nothing wider than a window of 1280 pixels, nothing asked of a network."""
     if which == "several":
-        page, count = page_of_several, 8
+        page, count = page_of_several, 9
     elif which == "twelve":
         page = make_report(
             [make_run(tmp_path / f"{'long-' * 20}{i}", seed=i, steps=10) for i in range(12)], tmp_path / "o"

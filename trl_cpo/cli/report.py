@@ -59,6 +59,19 @@ def _as_json(report) -> str:
         value = cell.value if abs(cell.value) < float("inf") else None
         return {"value": value, "interval_95": None if cell.interval is None else list(cell.interval)}
 
+    def price(run):
+        """The last measurement; null if there is none."""
+        if not run.prices:
+            return None
+        last = run.prices[-1]
+        sets = {
+            name: {key: {"value": one.value, "low": one.low, "high": one.high} for key, one in found.numbers.items()}
+            for name, found in last.sets.items()
+        }
+        # A lone surrogate cannot be printed.
+        damage = [sentence.encode("utf-8", "backslashreplace").decode() for sentence in last.damage]
+        return {"step": last.step, "sets": sets, "damage": damage}
+
     rows = metric_rows(report.runs)
     runs = [
         {
@@ -69,6 +82,7 @@ def _as_json(report) -> str:
             "metrics": {
                 row["metric"]: {"before": shown(row["cells"][place][0]), "after": shown(row["cells"][place][1])} for row in rows
             },
+            "price": price(run),
             "notes": run.notes,
         }
         for place, run in enumerate(report.runs)

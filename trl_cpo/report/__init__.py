@@ -25,7 +25,7 @@ def make_report(folders: Sequence[str | Path], out: str | Path | None = None) ->
     """Reads the runs, draws every picture their files allow, and writes `report.html` and the PNGs to `out`.
 
     Args:
-        folders: the runs' folders, each with any of log.jsonl, metrics.json and pairs.json.
+        folders: the runs' folders, each with any of log.jsonl, metrics.json and pairs.json, and price.json if it was measured.
         out: folder to write to, by default `report` in the first run's folder. An earlier report there is replaced if
             it is unchanged; nothing else is.
 

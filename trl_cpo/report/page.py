@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, Template
 
 from .. import __version__
-from . import table
+from . import price_section, table
 from .pictures import Picture
 from .run import Run
 
@@ -44,7 +44,7 @@ def _sentence(run: Run) -> str:
     text = f"{when} the policy itself prefers the chosen answer on {after.text} {of}{interval}"
     if before is not None:
         text += f", {before.text} before"
-    return text + ("." if in_u is None else f"; {in_u.text} lie in U.")
+    return text + ("." if in_u is None else f"; {in_u.text} lie in U.") + price_section.sentence(run)
 
 
 @cache
@@ -68,6 +68,10 @@ def render(runs: list[Run], run_notes: list[str], pictures: list[Picture]) -> st
         fact_names=list(table.facts(runs[0])),
         run_notes=run_notes,
         metric_tables=[(part, table.metric_rows(part)) for part in chunks(runs, _FEW)],
+        price_tables=[(part, price_section.rows(part)) for part in chunks(runs, _FEW)],
+        price_ends={run.letter: price_section.ends(run) for run in runs},
+        samples=price_section.samples(runs),
+        damage=[(run, found) for run in runs if (found := price_section.damage(run))],
         units={run.letter: run.unit for run in runs},
         settings=settings,
         setting_parts=chunks(list(range(len(runs))), _COLUMNS),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import pair_pictures, step_pictures
+from . import pair_pictures, price_pictures, step_pictures
 from .reading import LOG, PAIRS
 from .run import Run
 from .style import WIDTH, drawing, png
@@ -56,6 +56,18 @@ KINDS = (
         "pairs. Lines far better than the markers mean overfitting.",
         step_pictures.fractions_over_steps,
         needs="log",
+    ),
+    Kind(
+        "gain-against-price",
+        "Gain against price",
+        "What training gained over what it cost: up, the share of held-out pairs whose chosen answer the policy prefers; "
+        "across, the KL to the reference on the policy's own samples. A curve is a run, and its points are evaluations; "
+        "training starts at a KL of 0.",
+        "A curve that rises steeply and ends near the left: preference gained, little else changed. Of two runs equally "
+        "high, prefer the one further left. A curve that goes on to the right without rising pays for nothing: an earlier "
+        "evaluation was better. On general prompts nothing was meant to change, so the nearer to 0 the better.",
+        price_pictures.gain_against_price,
+        needs="price",
     ),
     Kind(
         "gap-distributions",
@@ -121,10 +133,40 @@ KINDS = (
     ),
 )
 
-_HAS = {
-    "pairs": (lambda run: run.held_out is not None, f"it needs {PAIRS} with pairs in it"),
-    "log": (lambda run: bool(run.training or run.evaluations), f"it needs {LOG} with the cpo/ metrics of steps in it"),
-    "multiplier": (step_pictures.has_multiplier, "no run logged a multiplier"),
+
+@dataclass(frozen=True)
+class Need:
+    """What a picture needs: finds the runs that have it; says why the others have not.
+
+    A `quiet` picture is not mentioned if no run has what it needs: it does not apply.
+    """
+
+    able: Callable[[list[Run]], list[Run]]
+    why: str
+    quiet: bool = False
+
+
+def _each(has: Callable[[Run], bool]) -> Callable[[list[Run]], list[Run]]:
+    return lambda runs: [run for run in runs if has(run)]
+
+
+def _has_log(run: Run) -> bool:
+    return bool(run.training or run.evaluations)
+
+
+def _beside_a_multiplier(runs: list[Run]) -> list[Run]:
+    """Also runs without a multiplier, to compare their violations, if one run has one."""
+    return _each(_has_log)(runs) if any(map(step_pictures.has_multiplier, runs)) else []
+
+
+NEEDS = {
+    "pairs": Need(_each(lambda run: run.held_out is not None), f"it needs {PAIRS} with pairs in it"),
+    "log": Need(_each(_has_log), f"it needs {LOG} with the cpo/ metrics of steps in it"),
+    "price": Need(
+        _each(price_pictures.has_price),
+        f"it needs evaluations after the start with eval_cpo/kl in {LOG}, and none measured the price",
+    ),
+    "multiplier": Need(_beside_a_multiplier, f"it needs {LOG} with the cpo/ metrics of steps in it", quiet=True),
 }
 
 
@@ -135,20 +177,18 @@ def draw(runs: list[Run]) -> list[Picture]:
     """
     pictures = []
     for kind in KINDS:
-        has, why = _HAS[kind.needs]
-        able = [run for run in runs if has(run)]
-        if kind.needs == "multiplier" and able:
-            able = [run for run in runs if _HAS["log"][0](run)]  # also runs without a multiplier, to compare their violations
-        elif kind.needs == "multiplier" or len(runs) < kind.fewest_runs:
+        need = NEEDS[kind.needs]
+        able = need.able(runs)
+        if len(runs) < kind.fewest_runs or (need.quiet and not able):
             continue
         if len(able) < kind.fewest_runs:
-            pictures.append(Picture(kind, None, notes=[f"Not drawn: {why}."]))
+            pictures.append(Picture(kind, None, notes=[f"Not drawn: {need.why}."]))
             continue
         with drawing():
             figure, notes = kind.draw(able)
             data = png(figure)
         left_out = [run.letter for run in runs if run not in able]
         if left_out:
-            notes = [f"Without {', '.join(left_out)}: {why}.", *notes]
+            notes = [f"Without {', '.join(left_out)}: {need.why}.", *notes]
         pictures.append(Picture(kind, data, round(WIDTH * 96), round(figure.get_figheight() * 96), notes))
     return pictures
