@@ -104,7 +104,7 @@ def repetition_of_people(pairs: str) -> float:
     return sum(top for top, _ in counts) / sum(bottom for _, bottom in counts)
 
 
-def main(file: str, pairs: str = "demo") -> None:
+def main(file: str, pairs: str = "demo-answers") -> None:
     results = {"repetition_of_people": repetition_of_people(pairs), "runs": []}
     for setting in SETTINGS:
         results["runs"] += measured(*setting, pairs=pairs)
