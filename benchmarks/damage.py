@@ -3,7 +3,7 @@
     python -m benchmarks.damage RESULTS.json
 
 Trains the embedded SmolLM2-135M-Instruct with LoRA on the demo's long answers, in several settings from harmless to
-destructive, and measures every 20 steps. Beside them: the model before training, and repetition in the pairs' own answers.
+destructive, and measures every 30 steps. Beside them: the model before training, and repetition in the pairs' own answers.
 About 5 minutes a setting on two cores; results are written after each.
 """
 
@@ -14,19 +14,16 @@ from pathlib import Path
 
 #: Name, constraint, beta, gamma, reduction, learning rate.
 SETTINGS = (
-    ("clip, sums, 1e-3", "clip", 0.1, 1.0, "sum", 1e-3),
     ("DPO, sums, 1e-3", "none", 0.1, 0.0, "sum", 1e-3),
     ("clip, means, 3e-4", "clip", 2.5, 0.05, "mean", 3e-4),
-    ("DPO, means, 3e-4", "none", 2.5, 0.0, "mean", 3e-4),
     ("clip, sums, 3e-4", "clip", 0.1, 1.0, "sum", 3e-4),
-    ("DPO, sums, 3e-3", "none", 0.1, 0.0, "sum", 3e-3),
-    ("clip, means, 1e-3", "clip", 2.5, 0.05, "mean", 1e-3),
-    ("clip, sums, 3e-3", "clip", 0.1, 1.0, "sum", 3e-3),
+    ("clip, sums, 1e-3", "clip", 0.1, 1.0, "sum", 1e-3),
+    ("DPO, means, 3e-4", "none", 2.5, 0.0, "mean", 3e-4),
 )
 
 
 def measured(name, constraint, beta, gamma, reduction, rate, *, pairs: str) -> list[dict]:
-    """One setting: the price at steps 0, 20, 40 and 60, with the share of held-out pairs preferred."""
+    """One setting: the price at steps 30 and 60, with the share of held-out pairs preferred."""
     from peft import LoraConfig
     from transformers import TrainerCallback
 
@@ -53,8 +50,7 @@ def measured(name, constraint, beta, gamma, reduction, rate, *, pairs: str) -> l
             num_train_epochs=1,
             logging_steps=20,
             eval_strategy="steps",
-            eval_steps=20,
-            eval_on_start=True,
+            eval_steps=30,
             save_strategy="no",
             prefix_sharing=True,
             report_to="none",
@@ -68,7 +64,7 @@ def measured(name, constraint, beta, gamma, reduction, rate, *, pairs: str) -> l
             eval_dataset=test,
             peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0),
         )
-        meter, rows = meter_of(trainer, pairs=trainer.eval_dataset, prompts=24, max_new_tokens=64), []
+        meter, rows = meter_of(trainer, pairs=trainer.eval_dataset, prompts=12, max_new_tokens=48), []
 
         class Measure(TrainerCallback):
             def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -79,12 +75,12 @@ def measured(name, constraint, beta, gamma, reduction, rate, *, pairs: str) -> l
                         "preferred": metrics["eval_cpo/prefers_chosen"],
                         "in_U": metrics["eval_cpo/in_undesirable_region"],
                         **price.to_dict(),
+                        "before": {name: part.repetition.to_dict() for name, part in meter.before.items()},
                     }
                 )
 
         trainer.add_callback(Measure())
         trainer.train()
-        trainer.end() if hasattr(trainer, "end") else None
     return rows
 
 
@@ -109,7 +105,7 @@ def main(file: str, pairs: str = "demo-answers") -> None:
     for setting in SETTINGS:
         results["runs"] += measured(*setting, pairs=pairs)
         Path(file).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for row in results["runs"][-4:]:
+        for row in results["runs"][-2:]:
             parts = {k: (round(v["kl"]["value"], 3), round(v["repetition"]["value"], 3)) for k, v in row["sets"].items()}
             print(setting[0], row["step"], round(row["preferred"], 3), parts, row["seconds"], flush=True)
 

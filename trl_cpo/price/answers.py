@@ -18,28 +18,38 @@ class Answers:
         mask: (n, prompt + new), bool: not padding.
         new: number of columns of the answers. An answer's end token belongs to it.
         ended: (n,), bool: the answer has an end token.
+        logps: log π(v | what is before) at each position of the sampled answers, (sampled, new, vocabulary), float32, on the
+            CPU; None where none is sampled.
     """
 
     ids: Tensor
     mask: Tensor
     new: int
     ended: Tensor
+    logps: Tensor | None = None
 
     def tokens(self, row: int) -> list[int]:
         """The answer's tokens, its end token included."""
         return self.ids[row, -self.new :][self.mask[row, -self.new :]].tolist()
 
-    def rows(self, which: slice) -> "Answers":
-        return Answers(self.ids[which], self.mask[which], self.new, self.ended[which])
+    def sampled(self, greedy: int) -> "Answers":
+        """The answers after the first `greedy`."""
+        return Answers(self.ids[greedy:], self.mask[greedy:], self.new, self.ended[greedy:], self.logps)
 
 
 class _GreedyRows(LogitsProcessor):
-    """Leaves each of the first `count` rows its likeliest token alone, so that sampling takes it."""
+    """Leaves each of the first `count` rows its likeliest token alone, so that sampling takes it.
+
+    Of the other rows it keeps the distribution: a KL to it needs no second forward of the policy.
+    """
 
     def __init__(self, count: int):
         self.count = count
+        self.kept: list[Tensor] = []
 
     def __call__(self, input_ids, scores):
+        if self.count < len(scores):
+            self.kept.append(scores[self.count :].float().log_softmax(-1).cpu())
         best = scores[: self.count].argmax(-1, keepdim=True)
         scores = scores.clone()
         scores[: self.count] = float("-inf")
@@ -84,17 +94,19 @@ def answer(
         eos_token_id=list(ends) or None,
         pad_token_id=pad,
     )
+    rows = _GreedyRows(greedy)
     with _own_settings_aside(model):
         ids = model.generate(
             input_ids=ids,
             attention_mask=mask.long(),
             generation_config=config,
-            logits_processor=LogitsProcessorList([_GreedyRows(greedy)] if greedy else []),
+            logits_processor=LogitsProcessorList([rows]),
         )
     new = ids.shape[1] - longest
     is_end = torch.isin(ids[:, longest:], torch.tensor(list(ends), device=device, dtype=ids.dtype))
     after_end = is_end.cumsum(1) - is_end.long() > 0
-    return Answers(ids, torch.cat([mask, ~after_end], 1), new, is_end.any(1))
+    logps = torch.stack(rows.kept, 1) if rows.kept else None
+    return Answers(ids, torch.cat([mask, ~after_end], 1), new, is_end.any(1), logps)
 
 
 @contextmanager

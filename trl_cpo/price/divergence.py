@@ -1,8 +1,6 @@
 """KL from policy to reference on the policy's own samples, exact over the vocabulary at each position."""
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -14,9 +12,7 @@ _ROWS = 4
 
 
 @torch.no_grad()
-def answer_kl(
-    policy: torch.nn.Module, reference: Callable[[], AbstractContextManager[torch.nn.Module]], answers: Answers
-) -> Tensor:
+def answer_kl(answers: Answers, reference: torch.nn.Module) -> Tensor:
     """The conditional KL at each position of sampled answers, (n, new), nats; 0 at padding.
 
     `KL_t = Σ_v π(v | x, y_<t) · (log π(v | x, y_<t) − log π_ref(v | x, y_<t))`. Its sum over an answer y ~ π, averaged over
@@ -24,19 +20,17 @@ def answer_kl(
     tokens it is per token. Never below 0, up to rounding.
 
     Args:
-        policy: the model that the answers were sampled from, in evaluation mode.
-        reference: a context manager that gives the reference in evaluation mode.
+        answers: sampled by the policy, with its distributions.
+        reference: in evaluation mode.
     """
-    parts = [answers.rows(slice(at, at + _ROWS)) for at in range(0, len(answers.ids), _ROWS)]
-    # Kept on the CPU: the reference may be the same module with other weights, so the two cannot take turns.
-    owns = [next_logps(policy, part.ids, part.mask, part.new).cpu() for part in parts]
     found = []
-    with reference() as model:
-        for part, own in zip(parts, owns, strict=True):
-            other = next_logps(model, part.ids, part.mask, part.new).cpu()
-            # A token without probability adds nothing, however unlikely the reference finds it.
-            terms = torch.where(own > float("-inf"), own.exp() * (own - other), 0.0)
-            found.append(terms.sum(-1) * part.mask[:, -part.new :].cpu())
+    for at in range(0, len(answers.ids), _ROWS):
+        rows = slice(at, at + _ROWS)
+        own = answers.logps[rows]
+        other = next_logps(reference, answers.ids[rows], answers.mask[rows], answers.new).cpu()
+        # A token without probability adds nothing, however unlikely the reference finds it.
+        terms = torch.where(own > float("-inf"), own.exp() * (own - other), 0.0)
+        found.append(terms.sum(-1) * answers.mask[rows, -answers.new :].cpu())
     return torch.cat(found)
 
 

@@ -22,7 +22,7 @@ from .start import Start
 #: Rows of one forward when likelihoods are measured.
 _ROWS = 4
 #: Prompts of a step of generation; each is answered twice.
-_PROMPTS = 8
+_PROMPTS = 16
 #: Of the random draws of sampled answers. A constant: two measurements of one model give the same numbers.
 _SEED = 0
 
@@ -89,12 +89,16 @@ class PriceMeter:
     def _measured(self, step: int) -> Price:
         sets, nll, missing = {}, {}, list(self.questions.missing)
         for name, prompts in self.questions.prompts.items():
-            records, failed = self._shared(prompts, lambda part: self._answered(self._model, part, with_kl=True))
+            # At the start, policy and reference are one model.
+            apart = step > 0 or self._start is None
+            records, failed = self._shared(prompts, lambda part: self._answered(self._model, part, with_kl=apart))
             if failed is not None:
                 missing.append(f"Answers to the {name} prompts were not measured: {failed}")
                 continue
             sets[name] = SetPrice.of(records)
-            if name not in self.before:
+            if name not in self.before and not apart:
+                self.before[name] = sets[name]
+            elif name not in self.before:
                 before, failed = self._shared(prompts, self._answers_of_reference)
                 if failed is None:
                     self.before[name] = SetPrice.of(before)
@@ -145,8 +149,11 @@ class PriceMeter:
                 prompts, count = [list(prompt) for _, prompt in some], len(some)
                 rows = prompts * 2 if with_kl else prompts
                 answers = answer(model, rows, greedy=count, max_new_tokens=self._new, ends=ends, pad=pad)
-                sampled = answers.rows(slice(count, None))
-                kl = answer_kl(model, self._as_reference, sampled).sum(1).tolist() if with_kl else [0.0] * count
+                sampled, kl = answers.sampled(count), [0.0] * count
+                if with_kl:
+                    with self._as_reference() as reference:
+                        # Rounding can take a KL of nothing below 0.
+                        kl = answer_kl(sampled, reference).sum(1).clamp(min=0).tolist()
                 for row, (index, prompt) in enumerate(some):
                     tokens = answers.tokens(row)
                     said, grams = repeated(tokens)
@@ -160,7 +167,7 @@ class PriceMeter:
                             tokens=len(tokens),
                             ended=bool(answers.ended[row]),
                             kl=kl[row],
-                            sampled_tokens=len(sampled.tokens(row)) if with_kl else 0,
+                            sampled_tokens=len((sampled if with_kl else answers).tokens(row)),
                         )
                     )
         return records

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 #: Held-out answers whose likelihood is measured.
-_ANSWERS = 32
+_ANSWERS = 16
 #: Windows of a user's text, and tokens of each.
 _WINDOWS, _WINDOW = 16, 256
 
