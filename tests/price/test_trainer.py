@@ -57,7 +57,7 @@ def test_a_run_with_it_ends_where_one_without_does(folder, tmp_path, lora, preco
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
         runs.append((dict(trainer.model.named_parameters()), losses, torch.get_rng_state()))
     assert list(prices(trainer)) == [0, 1, 2, 3]
-    assert prices(trainer)[0] == 0 and prices(trainer)[3] > 0
+    assert prices(trainer)[0] < 1e-6 < prices(trainer)[3]
     assert runs[0][1] == runs[1][1] and torch.equal(runs[0][2], runs[1][2])
     assert all(torch.equal(weight, runs[1][0][name]) for name, weight in runs[0][0].items())
 
@@ -190,7 +190,7 @@ def test_the_best_checkpoint_by_a_metric_is_one_within_the_limit(folder, tmp_pat
 
 
 def test_a_limit_passed_at_once_is_told(folder, tmp_path, capsys):
-    held = trainer_of(folder, tmp_path, max_kl=1e-9, **EVERY_STEP, **CHECKPOINTS)
+    held = trainer_of(folder, tmp_path, max_kl=1e-6, **EVERY_STEP, **CHECKPOINTS)
     held.train()
     assert held.state.global_step == 1
     assert "no checkpoint was within it" in capsys.readouterr().out

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 FILE_KINDS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".parquet": "parquet"}
 _ALLOWED = (
     f"Give a {', '.join(FILE_KINDS)} file with one pair per row, a folder with such files or written by save_to_disk, "
-    f"the name of a dataset on the hub (owner/name; needs a network or the local cache), or one of the embedded sets, {' and '.join(PAIR_FILES)}."
+    "the name of a dataset on the hub (owner/name; needs a network or the local cache), or one of the embedded sets, "
+    f"{' and '.join(PAIR_FILES)}."
 )
 _FORMS = (
     "Allowed are prompt, chosen and rejected, all strings or all messages; chosen and rejected as messages that "
@@ -58,8 +59,8 @@ def load_pairs(
 
     Args:
         name_or_path: "demo" or "demo-answers" (embedded pairs; use ./demo for a folder of that name), a file (.jsonl,
-            .jsonl.gz, .json or .parquet; all of it is the split "train"), a folder (written by `save_to_disk`, or with data files whose names
-            contain their split), or a dataset on the hub.
+            .jsonl.gz, .json or .parquet; all of it is the split "train"), a folder (written by `save_to_disk`, or with data
+            files whose names contain their split), or a dataset on the hub.
         split: name of the split.
         config: configuration of a folder's or hub dataset.
         data_dir: folder inside a folder's or hub dataset.

@@ -88,9 +88,9 @@ class PriceMeter:
 
     def _measured(self, step: int) -> Price:
         sets, nll, missing = {}, {}, list(self.questions.missing)
+        # At the start, policy and reference are one model.
+        apart = step > 0 or self._start is None
         for name, prompts in self.questions.prompts.items():
-            # At the start, policy and reference are one model.
-            apart = step > 0 or self._start is None
             records, failed = self._shared(prompts, lambda part: self._answered(self._model, part, with_kl=apart))
             if failed is not None:
                 missing.append(f"Answers to the {name} prompts were not measured: {failed}")
