@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import seed_worker
 from trl import DPOTrainer
+from trl.data_utils import is_conversational
 
 #: Columns that DPOTrainer adds to a text dataset when it prepares it.
 TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -32,6 +33,37 @@ def is_its_collator(collator: Any) -> bool:
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     return type(collator) is DataCollatorForPreference
+
+
+#: The columns of a pair that hold its text.
+TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+_HIDDEN = "trl_cpo_hidden_"
+
+
+def holds_messages(row: dict[str, Any]) -> bool:
+    """Whether a pair's text is messages: asked of the pair's own columns alone."""
+    return is_conversational({name: row[name] for name in TEXT_COLUMNS if name in row})
+
+
+def hide_helper_columns(dataset: Any) -> tuple[Any, dict[str, str]]:
+    """Renames the columns that DPOTrainer would take for a pair's text, such as `messages`; for `show_helper_columns`.
+
+    DPOTrainer asks one column whether a row is messages or text, and which one depends on the hash seed of the process: with
+    a column `messages` beside text, EOS is appended in one process and not in another.
+
+    Returns:
+        The dataset, itself where there is no such column; and the new names, by the old ones.
+    """
+    sniffed = [{"role": "user", "content": ""}]
+    # A streamed dataset may not know its columns before it is read.
+    columns = dataset.column_names or next(iter(dataset), {})
+    new = {name: _HIDDEN + name for name in columns if name not in TEXT_COLUMNS and is_conversational({name: sniffed})}
+    return (dataset.rename_columns(new) if new else dataset), new
+
+
+def show_helper_columns(dataset: Any, new: dict[str, str]) -> Any:
+    """Gives the columns that `hide_helper_columns` renamed their names back."""
+    return dataset.rename_columns({name: old for old, name in new.items()}) if new else dataset
 
 
 def tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args, name: str) -> Dataset:

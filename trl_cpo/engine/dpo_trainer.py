@@ -17,7 +17,13 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from .._trl.datasets import TOKENIZED_COLUMNS, train_dataloader, with_reference_logps
+from .._trl.datasets import (
+    TOKENIZED_COLUMNS,
+    hide_helper_columns,
+    show_helper_columns,
+    train_dataloader,
+    with_reference_logps,
+)
 from .._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
 from .._trl.models import model_id, reference_origin
 from .._trl.upstream import check_upstream
@@ -266,7 +272,9 @@ class DPOTrainer(ResumableTrainer):
         # Datasets passed to `evaluate` were not checked before.
         validation.check_preference_dataset(dataset, f"the {dataset_name} dataset")
         given = dataset
+        dataset, hidden = hide_helper_columns(dataset)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        dataset = show_helper_columns(dataset, hidden)
         validation.check_not_all_dropped(dataset, dataset_name, args.max_length)
         # Streamed datasets cannot be scanned; `guarded_loss` counts their degenerate pairs.
         if isinstance(dataset, Dataset) and args.process_index == 0:

@@ -5,8 +5,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
 
+from .._trl.datasets import holds_messages
 from .._trl.models import config_of, load_processing_class
 from ..data.validation import check_lengths_known, check_preference_dataset, check_tokenizer, check_vocabularies
 from .config import DPOConfig
@@ -52,7 +52,7 @@ def preflight(
         processing_class = load_processing_class(model, args)
     train_dataset = datasets["train_dataset"]
     if isinstance(train_dataset, (Dataset, IterableDataset)) and isinstance(processing_class, PreTrainedTokenizerBase):
-        check_tokenizer(processing_class, is_conversational(next(iter(train_dataset))))
+        check_tokenizer(processing_class, holds_messages(next(iter(train_dataset))))
     for option in ("balance_tokens", "tokens_per_step"):
         if getattr(args, option):
             check_lengths_known(train_dataset, option)

@@ -101,13 +101,11 @@ class Scorer:
         Raises:
             ValueError: the pairs, or the tokenizer for them, lack something, or no pair is left.
         """
-        from trl.data_utils import is_conversational
-
-        from .._trl.datasets import TOKENIZED_COLUMNS, prompt_alone, tokenized
+        from .._trl.datasets import TOKENIZED_COLUMNS, holds_messages, prompt_alone, tokenized
         from ..data import validation as checks
 
         checks.check_preference_dataset(pairs, name)
-        checks.check_tokenizer(tokenizer, is_conversational(pairs[0]))
+        checks.check_tokenizer(tokenizer, holds_messages(pairs[0]))
         seen = pairs.select_columns([column for column in (*_SEEN_COLUMNS, ROW) if column in pairs.column_names])
         prepared = tokenized(seen, tokenizer, self.config(), name)
         checks.check_not_all_dropped(prepared, name, self.max_length)
