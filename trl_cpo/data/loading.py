@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import hh
 from .demo import DEMO, PAIR_FILES
+from .rows import refusal
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -109,12 +110,16 @@ def to_conversational(dataset: "Dataset | IterableDataset") -> "tuple[Dataset | 
         are read, and restarts with each pass.
 
     Raises:
-        SourceError: the rows have none of these forms, or every HH-RLHF row was refused.
+        SourceError: the rows have none of these forms, or every HH-RLHF row was refused, or one of the others is damaged.
     """
     rows = list(dataset.take(_INSPECTED))
     if not rows:
         raise SourceError("The dataset has no rows. Give another split or source.")
     if not _is_hh(rows):
+        # Streamed rows are looked at as they come, by the trainer.
+        message = None if _is_streamed(dataset) else refusal(dataset, "the pairs")
+        if message is not None:
+            raise SourceError(f"{message} {_FORMS}")
         return dataset, None
     split = _split_rows(dataset)
     kept, report = _kept_stream(split) if _is_streamed(dataset) else _kept_rows(split)

@@ -1,8 +1,12 @@
 """Checks of the user's model, tokenizer and data, before anything expensive starts."""
 
+import warnings
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+
+from .rows import keep_sound, refusal, row_fault
 
 _FORMAT = (
     "A preference dataset has the columns prompt, chosen, rejected (or chosen and rejected that both begin with the "
@@ -10,14 +14,23 @@ _FORMAT = (
 )
 
 
-def check_preference_dataset(dataset: Any, name: str) -> None:
-    """Raises `ValueError` if the dataset, called `name` in the message, is empty or lacks preference columns.
+#: Fingerprints of sets whose rows were all looked at: the trainer checks a set before the model is loaded, and when it is
+#: prepared.
+_SOUND: set[str] = set()
 
-    Only the first row is read, so streamed datasets can be checked too.
+
+def check_preference_dataset(dataset: Any, name: str, *, prompt_needed: bool = True, warns: bool = True) -> None:
+    """Raises `ValueError` if the dataset, called `name` in the message, is empty, lacks columns or has damaged rows.
+
+    Of a streamed dataset only the first row is read; `sound_stream` looks at the others.
+
+    Args:
+        prompt_needed: whether strings without a column `prompt` are refused; otherwise they are warned of.
+        warns: whether this process is the one that warns.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
-            check_preference_dataset(part, f"{name}[{key!r}]")
+            check_preference_dataset(part, f"{name}[{key!r}]", prompt_needed=prompt_needed, warns=warns)
         return
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return  # DPOTrainer raises an error that names the allowed types.
@@ -30,6 +43,29 @@ def check_preference_dataset(dataset: Any, name: str) -> None:
             f"{name} has no column {' and no column '.join(map(repr, missing))}; its columns are {sorted(first)}. "
             f"{_FORMAT}. Rename yours with dataset.rename_column('yours', {missing[0]!r})."
         )
+    if isinstance(dataset, IterableDataset):
+        if fault := row_fault(first):
+            raise ValueError(f"{name}: row 0 cannot be used: {fault}. {_FORMAT}.")
+    elif dataset._fingerprint not in _SOUND:
+        if message := refusal(dataset, name):
+            raise ValueError(f"{message}\n{_FORMAT}.")
+        _SOUND.add(dataset._fingerprint)
+    if "prompt" not in first and isinstance(first["chosen"], str):
+        message = (
+            f"{name} has no column 'prompt'; its columns are {sorted(first)}. Two strings alone do not show where the prompt "
+            "ends: DPOTrainer takes what both begin with, which may be nothing, or run into answers that begin alike. Rename "
+            "yours with dataset.rename_column('yours', 'prompt'); HH-RLHF text becomes messages with "
+            "trl_cpo.data.loading.to_conversational(dataset)."
+        )
+        if prompt_needed:
+            raise ValueError(message)
+        if warns:
+            warnings.warn(message, stacklevel=3)
+
+
+def sound_stream(dataset: IterableDataset, name: str) -> IterableDataset:
+    """A streamed dataset that stops at a row which cannot be used."""
+    return dataset.filter(partial(keep_sound, name=name), with_indices=True)
 
 
 def check_tokenizer(tokenizer: Any, conversational: bool) -> None:

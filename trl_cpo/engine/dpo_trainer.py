@@ -270,8 +270,12 @@ class DPOTrainer(ResumableTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # Datasets passed to `evaluate` were not checked before.
-        validation.check_preference_dataset(dataset, f"the {dataset_name} dataset")
+        validation.check_preference_dataset(
+            dataset, f"the {dataset_name} dataset", prompt_needed=not args.is_plain_dpo, warns=False
+        )
         given = dataset
+        if isinstance(dataset, IterableDataset):
+            dataset = validation.sound_stream(dataset, f"the {dataset_name} dataset")
         dataset, hidden = hide_helper_columns(dataset)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         dataset = show_helper_columns(dataset, hidden)

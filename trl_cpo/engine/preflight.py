@@ -45,7 +45,7 @@ def preflight(
     check_agreement(lambda: facts_of(args, configs=configs, datasets=datasets))
     for name, dataset in datasets.items():
         if dataset is not None:
-            check_preference_dataset(dataset, name)
+            check_preference_dataset(dataset, name, prompt_needed=not args.is_plain_dpo, warns=args.process_index == 0)
     if ref_model is not None:
         check_vocabularies(config_of(model, args), ref_model)
     if processing_class is None:
