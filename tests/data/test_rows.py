@@ -182,3 +182,48 @@ def test_the_command_line_refuses_text_without_a_prompt(tmp_path, small_model, c
         options = ["--model_name_or_path", small_model, "--dataset_name", str(file), "--constraint", constraint]
         assert main(["train", *options, "--output_dir", str(tmp_path / "out")]) == 2
         assert "Add the column prompt" in capsys.readouterr().err
+
+
+# --- a template that raises -------------------------------------------------------------------------------------------
+
+STRICT = (
+    "{% for m in messages %}{% if m['content'] == 'boom' %}{{ raise_exception('no booms') }}{% endif %}"
+    "{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("inside_answers", [False, True])
+def test_a_template_that_raises_on_a_row_names_it(make, tokenizer, inside_answers):
+    rows = [inside(row) if inside_answers else row for row in pairs_dataset(6, conversational=True)]
+    rows[4]["rejected"][-1]["content"] = "boom"
+    tokenizer.chat_template = STRICT
+    with pytest.raises(ValueError, match="(?s)the train dataset, made into tokens: 6 rows: 5 can.*no booms .row 4") as error:
+        make(Dataset.from_list(rows))
+    assert type(error.value.__cause__).__name__ == "TemplateError"
+
+
+@pytest.mark.parametrize("command", ["train", "audit"])
+def test_the_command_line_names_it_too(tmp_path, tokenizer, capsys, command):
+    tokenizer.chat_template = STRICT
+    for part in (make_model(), tokenizer):
+        part.save_pretrained(tmp_path / "strict")
+    rows = list(pairs_dataset(6, conversational=True))
+    rows[4]["chosen"][-1]["content"] = "boom"
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, out = str(tmp_path / "strict"), ["--output_dir", str(tmp_path / "out"), "--held_out", "1", "--use_cpu", "True"]
+    options = {
+        "train": ["--model_name_or_path", source, "--dataset_name", str(file), *out],
+        "audit": ["--model", source, "--dataset", str(file)],
+    }
+    assert main([command, *options[command]]) == 2
+    assert "no booms" in capsys.readouterr().err
+
+
+def test_other_errors_of_the_preparation_stay_what_they_are(make, tokenizer, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no disk")
+
+    monkeypatch.setattr(Dataset, "map", fails)
+    with pytest.raises(RuntimeError, match="no disk"):
+        make(pairs_dataset())

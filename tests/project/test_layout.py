@@ -39,7 +39,7 @@ LAYOUT = {
     ),
     "theory": ("closed forms, in float64", {"constraints", "gaps", "objective", "pairs"}),
     "engine": ("DPOTrainer: exact resume, packing, guards", {"_trl", "data", "faults", "files", "pairs"}),
-    "_trl": ("the seam: all of upstream's insides", {"pairs"}),
+    "_trl": ("the seam: all of upstream's insides", {"data", "pairs"}),
     "objective": ("the pair loss by itself, for tests and theory", {"pairs"}),
     "constraint_fields": ("the forms' hyperparameters as options", {"constraints", "hyperparameters"}),
     "multiplier": ("the dual variable", {"constraints"}),

@@ -1,6 +1,8 @@
 """How DPOTrainer tokenizes datasets and loads training pairs."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import seed_worker
 from trl import DPOTrainer
-from trl.data_utils import is_conversational
+from trl.data_utils import extract_prompt, is_conversational
+
+from ..data.rows import damage_message
 
 #: Columns that DPOTrainer adds to a text dataset when it prepares it.
 TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -71,10 +75,38 @@ def tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args, name: 
 
     Drops pairs whose prompt alone fills `args.max_length`, as DPOTrainer does.
     """
-    return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, args, name)
+    with naming_rows(dataset, tokenizer, name):
+        return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, args, name)
 
 
-def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+@contextmanager
+def naming_rows(dataset: Any, tokenizer: Any, name: str) -> Iterator[None]:
+    """Around DPOTrainer's preparation: where the chat template raises on some rows, a `ValueError` names them."""
+    try:
+        yield
+    except Exception as error:
+        total, found = (0, {}) if not isinstance(dataset, Dataset) else _untokenizable(dataset, tokenizer)
+        if not found:
+            raise
+        raise ValueError(damage_message(f"{name}, made into tokens", total, found)) from error
+
+
+def _untokenizable(dataset: Dataset, tokenizer: Any) -> tuple[int, dict[str, list[int]]]:
+    seen = ("tools", "chat_template_kwargs", *TEXT_COLUMNS)
+    found: dict[str, list[int]] = {}
+    for number, row in enumerate(dataset.select_columns([name for name in seen if name in dataset.column_names])):
+        try:
+            row = row if "prompt" in row else {**row, **extract_prompt(row)}
+            for answer in ("chosen", "rejected"):
+                prompt_alone(tokenizer, {**row, "prompt": row["prompt"] + row[answer]}, add_generation_prompt=False)
+            prompt_alone(tokenizer, row)
+        except Exception as error:
+            said = str(error).strip().splitlines() or [""]
+            found.setdefault(f"{type(error).__name__}: {said[0]}", []).append(number)
+    return len(dataset), found
+
+
+def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], *, add_generation_prompt: bool = True) -> list[int]:
     """The token ids of a row's prompt alone, as DPOTrainer tokenizes it to find where the answers begin."""
     from trl.data_utils import _tokenize
 
@@ -82,7 +114,7 @@ def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> lis
     if isinstance(prompt, str):
         return list(_tokenize(tokenizer, prompt)["input_ids"])
     options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
-    return list(_tokenize(tokenizer, prompt, add_generation_prompt=True, **options)["input_ids"])
+    return list(_tokenize(tokenizer, prompt, add_generation_prompt=add_generation_prompt, **options)["input_ids"])
 
 
 def train_dataloader(trainer: DPOTrainer, batches: Sampler[list[int]]) -> DataLoader:

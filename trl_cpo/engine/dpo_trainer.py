@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from .._trl.datasets import (
     TOKENIZED_COLUMNS,
     hide_helper_columns,
+    naming_rows,
     show_helper_columns,
     train_dataloader,
     with_reference_logps,
@@ -277,7 +278,8 @@ class DPOTrainer(ResumableTrainer):
         if isinstance(dataset, IterableDataset):
             dataset = validation.sound_stream(dataset, f"the {dataset_name} dataset")
         dataset, hidden = hide_helper_columns(dataset)
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        with naming_rows(dataset, processing_class, f"the {dataset_name} dataset"):
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         dataset = show_helper_columns(dataset, hidden)
         validation.check_not_all_dropped(dataset, dataset_name, args.max_length)
         # Streamed datasets cannot be scanned; `guarded_loss` counts their degenerate pairs.
