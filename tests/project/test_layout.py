@@ -35,7 +35,7 @@ LAYOUT = {
     "trainer": ("compute_loss with the constraint", {"config", "engine", "logs", "metrics", "multiplier", "pairs"}),
     "config": (
         "its options",
-        {"_trl", "constraint_fields", "constraints", "engine", "faults", "hyperparameters", "pairs"},
+        {"_trl", "constraint_fields", "constraints", "engine", "faults", "hyperparameters", "metrics", "pairs"},
     ),
     "theory": ("closed forms, in float64", {"constraints", "gaps", "objective", "pairs"}),
     "engine": ("DPOTrainer: exact resume, packing, guards", {"_trl", "data", "faults", "files", "pairs"}),
