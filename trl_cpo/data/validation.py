@@ -111,6 +111,53 @@ def check_vocabularies(config: Any, ref_model: Any) -> None:
         )
 
 
+class VocabularyFit:
+    """Whether a model can embed every token that a tokenizer makes of the pairs; asked of the tokens that are there.
+
+    Args:
+        tokenizer: it may have been given tokens since the model was made.
+        config: the model's.
+    """
+
+    def __init__(self, tokenizer: Any, config: Any):
+        self._tokenizer, self._rows = tokenizer, config.get_text_config().vocab_size
+        self._tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+
+    def check_padding(self, pad_token: str | None = None) -> None:
+        """Raises `ValueError` if the token that fills up batches is not the model's; None: the tokenizer's, or its EOS."""
+        token = pad_token or self._tokenizer.pad_token or self._tokenizer.eos_token
+        number = self._tokenizer.convert_tokens_to_ids(token)
+        if self._tokens > self._rows and number is not None and number >= self._rows:
+            raise ValueError(f"The pad token {token!r} has the id {number}. {self._advice()}")
+
+    def checked(self, dataset: Any, name: str) -> Any:
+        """The tokenized dataset; raises `ValueError` if a row has a token that is not the model's, of a stream when read."""
+        if self._tokens <= self._rows:
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            return dataset.filter(partial(self._fits, name=name), with_indices=True)
+        columns = [column for column in ("prompt_ids", "chosen_ids", "rejected_ids") if column in dataset.column_names]
+        for number, row in enumerate(dataset.select_columns(columns)):
+            self._fits(row, number, name)
+        return dataset
+
+    def _fits(self, row: Any, number: int, name: str) -> bool:
+        largest = max((max(row[column], default=-1) for column in ("prompt_ids", "chosen_ids", "rejected_ids")), default=-1)
+        if largest >= self._rows:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"Row {number} of the {name} dataset has the token {token!r} with the id {largest}. {self._advice()}"
+            )
+        return True
+
+    def _advice(self) -> str:
+        return (
+            f"The tokenizer has {self._tokens} tokens, but the model embeds {self._rows}: its embeddings were not resized when "
+            f"tokens were added. Call model.resize_token_embeddings({self._tokens}) before training and save model and "
+            "tokenizer, or use the tokenizer that the model was trained with."
+        )
+
+
 def check_not_all_dropped(dataset: Any, name: str, max_length: int | None) -> None:
     """Raises `ValueError` if no pair of a dataset is left after preparation."""
     if isinstance(dataset, Dataset) and len(dataset) == 0:

@@ -26,7 +26,7 @@ from .._trl.datasets import (
     with_reference_logps,
 )
 from .._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
-from .._trl.models import drifting_parameters, model_id, reference_origin
+from .._trl.models import config_of, drifting_parameters, model_id, reference_origin
 from .._trl.upstream import check_upstream
 from ..data import validation
 from ..pairs import PairLogps
@@ -111,6 +111,9 @@ class DPOTrainer(ResumableTrainer):
             peft_config=peft_config,
         )
         pause_at_exit()
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):  # DPOTrainer refuses anything else
+            self._fit = validation.VocabularyFit(tokenizer, config_of(model, args))
         self._order: BalancedSampler | TokenBudget | None = None
         self._sharing = PrefixSharing(args.packs, args.max_length, verbose=args.process_index == 0, compiled=args.torch_compile)
         #: Tables that `precompute_ref_log_probs` computed or found; `trl_cpo.engine.reference.table_of` reads them.
@@ -292,6 +295,7 @@ class DPOTrainer(ResumableTrainer):
         with naming_rows(dataset, processing_class, f"the {dataset_name} dataset"):
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         dataset = show_helper_columns(dataset, hidden)
+        dataset = self._fit.checked(dataset, dataset_name)
         validation.check_not_all_dropped(dataset, dataset_name, args.max_length)
         # Streamed datasets cannot be scanned; `guarded_loss` counts their degenerate pairs.
         if isinstance(dataset, Dataset) and args.process_index == 0:

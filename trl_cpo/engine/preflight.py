@@ -8,7 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .._trl.datasets import holds_messages
 from .._trl.models import config_of, load_processing_class
-from ..data.validation import check_lengths_known, check_preference_dataset, check_tokenizer, check_vocabularies
+from ..data.validation import (
+    VocabularyFit,
+    check_lengths_known,
+    check_preference_dataset,
+    check_tokenizer,
+    check_vocabularies,
+)
 from .config import DPOConfig
 from .processes import check_agreement, check_launch, facts_of
 
@@ -53,6 +59,8 @@ def preflight(
     train_dataset = datasets["train_dataset"]
     if isinstance(train_dataset, (Dataset, IterableDataset)) and isinstance(processing_class, PreTrainedTokenizerBase):
         check_tokenizer(processing_class, holds_messages(next(iter(train_dataset))))
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        VocabularyFit(processing_class, config_of(model, args)).check_padding(args.pad_token)
     for option in ("balance_tokens", "tokens_per_step"):
         if getattr(args, option):
             check_lengths_known(train_dataset, option)

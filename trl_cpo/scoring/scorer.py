@@ -129,12 +129,15 @@ class Scorer:
             ModelError: there is no such model, or it cannot be scored.
             ProcessesDisagree: the processes were started with other settings or pairs.
         """
+        from ..data import validation as checks
         from ..engine import processes
         from ..engine.shutdown import pause_at_exit
 
         args = self.config()
         processes.check_launch(args)
-        datasets = {name: prepared.dataset for name, prepared in sets.items()}
+        fit = checks.VocabularyFit(tokenizer, self._config_of(source))
+        fit.check_padding()
+        datasets = {name: fit.checked(prepared.dataset, name) for name, prepared in sets.items()}
         configs = {"model": lambda: self._config_of(source)}
         processes.check_agreement(lambda: processes.facts_of(args, configs=configs, datasets=datasets))
         pause_at_exit()
