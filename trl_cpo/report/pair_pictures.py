@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from ..gaps import in_undesirable_region
 from .run import HeldOut, Run, by_unit
-from .style import COLOURS, LINES, OUTCOMES, QUIET, U_SHADE, canvas, panels, plain_ticks, run_style, run_title
+from .style import COLOURS, LINES, OUTCOMES, QUIET, U_SHADE, canvas, legend, panels, plain_ticks, run_style, run_title
 
 #: The most arrows drawn; with more pairs, only this many get one.
 MOST_ARROWS = 300
@@ -91,7 +91,7 @@ def phase_portrait(runs: list[Run]) -> tuple[Figure, list[str]]:
         )
         if marker in seen
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    legend(figure, handles, columns=4)
     return figure, notes
 
 
@@ -209,7 +209,7 @@ def gap_distributions(runs: list[Run]) -> tuple[Figure, list[str]]:
                 )
     for panel in axes:
         panel.set_ylim(0, 1.05 * max(tops))
-    figure.legend(list(kinds.values()), list(kinds), loc="outside lower center", ncols=4)
+    legend(figure, list(kinds.values()), columns=4)
     return figure, notes
 
 
@@ -242,7 +242,7 @@ def gaps_together(runs: list[Run]) -> tuple[Figure, list[str]]:
         beyond = sum(int(np.sum((run.pairs.gap < across[0]) | (run.pairs.gap > across[1]))) for run in group)
         if beyond:
             notes.append(f"{beyond} gaps lie outside the axes.")
-    figure.legend(handles=handles + reference_handles, loc="outside lower center", ncols=min(3, len(handles) + 1))
+    legend(figure, handles + reference_handles, columns=min(3, len(handles) + 1))
     return figure, notes
 
 
@@ -297,5 +297,5 @@ def displacement_of_pairs(runs: list[Run]) -> tuple[Figure, list[str]]:
         for key, (label, colour, marker) in OUTCOMES.items()
         if key in seen
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    legend(figure, handles, columns=4)
     return figure, notes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from . import pair_pictures, price_pictures, step_pictures
 from .reading import LOG, PAIRS
 from .run import Run
-from .style import WIDTH, drawing, png
+from .style import NARROW, WIDE, Shape, drawing, png
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,21 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A drawing as a PNG, and its size on the page in CSS pixels."""
+
+    png: bytes
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
 class Picture:
-    """A picture, or, if `png` is None, notes on why it was not drawn. Sizes are CSS pixels on the page."""
+    """A picture for a desk and for a phone, or, if neither is there, notes on why it was not drawn."""
 
     kind: Kind
-    png: bytes | None
-    width: int = 0
-    height: int = 0
+    wide: Drawn | None = None
+    narrow: Drawn | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -171,7 +179,7 @@ NEEDS = {
 
 
 def draw(runs: list[Run]) -> list[Picture]:
-    """Draws every kind of picture. If no run has what a picture needs, it has no PNG and its note says why.
+    """Draws every kind of picture. If no run has what a picture needs, it is not drawn and its note says why.
 
     Leaves out pictures that do not apply: the multiplier if no run has one, runs together if there is only one run.
     """
@@ -182,13 +190,17 @@ def draw(runs: list[Run]) -> list[Picture]:
         if len(runs) < kind.fewest_runs or (need.quiet and not able):
             continue
         if len(able) < kind.fewest_runs:
-            pictures.append(Picture(kind, None, notes=[f"Not drawn: {need.why}."]))
+            pictures.append(Picture(kind, notes=[f"Not drawn: {need.why}."]))
             continue
-        with drawing():
-            figure, notes = kind.draw(able)
-            data = png(figure)
+        (wide, notes), (narrow, _) = _drawn(kind, able, WIDE), _drawn(kind, able, NARROW)
         left_out = [run.letter for run in runs if run not in able]
         if left_out:
             notes = [f"Without {', '.join(left_out)}: {need.why}.", *notes]
-        pictures.append(Picture(kind, data, round(WIDTH * 96), round(figure.get_figheight() * 96), notes))
+        pictures.append(Picture(kind, wide, narrow, notes))
     return pictures
+
+
+def _drawn(kind: Kind, runs: list[Run], shape: Shape) -> tuple[Drawn, list[str]]:
+    with drawing(shape):
+        figure, notes = kind.draw(runs)
+        return Drawn(png(figure), round(figure.get_figwidth() * 96), round(figure.get_figheight() * 96)), notes

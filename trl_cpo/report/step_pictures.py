@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .run import Run, by_unit
-from .style import QUIET, canvas, plain_ticks, run_style, run_title
+from .style import QUIET, canvas, columns_of, legend, plain_ticks, run_style, run_title
 
 #: With more logs than this, the training curve is a running mean, and the logs themselves are drawn faintly.
 MOST_LOGS = 60
@@ -83,9 +83,11 @@ def _notes(runs: list[Run]) -> list[str]:
 
 
 def _frame(runs: list[Run], columns: int, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with rows of panels and a shared legend."""
-    figure = canvas(0.5 + 3.4 * rows + 0.22 * max(0, (len(runs) + 2) // 3 - 1))
-    axes = [[figure.add_subplot(rows, columns, row * columns + place + 1) for place in range(columns)] for row in range(rows)]
+    """A figure with rows of panels and a shared legend; where the panels do not fit side by side, they are stacked."""
+    across = columns_of(columns)
+    down = rows * columns // across
+    figure = canvas(0.5 + 3.4 * down + 0.22 * max(0, (len(runs) + 2) // 3 - 1))
+    axes = [[figure.add_subplot(down, across, row * columns + place + 1) for place in range(columns)] for row in range(rows)]
     handles = [Line2D([], [], **run_style(run), linewidth=1.5, markersize=7, label=run_title(run)) for run in runs]
     handles += [
         Line2D([], [], color=QUIET, linewidth=1.3, label="line: training pairs, mean since the last log"),
@@ -100,7 +102,7 @@ def _frame(runs: list[Run], columns: int, rows: int = 1) -> tuple[Figure, list[l
             label="markers: held-out pairs",
         ),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    legend(figure, handles, columns=3)
     return figure, axes
 
 
