@@ -567,7 +567,7 @@ def test_every_picture_is_in_the_page_and_beside_it(page_of_several):
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     narrow = [attributes for tag, attributes in page.tags if tag == "source"]
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
-    assert len(images) == len(pictures.KINDS) == 9
+    assert len(images) == len(pictures.KINDS) == 10
     for image, kind in zip(images, pictures.KINDS, strict=True):
         data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
         assert data == (page_of_several.parent / f"{kind.name}.png").read_bytes()
@@ -665,12 +665,12 @@ def seen_by_a_browser(page: Path, folder: Path, width: int, dark: bool) -> dict:
 def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which, width):
     """Every picture loaded, every table there, nothing wider than the window, nothing asked of a network."""
     if which == "several":
-        page, count = page_of_several, 9
+        page, count = page_of_several, 10
     elif which == "twelve":
         page = make_report(
             [make_run(tmp_path / f"{'long-' * 20}{i}", seed=i, steps=10) for i in range(12)], tmp_path / "o"
         ).page
-        count = 7
+        count = 8
     else:
         folder = make_run(tmp_path / "r", steps=5)
         (folder / "pairs.json").unlink()

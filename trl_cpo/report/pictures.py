@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import pair_pictures, price_pictures, step_pictures
+from . import pair_pictures, paired, paired_pictures, price_pictures, step_pictures
 from .reading import LOG, PAIRS
 from .run import Run
 from .style import NARROW, WIDE, Shape, drawing, png
@@ -99,6 +99,19 @@ KINDS = (
         fewest_runs=2,
     ),
     Kind(
+        "pair-by-pair",
+        "Two runs pair by pair",
+        "Each point is a held-out pair that both runs were evaluated on: across, its gap in the first run; up, its gap in "
+        "the run of the panel. Above the dashed diagonal the gap is larger in the run of the panel. The title says by how "
+        "many percentage points its share that prefers chosen differs from the first run's, with the 95 % interval of a "
+        "paired comparison (Tango's score interval): it counts only the pairs on which the two disagree.",
+        "More points at the upper left (only the run of the panel prefers chosen) than at the lower right, and an interval "
+        "that leaves out 0. It covers the choice of pairs, not that of the seed.",
+        paired_pictures.pair_by_pair,
+        needs="same pairs",
+        fewest_runs=2,
+    ),
+    Kind(
         "loss-and-gap",
         "Loss and mean gap over steps",
         "What is minimised (loss) and what is wanted (gap). Each constraint measures the loss against its own target, so "
@@ -173,6 +186,9 @@ NEEDS = {
     "price": Need(
         _each(price_pictures.has_price),
         f"it needs evaluations after the start with eval_cpo/kl in {LOG}, and none measured the price",
+    ),
+    "same pairs": Need(
+        paired.comparable, f"it needs two runs with the same pairs in {PAIRS}, scored alike by the reference, and none missing"
     ),
     "multiplier": Need(_beside_a_multiplier, f"it needs {LOG} with the cpo/ metrics of steps in it", quiet=True),
 }
