@@ -474,7 +474,7 @@ def test_histograms_hold_all_pairs_and_part_at_zero(tmp_path):
     folder = make_run(tmp_path / "r", pairs=400, steps=5)
     _edit_pairs(folder, lambda pairs: pairs["rows"][0].__setitem__(0, 1e9))
     runs = read_runs([folder])
-    kind = next(kind for kind in pictures.KINDS if kind.name == "gap-distributions")
+    kind = kind_named("gap-distributions")
     axes = drawn_figure(kind, runs)[0].axes[0]
     after = next(patch for patch in axes.patches if isinstance(patch, Polygon))
     corners = after.get_xy()
@@ -482,6 +482,47 @@ def test_histograms_hold_all_pairs_and_part_at_zero(tmp_path):
     assert heights.sum() == pytest.approx(100.0)
     right = heights[edges >= -1e-9 * np.ptp(edges)].sum()
     assert right == pytest.approx(100 * np.mean(runs[0].held_out.gap > 0))
+
+
+def kind_named(name: str) -> pictures.Kind:
+    return next(kind for kind in pictures.KINDS if kind.name == name)
+
+
+def test_evaluations_over_steps_carry_their_exact_intervals(tmp_path):
+    runs = read_runs([make_run(tmp_path / "r", evaluate_every=20)])
+    figure, _ = drawn_figure(kind_named("over-steps"), runs)
+    for axes, metric in zip(figure.axes, ("in_undesirable_region", "violation_rate", "prefers_chosen"), strict=True):
+        bars = [part.get_segments()[0] for part in axes.collections if isinstance(part, LineCollection)]
+        assert [bar[0, 0] for bar in bars] == [0, 20, 40, 60]
+        for bar, evaluation in zip(bars, runs[0].evaluations.values(), strict=True):
+            exact = clopper_pearson(round(60 * evaluation.values[f"cpo/{metric}"]), 60)
+            np.testing.assert_allclose(bar[:, 1], 100 * np.array(exact))
+    assert "bars: exact 95 % intervals" in [text for text, _ in texts_of(figure)]
+
+
+def test_of_an_unknown_number_of_pairs_no_interval_is_drawn(tmp_path):
+    folder = make_run(tmp_path / "r", evaluate_every=20)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in line.items() if key != "eval_cpo/pairs"} for line in lines]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    figure, _ = drawn_figure(kind_named("over-steps"), read_runs([folder]))
+    assert not [part for axes in figure.axes for part in axes.collections]
+    assert "bars: exact 95 % intervals" not in [text for text, _ in texts_of(figure)]
+
+
+@pytest.mark.parametrize("pairs", [2, 60, 1000])
+def test_the_share_below_each_gap_has_its_exact_interval(tmp_path, pairs):
+    runs = read_runs([make_run(tmp_path / name, seed=seed, pairs=pairs, steps=5) for seed, name in enumerate("ab")])
+    figure, _ = drawn_figure(kind_named("gaps-together"), runs)
+    shades = figure.axes[0].collections
+    assert len(shades) == 3  # two runs and the reference that they share
+    gaps = np.sort(runs[0].held_out.gap)
+    corners = shades[0].get_paths()[0].vertices
+    ends = {gap: sorted(corners[corners[:, 0] == gap][:, 1]) for gap in gaps if (corners[:, 0] == gap).any()}
+    assert len(ends) == min(pairs, pair_pictures.MOST_INTERVALS)
+    for place in (0, pairs - 1):
+        exact = 100 * np.array(clopper_pearson(place + 1, pairs))
+        assert set(np.round(exact, 6)) <= set(np.round(ends[gaps[place]], 6))
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.integers(1, 40))

@@ -58,7 +58,8 @@ KINDS = (
         "over-steps",
         "Undesirable region, violations and preferences over steps",
         "The share of pairs in U, of pairs with a gap below γ, and of pairs whose chosen answer the policy prefers. Lines: "
-        "the training pairs of each log, different pairs every time. Markers: the held-out pairs.",
+        "the training pairs of each log, different pairs every time. Markers: the held-out pairs, with exact 95 % intervals "
+        "where their number is known.",
         "“Prefers chosen” rises and violations fall, on held-out pairs too. U may rise at first, as gaps rise above the "
         "reference's, and should then fall. If U stays high while the loss falls, that is DPO's failure on misaligned "
         "pairs. Lines far better than the markers mean overfitting.",
@@ -91,7 +92,7 @@ KINDS = (
         "gaps-together",
         "The gaps of all runs in the same axes",
         "For each gap, the share of held-out pairs below it, after training and for the reference. The height at 0 is "
-        "the share of pairs whose rejected answer is preferred.",
+        "the share of pairs whose rejected answer is preferred. The shade is the exact 95 % interval at each gap by itself.",
         "The lower and the further right a curve lies, the larger the gaps. A run that is lower at 0 but higher far to "
         "the right gets more pairs right, with smaller gaps.",
         pair_pictures.gaps_together,
