@@ -10,11 +10,12 @@ from .engine.config import DPOConfig, documented
 from .faults import is_finite, is_true_or_false, one_of
 from .hyperparameters import fault
 from .pairs import REDUCTIONS
+from .price.fields import PriceFields
 
 
 @documented
 @dataclass
-class CPOConstrainedConfig(ConstraintFields, DPOConfig):
+class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
     r"""
     Configuration of [`CPOConstrainedTrainer`]: every field of [`~trl.DPOConfig`] and of the engine, and the constraint's.
 
@@ -41,6 +42,8 @@ class CPOConstrainedConfig(ConstraintFields, DPOConfig):
     )
 
     def __post_init__(self):
+        if not self.price_faults():
+            self.prepare_price()
         super().__post_init__()
         if self.logps_reduction == "mean":
             self.loss_type = [MEAN_OF.get(loss_type, loss_type) for loss_type in self.loss_type]
@@ -58,6 +61,7 @@ class CPOConstrainedConfig(ConstraintFields, DPOConfig):
             faults.append(one_of("logps_reduction", self.logps_reduction, REDUCTIONS))
         known, out_of_range = not faults, self._out_of_range()
         faults += [*out_of_range.values(), *is_true_or_false("narrate", self.narrate), *super().faults()]
+        faults += self.price_faults()
         if known and set(self.loss_type) <= set(LOSS_READS):
             faults += self._combination_faults(out_of_range)
         return faults
