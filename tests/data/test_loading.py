@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 
@@ -255,7 +256,83 @@ def test_rows_that_trl_understands_pass_unchanged(row, streamed):
     dataset = datasets.Dataset.from_list([{**row, "id": 1}])
     dataset = dataset.to_iterable_dataset() if streamed else dataset
     converted, report = to_conversational(dataset)
-    assert converted is dataset and report is None
+    assert list(converted) == list(dataset)
+    if streamed:
+        assert (report.kept, report.refused) == (1, {})
+    else:
+        assert converted is dataset and report is None
+
+
+DAMAGED = {
+    "content null": ({"prompt": [USER], "chosen": [{**YES, "content": None}], "rejected": [NO]}, "empty_message"),
+    "no content": ({"prompt": [{"role": "user"}], "chosen": [YES], "rejected": [NO]}, "empty_message"),
+    "role null": ({"prompt": [USER], "chosen": [YES], "rejected": [{**NO, "role": None}]}, "empty_message"),
+    "no message": ({"prompt": [USER], "chosen": [YES], "rejected": None}, "not_a_string"),
+    "null": ({"prompt": "Q", "chosen": None, "rejected": "No"}, "not_a_string"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("row, reason", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_rows_of_messages_and_strings_are_refused(tmp_path, row, reason, streaming):
+    whole = PASSED["standard" if isinstance(row["prompt"], str) else "messages"]
+    path = write_file(tmp_path / "p.jsonl", [whole, row, whole, row])
+    converted, report = to_conversational(load_pairs(path, streaming=streaming))
+    assert list(converted) == [whole, whole]
+    assert report.to_dict() == {"total": 4, "kept": 2, "refused": {reason: 2}, "first_rows": {reason: [1, 3]}}
+    assert f"2 {reason}: " in str(report) and "(row 1, 3)" in str(report)
+
+
+def test_a_call_of_a_tool_needs_no_content():
+    call = {**YES, "content": None, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    dataset = datasets.Dataset.from_list([{"prompt": [USER], "chosen": [call], "rejected": [NO]}])
+    assert to_conversational(dataset) == (dataset, None)
+
+
+def test_of_nothing_but_damaged_rows_nothing_is_read():
+    row, _ = DAMAGED["content null"]
+    whole = PASSED["messages"]
+    dataset = datasets.Dataset.from_list([whole, row]).select([1])
+    with pytest.raises(SourceError, match=r"(?s)Every row was refused.*1 empty_message.*\(row 0\)"):
+        to_conversational(dataset)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "parquet"])
+@pytest.mark.parametrize("name", ["q[1]", "q?", "q*", "a::b", "x#y", "zip:__x::y", "é b%20"])
+def test_names_are_taken_literally(tmp_path, name, ending, streaming, monkeypatch):
+    monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path / "cache"))
+    for other in ("q1", "qx", "a", "b"):
+        write_file(tmp_path / f"{other}.{ending}", ROWS[3:])
+    asked = write_file(tmp_path / f"plain.{ending}", ROWS[:2]).rename(tmp_path / f"{name}.{ending}")
+    assert list(load_pairs(asked, streaming=streaming)) == ROWS[:2]
+
+
+def test_a_folder_that_reads_as_a_pattern_is_refused(tmp_path):
+    for folder in ("d1", "d[1]"):
+        write_jsonl(tmp_path / folder / "train.jsonl", ROWS)
+    with pytest.raises(SourceError, match=r"d\[1\] holds one of the characters"):
+        load_pairs(tmp_path / "d[1]")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "saved"])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
+def test_other_content_of_the_same_age_is_not_met_in_the_cache(tmp_path, kind, ending):
+    def write(rows):
+        if kind == "saved":
+            saved = datasets.Dataset.from_list(rows)
+            saved._fingerprint = "0" * 16
+            saved.save_to_disk(tmp_path / "saved")
+            return tmp_path / "saved"
+        file = write_file(tmp_path / "in" / f"train.{ending}" if kind == "folder" else tmp_path / f"p.{ending}", rows)
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        return file if kind == "file" else file.parent
+
+    (tmp_path / "in").mkdir()
+    for rows in (ROWS[:2], ROWS[2:4], ROWS[:2]):
+        loaded = load_pairs(write(rows))
+        assert list(loaded) == rows
+        assert list(to_conversational(loaded)[0]) == converted_one_by_one(rows)[0]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,11 @@ LAYOUT = {
         "the command line",
         {"audit", "certificates", "constraint_names", "data", "plan", "recipes", "report", "run", "scoring"},
     ),
+    "__init__": ("the public names", {"config", "monitor", "trainer"}),
+    "monitor": (
+        "PairMonitor: pairs and price, for any trainer",
+        {"data", "faults", "files", "logs", "metrics", "pairs", "price", "run", "scoring"},
+    ),
     "run": (
         "one training run, from pairs to a folder",
         {"config", "constraint_fields", "data", "engine", "files", "logs", "pairs", "trainer"},
@@ -31,7 +36,6 @@ LAYOUT = {
     "report": ("one page of pictures of runs", {"constraint_names", "files", "gaps", "intervals", "logs", "units"}),
     "plan": ("what a device will hold", set()),
     "recipes": ("settings with a name", set()),
-    "__init__": ("the public names", {"config", "trainer"}),
     "trainer": (
         "compute_loss with the constraint",
         {"config", "engine", "logs", "metrics", "multiplier", "pairs", "price"},

@@ -749,6 +749,20 @@ def test_drafts_of_a_killed_report_are_its_own(tmp_path, draft):
         write(out, files)
 
 
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("planted", [f".{CONTENTS}.unfinished", f".{CONTENTS}.1-0123abcd.tmp"])
+def test_a_link_planted_as_a_draft_is_never_written_through(tmp_path, coarse, planted, exists):
+    """Whoever hands over a run folder cannot have the report overwrite, make or remove a file of its reader."""
+    run, mine = make_run(tmp_path / "r", steps=5), tmp_path / "mine"
+    if exists:
+        mine.write_bytes(b"mine")
+    (run / "report").mkdir()
+    (run / "report" / planted).symlink_to(mine)
+    make_report([run])
+    assert mine.read_bytes() == b"mine" if exists else not mine.exists()
+    assert not (run / "report" / planted).is_symlink() and (run / "report" / CONTENTS).is_file()
+
+
 # The command
 
 

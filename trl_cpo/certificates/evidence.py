@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..constraints import CONSTRAINTS, Constraint
+from ..data.identity import split_names
 from ..files.run_files import KNOWN_COLUMNS, METRICS, PAIRS
 from ..units import UNITS
 from .errors import CertificateError, is_number, read_json
@@ -50,6 +51,7 @@ def read_evidence(pairs: Any, metrics: Any, gamma: float | None) -> dict[str, An
         numbers = _numbers_of_metrics(metrics, subject, gamma)
     else:
         numbers = _numbers_of_pairs(pairs, metrics, subject, gamma)
+    numbers |= _trained_on(pairs, metrics)
     return {"gamma": gamma, "subject": subject, "numbers": numbers}
 
 
@@ -70,8 +72,8 @@ def _subject(pairs: Any, metrics: Any) -> dict[str, Any]:
                 f"The files of this run disagree on {name}: {told}. They are of different runs; evaluate the run again."
             )
         subject[name] = first
-    # Pairs that a model scored outside a run have no β and no constraint.
-    known = is_number(subject["beta"]) or (subject["beta"] is None and metrics is None)
+    # Trainers of other losses have no β; neither have pairs that a model scored outside a run.
+    known = subject["beta"] is None or is_number(subject["beta"])
     if subject["reduction"] not in UNITS or not is_number(subject["gamma"]) or not known:
         raise CertificateError(f"The run's files do not say with what it was trained: {subject}.")
     subject["split"] = "held out" if pairs is None else _part(pairs, "split", "pairs.json", str)
@@ -88,12 +90,37 @@ def _subject(pairs: Any, metrics: Any) -> dict[str, Any]:
     return subject
 
 
+def _trained_on(pairs: Any, metrics: Any) -> dict[str, int]:
+    """How many pairs were left out because they were trained on; nothing where none was.
+
+    Raises:
+        CertificateError: the pairs were trained on, by their split's name; or the files disagree.
+    """
+    learned = metrics.get("pairs") if metrics is not None else None
+    learned = learned if isinstance(learned, dict) else {}
+    by_content = learned.get("digests") is not None
+    split = learned.get("test_split") if pairs is None else pairs["split"]
+    if isinstance(split, str) and not by_content:
+        trained = learned.get("train_split")
+        names = split_names(trained) if isinstance(trained, str) else {"train"}
+        if split.startswith("train") or names & split_names(split):
+            raise CertificateError(
+                f"The pairs of this run are of the split {split!r}: pairs that were trained on say nothing of others. "
+                "Evaluate held-out pairs."
+            )
+    told = {METRICS: learned.get("trained_on_left_out") or 0} if by_content else {}
+    if pairs is not None:
+        told[PAIRS] = pairs.get("trained_on_left_out", 0)
+    for file, count in told.items():
+        if type(count) is not int or count < 0:
+            raise CertificateError(f"{file}: trained_on_left_out must be a count; got {count!r}.")
+    if len(set(told.values())) > 1:
+        raise CertificateError(f"The files of this run disagree on trained_on_left_out: {told}. Evaluate the run again.")
+    count = next(iter(told.values()), 0)
+    return {"trained_on_left_out": count} if count else {}
+
+
 def _numbers_of_pairs(pairs, metrics, subject, gamma) -> dict[str, Any]:
-    if subject["split"].startswith("train"):
-        raise CertificateError(
-            f"The pairs of pairs.json are of the split {subject['split']!r}: pairs that were trained on say nothing of "
-            "others. Evaluate held-out pairs."
-        )
     sides = KNOWN_COLUMNS[:2]
     columns, rows = _part(pairs, "columns", "pairs.json", list), _part(pairs, "rows", "pairs.json", list)
     if not set(sides) <= set(columns) or any(not isinstance(row, list) or len(row) != len(columns) for row in rows):

@@ -40,7 +40,8 @@ def document(
     Args:
         kind, gamma, at_least: as for `certify_run`.
         subject: of which run: model, dataset, split, constraint, beta, gamma, reduction, hyperparameters.
-        numbers: "pairs" and "meeting" (n, and how many have δ_θ ≥ γ).
+        numbers: "pairs" and "meeting" (n, and how many have δ_θ ≥ γ); "trained_on_left_out" (how many are not among them
+            because they were trained on), where there are any.
         files: name to blake2b hash and size of the files that the numbers came from.
         confidence: of the bound for a population.
         version: of the format.
@@ -75,6 +76,8 @@ def _said_of_count(gamma, confidence, subject, numbers) -> tuple[str, float, lis
         f"{meeting} of {count} held-out pairs have a preference gap δ_θ of at least {exact(gamma)} {unit}. With "
         f"{exact(100 * confidence)} % confidence, at least {_percent_down(share)} of the pairs of their population have."
     )
+    if trained := numbers.get("trained_on_left_out"):
+        statement += f" {trained} more pairs were trained on, and are not counted."
     return statement, share, [_AS_COMPUTED, _DRAWN]
 
 
@@ -106,6 +109,9 @@ def _check_numbers(gamma, at_least, confidence, subject, numbers) -> None:
         meeting = numbers.get("meeting")
         if type(meeting) is not int or not 0 <= meeting <= count:
             faults.append(f"meeting must be a count from 0 to {count}; got {meeting!r}")
+    trained = numbers.get("trained_on_left_out", 0)
+    if type(trained) is not int or trained < 0:
+        faults.append(f"trained_on_left_out must be a count; got {trained!r}")
     if faults:
         raise CertificateError("; ".join(faults) + ".")
 

@@ -4,15 +4,19 @@
 understands, and refuses all others. `hold_out` splits a test set off a source that has none.
 """
 
+import glob
 import hashlib
+import os
 import random
 import re
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files.cache import cache_root
 from . import hh
 from .demo import PAIR_FILES
 
@@ -103,20 +107,20 @@ def to_conversational(dataset: "Dataset | IterableDataset") -> "tuple[Dataset | 
 
     HH-RLHF text (strings, no `prompt`, beginning with a turn) becomes messages; its other columns are kept. Two forms pass
     unchanged: prompt, chosen and rejected, all strings or all messages; and chosen and rejected as messages that begin with
-    the prompt.
+    the prompt. Of these, rows without a text, or with a message without role or content, are refused.
 
     Returns:
-        The rows; and for HH-RLHF text a report on refused rows, else None. The report on a streamed dataset fills as rows
-        are read, and restarts with each pass.
+        The rows; and a report on refused rows, or None where all are whole and were no HH-RLHF text. The report on a streamed
+        dataset fills as rows are read, and restarts with each pass.
 
     Raises:
-        SourceError: the rows have none of these forms, or every HH-RLHF row was refused.
+        SourceError: the rows have none of these forms, or every row was refused.
     """
     rows = list(dataset.take(_INSPECTED))
     if not rows:
         raise SourceError("The dataset has no rows. Give another split or source.")
     if not _is_hh(rows):
-        return dataset, None
+        return _whole_stream(dataset) if _is_streamed(dataset) else _whole_rows(dataset)
     split = _split_rows(dataset)
     kept, report = _kept_stream(split) if _is_streamed(dataset) else _kept_rows(split)
     others = [column for column in rows[0] if column not in ("chosen", "rejected")]
@@ -198,9 +202,35 @@ def _from_files(kind: str, files: dict[str, Path], name: str, split: str, stream
     missing = [str(file) for file in files.values() if not file.is_file()]
     if missing:
         raise SourceError(f"{name} lacks {', '.join(missing)}. Install trl-cpo again.")
-    paths = {key: str(file) for key, file in files.items()}
     with _readable(name):
-        return datasets.load_dataset(kind, data_files=paths, split=split, streaming=streaming)
+        # As lists that are resolved already: datasets would take a name for a pattern, and a file's time for its identity.
+        listed = {key: datasets.data_files.DataFilesList(*_identified(file)) for key, file in files.items()}
+        return datasets.load_dataset(kind, data_files=listed, split=split, streaming=streaming)
+
+
+def _identified(file: Path) -> tuple[list[str], list[tuple[str, ...]]]:
+    """A file's path, such that datasets takes it as it is, and its content, by which results are cached."""
+    path, content = os.path.abspath(file), _digest([file])
+    if re.fullmatch(r"[\w./@+=, -]*", path) is None:
+        # datasets reads brackets and double colons as parts of an address.
+        ending = next(ending for ending in FILE_KINDS if file.name.endswith(ending))
+        link = cache_root() / "pairs" / f"{content}{ending}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink() or os.readlink(link) != path:
+            draft = link.with_name(f".{content}-{secrets.token_hex(4)}.tmp")
+            os.symlink(path, draft)
+            os.replace(draft, link)
+        path = str(link)
+    return [path], [(content,)]
+
+
+def _digest(files: Iterable[str | Path]) -> str:
+    """Of the files' contents, in that order."""
+    whole = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with open(file, "rb") as stream:
+            whole.update(hashlib.file_digest(stream, "blake2b").digest())
+    return whole.hexdigest()
 
 
 def _from_saved(folder: Path, split: str, streaming: bool):
@@ -211,20 +241,41 @@ def _from_saved(folder: Path, split: str, streaming: bool):
     if not isinstance(saved, datasets.DatasetDict):
         saved = {"train": saved}
     _check_split(split, list(saved), str(folder), slices=False)
+    # What is made of the rows is cached by this name, which state.json gives; it may have been kept while the rows changed.
+    content = _digest(each["filename"] for each in saved[split].cache_files)
+    saved[split]._fingerprint = hashlib.blake2b(f"{saved[split]._fingerprint} {content}".encode(), digest_size=8).hexdigest()
     return saved[split].to_iterable_dataset() if streaming else saved[split]
 
 
 def _from_loader(name: str, split: str, streaming: bool, config: str | None, data_dir: str | None = None):
     import datasets
 
+    is_folder = Path(name).is_dir()
+    if is_folder and glob.has_magic(str(Path(name).resolve())):
+        raise SourceError(
+            f"The path of the folder {name} holds one of the characters * ? [, which would be read as a pattern. Rename it, or "
+            "give the file in it."
+        )
     with _readable(name):
         builder = datasets.load_dataset_builder(name, config, data_dir=data_dir)
+        cache = _cache_of(builder.config.data_files) if is_folder else None
     # Known before any download, unless the dataset's loader gives neither.
     known = [str(key) for key in (builder.info.splits or builder.config.data_files or ())]
     if known:
         _check_split(split, known, name)
     with _readable(name):
-        return datasets.load_dataset(name, config, data_dir=data_dir, split=split, streaming=streaming)
+        own = {} if cache is None else {"cache_dir": cache}
+        return datasets.load_dataset(name, config, data_dir=data_dir, split=split, streaming=streaming, **own)
+
+
+def _cache_of(data_files: dict[str, list[str]] | None) -> str | None:
+    """The cache of a folder's data files, by their contents; None where some of them are elsewhere."""
+    import datasets
+
+    files = [file for key in sorted(data_files or ()) for file in data_files[key]]
+    if not files or not all(os.path.isfile(file) for file in files):
+        return None
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, "trl_cpo", _digest(files))
 
 
 def _is_streamed(dataset) -> bool:
@@ -292,6 +343,50 @@ def _split_rows(dataset):
         fn_kwargs={"parser": hashlib.sha256(Path(hh.__file__).read_bytes()).hexdigest()},
         features=features,
     )
+
+
+def _damage(row: dict[str, Any]) -> str | None:
+    """Why a row of strings or messages is refused; None: it is whole."""
+    for column in ("prompt", "chosen", "rejected"):
+        value = row.get(column)
+        if isinstance(value, str) or column not in row:
+            continue
+        if not isinstance(value, list):
+            return hh.Reason.NOT_A_STRING.value
+        for message in value:
+            # Where an assistant calls a tool, it need not say anything.
+            said = isinstance(message, dict) and (message.get("content") is not None or message.get("tool_calls"))
+            if not said or not isinstance(message.get("role"), str):
+                return hh.Reason.EMPTY_MESSAGE.value
+    return None
+
+
+def _whole_rows(dataset) -> "tuple[Dataset, hh.RowReport | None]":
+    columns = [column for column in ("prompt", "chosen", "rejected") if column in dataset.column_names]
+    reasons = map(_damage, dataset.select_columns(columns))
+    report, kept = hh.RowReport(), []
+    for number, reason in enumerate(reasons):
+        report.count(number, reason)
+        if reason is None:
+            kept.append(number)
+    if not report.refused:
+        return dataset, None
+    if not kept:
+        raise SourceError(f"Every row was refused.\n{report}\n{_FORMS}")
+    return dataset.select(kept), report
+
+
+def _whole_stream(dataset) -> "tuple[IterableDataset, hh.RowReport]":
+    report = hh.RowReport()
+
+    def keep(row: dict[str, Any], number: int) -> bool:
+        if number == 0:
+            report.clear()
+        reason = _damage(row)
+        report.count(number, reason)
+        return reason is None
+
+    return dataset.filter(keep, with_indices=True), report
 
 
 def _kept_rows(dataset) -> "tuple[Dataset, hh.RowReport]":

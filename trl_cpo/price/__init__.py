@@ -1,5 +1,6 @@
 """What training did to the model: KL to the reference on the policy's own samples, repetition, text, likelihood."""
 
+from .damage import in_words
 from .divergence import answer_kl
 from .document import FORMAT, Price, SetPrice
 from .meter import PriceMeter
@@ -7,4 +8,15 @@ from .of_trainer import meter_of
 from .repetition import repeated
 from .tracker import Limit, PriceTracker
 
-__all__ = ["FORMAT", "Limit", "Price", "PriceMeter", "PriceTracker", "SetPrice", "answer_kl", "meter_of", "repeated"]
+__all__ = [
+    "FORMAT",
+    "Limit",
+    "Price",
+    "PriceMeter",
+    "PriceTracker",
+    "SetPrice",
+    "answer_kl",
+    "in_words",
+    "meter_of",
+    "repeated",
+]

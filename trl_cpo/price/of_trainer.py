@@ -18,19 +18,21 @@ def meter_of(
     max_new_tokens: int = 48,
     share: float = 0.1,
     text: str | Path | None = None,
+    from_start: bool = False,
 ) -> PriceMeter:
     """Made before training, so that the model is at its start: the reference, unless the trainer holds another one.
 
     Args:
         pairs: tokenized held-out pairs (prompt_ids, chosen_ids), for prompts and answers.
         prompts, max_new_tokens, share, text: of `PriceMeter` and `gather_questions`.
+        from_start: whether the reference is the model as it is now, even where the trainer holds another.
     """
     tokenizer = trainer.processing_class
     unable = _unable(trainer, tokenizer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     # A reference that follows the policy is no fixed point to measure from; the start is.
-    follows = getattr(trainer.args, "sync_ref_model", False)
-    reference = None if follows else getattr(trainer, "ref_model", None)
+    moves = getattr(trainer.args, "sync_ref_model", False)
+    reference = None if moves or from_start else getattr(trainer, "ref_model", None)
     questions = Questions()
     if unable is None:
         questions = gather_questions(
