@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_cpo.intervals import clopper_pearson, lower_bound
+from trl_cpo.intervals import clopper_pearson, lower_bound, paired_difference
 
 
 def at_least(successes: int, trials: int, chance: float) -> float:
@@ -38,3 +38,24 @@ def test_impossible_counts_are_refused(wrong):
     for interval in (clopper_pearson, lower_bound):
         with pytest.raises(ValueError, match="must lie between|needs 0 <="):
             interval(*wrong)
+
+
+def test_paired_difference_by_its_definition():
+    low, high = clopper_pearson(5, 6)
+    assert paired_difference(5, 1, 10) == pytest.approx((0.6 * (2 * low - 1), 0.6 * (2 * high - 1)))
+    assert paired_difference(1, 5, 10) == pytest.approx((-0.6 * (2 * high - 1), -0.6 * (2 * low - 1)))
+    assert paired_difference(0, 0, 7) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("gained, lost", [(5, 0), (6, 0), (8, 1), (9, 1), (9, 2), (20, 9), (21, 8)])
+def test_paired_difference_excludes_zero_where_the_sign_test_rejects(gained, lost):
+    from scipy.stats import binomtest
+
+    rejects = binomtest(gained, gained + lost).pvalue < 0.05
+    assert (paired_difference(gained, lost, 50)[0] > 0) == rejects
+
+
+@pytest.mark.parametrize("gained, lost, trials", [(-1, 2, 5), (3, 3, 5), (0, 0, 0)])
+def test_paired_difference_refuses_what_cannot_be(gained, lost, trials):
+    with pytest.raises(ValueError, match="cannot have been gained"):
+        paired_difference(gained, lost, trials)

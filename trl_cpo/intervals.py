@@ -35,3 +35,22 @@ def clopper_pearson(successes: int, trials: int, confidence: float = CONFIDENCE)
     one_sided = (1.0 + confidence) / 2
     _checked(successes, trials, confidence)
     return lower_bound(successes, trials, one_sided), 1.0 - lower_bound(trials - successes, trials, one_sided)
+
+
+def paired_difference(gained: int, lost: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The interval of a difference of two fractions of the same trials, given how many changed, (lower, upper).
+
+    `gained` trials failed before and succeed now, `lost` the other way round. Given that m = gained + lost changed, gained is
+    binomial; its Clopper–Pearson interval (a, b) gives `m/n · (2a − 1)` to `m/n · (2b − 1)`. The interval excludes 0 where
+    the exact McNemar test rejects.
+
+    Raises:
+        ValueError: a count is negative, more trials changed than there are, or confidence is not between 0 and 1.
+    """
+    changed = gained + lost
+    if gained < 0 or lost < 0 or not max(changed, 1) <= trials:
+        raise ValueError(f"Of {trials} trials, {gained} cannot have been gained and {lost} lost.")
+    if changed == 0:
+        return 0.0, 0.0
+    low, high = clopper_pearson(gained, changed, confidence)
+    return changed / trials * (2 * low - 1), changed / trials * (2 * high - 1)
