@@ -244,16 +244,19 @@ def _batch(model, batch: Sequence[_Tokens], eos: int, device) -> tuple[list[list
     sizes = [len(tokens.options) for tokens in batch]
     owners = torch.repeat_interleave(torch.arange(count, device=device), tensor(sizes))
     options = [option for tokens in batch for option in tokens.options]
-    cache.batch_select_indices(owners)
     padded = tensor([option + [eos] * (longest - len(option)) for option in options])
     real = tensor([[1] * len(option) + [0] * (longest - len(option)) for option in options])
-    output = model(
-        input_ids=padded,
-        attention_mask=torch.cat([mask[owners], real], dim=1),
-        position_ids=following[owners][:, None] + torch.arange(longest, device=device),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    logits = torch.cat([first[owners][:, None], output.logits[:, :-1].float()], dim=1)
+    logits = first[owners][:, None]
+    if longest > 1:
+        cache.batch_select_indices(owners)
+        # Nothing follows the last token.
+        output = model(
+            input_ids=padded[:, :-1],
+            attention_mask=torch.cat([mask[owners], real[:, :-1]], dim=1),
+            position_ids=following[owners][:, None] + torch.arange(longest - 1, device=device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = torch.cat([logits, output.logits.float()], dim=1)
     picked = logits.log_softmax(-1).gather(2, padded[..., None])[..., 0] * real
     return [part.tolist() for part in picked.sum(1).split(sizes)], answers
