@@ -109,6 +109,13 @@ def fault_of(row: Mapping[str, Any]) -> str | None:
     return None
 
 
+def option_logps(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Mapping[str, Any]]):
+    """The scores of each row's options as tensors, one a row, for gradients: what `decide` computes, in the model's mode."""
+    device, eos = model.get_input_embeddings().weight.device, tokenizer.eos_token_id
+    batch = [_tokens(tokenizer, row) for row in rows]
+    return _scores(model, _read(model, batch, eos, device), batch, eos)
+
+
 def decide(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Mapping[str, Any]], batch_size: int = 32
 ) -> list[Decision]:
@@ -126,11 +133,13 @@ def decide(
             raise ValueError(f"Row {number}: {fault}. Give every row its options, or leave the column out.")
     decisions: list[Decision] = []
     with _evaluating(model), torch.no_grad():
-        device = model.get_input_embeddings().weight.device
+        device, eos = model.get_input_embeddings().weight.device, tokenizer.eos_token_id
         tokens = [_tokens(tokenizer, row) for row in rows]
         for start in range(0, len(rows), batch_size):
             batch = tokens[start : start + batch_size]
-            scores, answers = _batch(model, batch, tokenizer.eos_token_id, device)
+            read = _read(model, batch, eos, device)
+            answers = _greedy(model, read, max(len(option) for row in batch for option in row.options), eos)
+            scores = [part.tolist() for part in _scores(model, read, batch, eos)]
             for row, row_scores, answer in zip(rows[start : start + batch_size], scores, answers, strict=True):
                 text = tokenizer.decode(answer, skip_special_tokens=True).strip().partition("\n")[0].strip()
                 named = dict(zip(row[OPTIONS], row_scores, strict=True))
@@ -188,75 +197,77 @@ def _check_cache(cache) -> None:
         raise ValueError(f"Decisions need a model with full attention in every layer; this one keeps {found}.")
 
 
-def _batch(model, batch: Sequence[_Tokens], eos: int, device) -> tuple[list[list[float]], list[list[int]]]:
+@dataclass
+class _Read:
+    """Prompts that a model has read: its cache, and the distribution of the token after each (n, vocabulary)."""
+
+    cache: Any
+    mask: torch.Tensor
+    first: torch.Tensor
+    position: torch.Tensor  # of the token after each prompt
+
+    def go_on(self, model, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, offset: int = 0) -> torch.Tensor:
+        """Logits after each of `ids` (k, m), which follow the prompts `rows` (k,) of what the cache holds."""
+        at = self.position[rows][:, None] + offset + torch.arange(ids.shape[1], device=ids.device)
+        whole = torch.cat([self.mask[rows], mask], dim=1)
+        output = model(input_ids=ids, attention_mask=whole, position_ids=at, past_key_values=self.cache, use_cache=True)
+        return output.logits
+
+
+def _read(model, batch: Sequence[_Tokens], pad: int, device) -> _Read:
     prefix = batch[0].prompt[:-1]
     for tokens in batch:
         prefix = prefix[: _common(prefix, tokens.prompt[:-1])]
     tails = [tokens.prompt[len(prefix) :] for tokens in batch]
     width, count, shared = max(map(len, tails)), len(batch), len(prefix)
-
-    def tensor(rows) -> torch.Tensor:
-        return torch.tensor(rows, device=device)
-
     cache = None
     if prefix:
-        cache = model(input_ids=tensor([prefix]), use_cache=True, logits_to_keep=1).past_key_values
+        beginning = torch.tensor([prefix], device=device)
+        cache = model(input_ids=beginning, use_cache=True, logits_to_keep=1).past_key_values
         _check_cache(cache)
         cache.batch_repeat_interleave(count)
     # Padded between the shared beginning and the rest, so that all prompts end in one column.
-    missing = tensor([width - len(tail) for tail in tails])
+    missing = torch.tensor([width - len(tail) for tail in tails], device=device)
     mask = torch.ones(count, shared + width, dtype=torch.long, device=device)
     columns = torch.arange(width, device=device)
     mask[:, shared:] = (columns >= missing[:, None]).long()
     output = model(
-        input_ids=tensor([[eos] * (width - len(tail)) + tail for tail in tails]),
+        input_ids=torch.tensor([[pad] * (width - len(tail)) + tail for tail in tails], device=device),
         attention_mask=mask,
         position_ids=(shared + columns - missing[:, None]).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    cache, first = output.past_key_values, output.logits[:, -1].float()
-    _check_cache(cache)
-    following = shared + width - missing  # the position of the first token of an answer
+    _check_cache(output.past_key_values)
+    return _Read(output.past_key_values, mask, output.logits[:, -1].float(), shared + width - missing)
 
-    longest = max(len(option) for tokens in batch for option in tokens.options)
-    given, column = [], first.argmax(-1)
-    for step in range(longest):
-        given.append(column)
-        if step + 1 == longest:
-            break
-        steps = mask.new_ones(count, step + 1)
-        output = model(
-            input_ids=column[:, None],
-            attention_mask=torch.cat([mask, steps], dim=1),
-            position_ids=(following + step)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        column = output.logits[:, -1].argmax(-1)
-    answers = []
-    for row in torch.stack(given, dim=1).tolist():
-        answers.append(row[: row.index(eos)] if eos in row else row)
-    if longest > 1:
-        cache.crop(1 - longest)
 
-    sizes = [len(tokens.options) for tokens in batch]
-    owners = torch.repeat_interleave(torch.arange(count, device=device), tensor(sizes))
+def _greedy(model, read: _Read, length: int, eos: int) -> list[list[int]]:
+    """Greedy answers of at most `length` tokens, cut before their end. The cache is as it was before."""
+    given, rows = [read.first.argmax(-1)], torch.arange(len(read.first), device=read.first.device)
+    while len(given) < length:
+        # The mask of the tokens given so far, and of the one that is read now.
+        logits = read.go_on(model, given[-1][:, None], read.mask.new_ones(len(rows), len(given)), rows, len(given) - 1)
+        given.append(logits[:, -1].argmax(-1))
+    if length > 1:
+        read.cache.crop(1 - length)
+    return [row[: row.index(eos)] if eos in row else row for row in torch.stack(given, dim=1).tolist()]
+
+
+def _scores(model, read: _Read, batch: Sequence[_Tokens], pad: int) -> list[torch.Tensor]:
+    """The summed log-probs of the options of each prompt. Uses the cache up."""
+    device, sizes = read.first.device, [len(tokens.options) for tokens in batch]
+    owners = torch.repeat_interleave(torch.arange(len(batch), device=device), torch.tensor(sizes, device=device))
     options = [option for tokens in batch for option in tokens.options]
-    padded = tensor([option + [eos] * (longest - len(option)) for option in options])
-    real = tensor([[1] * len(option) + [0] * (longest - len(option)) for option in options])
-    logits = first[owners][:, None]
+    longest = max(map(len, options))
+    padded = torch.tensor([option + [pad] * (longest - len(option)) for option in options], device=device)
+    real = torch.tensor([[1] * len(option) + [0] * (longest - len(option)) for option in options], device=device)
+    logits = read.first[owners][:, None]
     if longest > 1:
-        cache.batch_select_indices(owners)
+        read.cache.batch_select_indices(owners)
         # Nothing follows the last token.
-        output = model(
-            input_ids=padded[:, :-1],
-            attention_mask=torch.cat([mask[owners], real[:, :-1]], dim=1),
-            position_ids=following[owners][:, None] + torch.arange(longest - 1, device=device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = torch.cat([logits, output.logits.float()], dim=1)
+        later = read.go_on(model, padded[:, :-1], real[:, :-1], owners)
+        logits = torch.cat([logits, later.float()], dim=1)
     picked = logits.log_softmax(-1).gather(2, padded[..., None])[..., 0] * real
-    return [part.tolist() for part in picked.sum(1).split(sizes)], answers
+    return list(picked.sum(1).split(sizes))
