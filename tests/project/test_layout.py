@@ -28,8 +28,9 @@ LAYOUT = {
     ),
     "run": (
         "one training run, from pairs to a folder",
-        {"config", "constraint_fields", "data", "engine", "files", "logs", "pairs", "trainer"},
+        {"config", "constraint_fields", "data", "decisions", "engine", "files", "logs", "pairs", "trainer"},
     ),
+    "decisions": ("the right option: preferred, likeliest, given", {"intervals"}),
     "audit": ("look before you train", {"data", "intervals", "metrics", "pairs", "scoring", "theory", "units"}),
     "certificates": ("what held-out pairs prove", {"constraints", "data", "files", "intervals", "scoring", "units"}),
     "scoring": ("a model scores a set of pairs", {"_trl", "config", "data", "engine"}),

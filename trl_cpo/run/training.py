@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.models import read_config, source_of
+from ..decisions import in_words
 from ..files.atomic import write_json
 from ..files.run_files import LOG, METRICS, PAIRS
 from .card import add_results
 from .data import load_sets, say_reports
+from .decided import Decided
 from .record import pairs_document, versions
 
 if TYPE_CHECKING:
@@ -177,10 +179,14 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
 
     trained_on = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed"
     say(f"[3/4] Training on {trained_on} pairs with constraint {args.constraint}; held-out pairs before and after")
+    decided = Decided(trainer, test_set, say)
+    if checkpoint is None:
+        decided.count_start()
     trainer.train(resume_from_checkpoint=checkpoint)
     starts = [r for r in trainer.state.log_history if r["step"] == 0 and "eval_cpo/gap" in r]
     before = starts[0] if starts else None
     after = trainer.evaluate()
+    decisions = decided.document()
     evaluated = after["eval_cpo/pairs"]
     if options.dataset_streaming:
         say_reports(reports, say)
@@ -223,6 +229,9 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
         table = before_after(
             before, after, pairs=evaluated, gamma=args.gamma, reduction=args.logps_reduction, constraint=args.constraint
         )
+        if decisions is not None:
+            record["decisions"] = decisions
+            table += f"\n\n{in_words(decisions)}"
         sentence = None
         if trainer.price is not None:
             record["price"] = trainer.price.summary(time.time() - started)
