@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from .document import SetPrice
 
 #: Nats per token beyond which a model is called damaged; docs/price.md says which runs the thresholds come from.
-MOST_KL = 0.5
+MOST_KL = 0.25
 #: The same for the rise of the share of repeated 3-grams over the reference's.
 MOST_REPETITION = 0.15
 
