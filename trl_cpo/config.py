@@ -11,7 +11,7 @@ from .faults import is_finite, is_true_or_false, one_of
 from .hyperparameters import fault
 from .metrics import MORE_IS_BETTER, more_is_better
 from .pairs import REDUCTIONS
-from .price.fields import PriceFields
+from .price.fields import PriceFields, prepare_price, price_faults
 
 
 @documented
@@ -43,8 +43,8 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
     )
 
     def __post_init__(self):
-        if not self.price_faults():
-            self.prepare_price()
+        if not price_faults(self):
+            prepare_price(self)
         if self.greater_is_better is None:
             # transformers takes less to be better only of names that end with "loss".
             self.greater_is_better = more_is_better(self.metric_for_best_model)
@@ -65,7 +65,7 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
             faults.append(one_of("logps_reduction", self.logps_reduction, REDUCTIONS))
         known, out_of_range = not faults, self._out_of_range()
         faults += [*out_of_range.values(), *is_true_or_false("narrate", self.narrate), *super().faults()]
-        faults += self.price_faults()
+        faults += price_faults(self)
         if known and set(self.loss_type) <= set(LOSS_READS):
             faults += self._combination_faults(out_of_range)
         return faults

@@ -13,7 +13,7 @@ from .logs.narration import Narrator
 from .metrics import COLUMNS, MetricLedger, PairView, per_pair
 from .multiplier import DualAscent, Multiplier
 from .pairs import PairLogps
-from .price import Limit, PriceTracker
+from .price import Limit, PriceTracker, keeps_last_within
 
 
 class CPOConstrainedTrainer(DPOTrainer):
@@ -144,7 +144,7 @@ class CPOConstrainedTrainer(DPOTrainer):
     def _determine_best_metric(self, metrics, trial):
         if self.price is not None and not self.price.within(metrics):
             return False
-        if not self.args.keeps_last_within:
+        if not keeps_last_within(self.args):
             return super()._determine_best_metric(metrics, trial)
         self.state.best_global_step = self.state.global_step
         return True

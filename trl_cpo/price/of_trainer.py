@@ -27,7 +27,7 @@ def meter_of(
         prompts, max_new_tokens, share, text: of `PriceMeter` and `gather_questions`.
         from_start: whether the reference is the model as it is now, even where the trainer holds another.
     """
-    tokenizer = trainer.processing_class
+    tokenizer: Any = trainer.processing_class
     unable = _unable(trainer, tokenizer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     # A reference that follows the policy is no fixed point to measure from; the start is.
