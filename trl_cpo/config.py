@@ -9,6 +9,7 @@ from .constraints import CONSTRAINTS, Constraint
 from .engine.config import DPOConfig, documented
 from .faults import is_finite, is_true_or_false, one_of
 from .hyperparameters import fault
+from .metrics import MORE_IS_BETTER, more_is_better
 from .pairs import REDUCTIONS
 from .price.fields import PriceFields
 
@@ -44,6 +45,9 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
     def __post_init__(self):
         if not self.price_faults():
             self.prepare_price()
+        if self.greater_is_better is None:
+            # transformers takes less to be better only of names that end with "loss".
+            self.greater_is_better = more_is_better(self.metric_for_best_model)
         super().__post_init__()
         if self.logps_reduction == "mean":
             self.loss_type = [MEAN_OF.get(loss_type, loss_type) for loss_type in self.loss_type]
@@ -85,7 +89,22 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
             if name not in reads and getattr(self, name) != declared.default
         ]
         notes = [f"constraint={self.constraint!r} does not use {', '.join(unused)}."] if unused else []
-        return notes + self.form.cautions()
+        return notes + self._best_model_cautions() + self.form.cautions()
+
+    def _best_model_cautions(self) -> list[str]:
+        name, said = self.metric_for_best_model, self.greater_is_better
+        own, better = str(name).rpartition("cpo/")[2], more_is_better(name)
+        if better is not None and said is not better:
+            return [
+                f"metric_for_best_model={name!r} with greater_is_better={said} keeps the worst checkpoint: "
+                f"{'more' if better else 'less'} of it is better. Set greater_is_better={better}, or leave it out."
+            ]
+        if "cpo/" in str(name) and own in MORE_IS_BETTER and better is None:
+            return [
+                f"metric_for_best_model={name!r} says nothing of the policy, so it finds no best checkpoint. Use "
+                "'eval_loss', 'eval_cpo/violation' or 'eval_cpo/gap'."
+            ]
+        return []
 
     def _out_of_range(self) -> dict[str, str]:
         faults = {name: fault(declared, getattr(self, name)) for name, declared in HYPERPARAMETERS.items()}

@@ -88,7 +88,7 @@ def in_words(found: Mapping[str, Any]) -> str:
             share, low, high = (100 * gain[name][key] for key in ("share", "low", "high"))
             change = f"{share:+.0f} ({low:+.0f} to {high:+.0f})"
         lines.append(f"{label:<47}{then:>18}{now:>18}{change:>18}")
-    lines.append("(95 % intervals in brackets: exact for shares; of gains row by row, given how many rows changed)")
+    lines.append("(95 % intervals in brackets: exact for shares, paired for gains)")
     return "\n".join(lines)
 
 

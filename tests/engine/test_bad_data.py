@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl.data_utils import is_conversational
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
@@ -380,3 +382,35 @@ def test_a_streamed_set_is_counted_as_it_comes(make, tokenizer):
     trainer.train()
     (logged,) = [log for log in trainer.state.log_history if "cpo/gap" in log]
     assert logged["cpo/incomparable_pairs"] == 2
+
+
+# --- columns that are not the pair's ----------------------------------------------------------------------------------
+
+TURNS = [{"role": "user", "content": "why?"}]
+
+
+def asks_first(column):
+    """TRL's is_conversational in a process whose hash seed puts `column` first."""
+
+    def asked(example):
+        return is_conversational({column: example[column]} if column in example else example)
+
+    return asked
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("column, value", [("messages", TURNS), ("completion", TURNS), ("completion", "rain")])
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_helper_column_changes_no_token_under_any_hash_seed(make, monkeypatch, column, value, conversational, streamed):
+    """TRL asks one column of a row whether it is messages, and which one depends on PYTHONHASHSEED."""
+    plain = pairs_dataset(6, conversational=conversational)
+    rows = [{**row, column: value, "note": n} for n, row in enumerate(plain)]
+    helped = IterableDataset.from_generator(lambda: iter(copy.deepcopy(rows))) if streamed else Dataset.from_list(rows)
+    wanted = list(make(train_dataset=plain).train_dataset)
+    for first in (column, "prompt"):
+        monkeypatch.setattr(dpo_trainer, "is_conversational", asks_first(first))
+        got = list(make(train_dataset=helped).train_dataset)
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        assert [[row[name] for name in names] for row in got] == [[row[name] for name in names] for row in wanted]
+        assert [row[column] for row in got] == [value] * 6 and [row["note"] for row in got] == list(range(6))
+        assert not any("hidden" in name for row in got for name in row)

@@ -10,7 +10,7 @@ from trl_cpo.report import style
 class Page(HTMLParser):
     """Tags as a tree is built of them, and the visible text; a tag that is closed in the wrong place fails."""
 
-    VOID = {"meta", "img", "br", "hr", "link", "input"}
+    VOID = {"meta", "img", "br", "hr", "link", "input", "source"}
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
@@ -32,8 +32,8 @@ class Page(HTMLParser):
             self.text += data
 
 
-def drawn_figure(kind, runs):
-    with style.drawing():
+def drawn_figure(kind, runs, shape=style.WIDE):
+    with style.drawing(shape):
         figure, notes = kind.draw(runs)
         figure.draw_without_rendering()
     return figure, notes

@@ -71,11 +71,11 @@ def test_without_a_measured_price_a_sentence_takes_the_pictures_place(tmp_path, 
     why = "it needs evaluations after the start with eval_cpo/kl in log.jsonl, and none measured the price."
     for folder in (old, start_only):
         (picture,) = [picture for picture in pictures.draw(read_runs([folder])) if picture.kind is GAIN]
-        assert picture.png is None and picture.notes == [f"Not drawn: {why}"]
+        assert picture.wide is picture.narrow is None and picture.notes == [f"Not drawn: {why}"]
         assert f"Not drawn: {why}" in Page(make_report([folder]).page.read_text()).text
         assert not (folder / "report" / "gain-against-price.png").exists()
     (picture,) = [picture for picture in pictures.draw(read_runs([old, priced])) if picture.kind is GAIN]
-    assert picture.png and picture.notes == [f"Without A: {why}"]
+    assert picture.wide and picture.narrow and picture.notes == [f"Without A: {why}"]
 
 
 @pytest.mark.parametrize("forged", [float("nan"), float("inf"), -0.5, 1e300, "0.3", None, True, [1.0]])

@@ -64,7 +64,7 @@ def test_an_answer_that_runs_share_is_shown_once(tmp_path):
     first = price_section.samples(read_runs(folders))[0]
     assert first["prompt"] == "What is a leek?"
     assert [names for names, _ in first["answers"]] == [
-        "A before, step 0; B before, step 0",
+        "A, B before, step 0",
         "A after, step 60",
         "B after, step 60",
     ]

@@ -50,6 +50,7 @@ def _as_text(report) -> str:
 
 
 def _as_json(report) -> str:
+    from ..report.paired import comparisons
     from ..report.table import metric_rows
 
     def shown(cell):
@@ -72,6 +73,14 @@ def _as_json(report) -> str:
         damage = [sentence.encode("utf-8", "backslashreplace").decode() for sentence in last.damage]
         return {"step": last.step, "sets": sets, "damage": damage}
 
+    def difference(comparison):
+        """A run minus the first that holds the same pairs."""
+        named = {"prefers_chosen": comparison.prefers, "in_undesirable_region": comparison.in_u, "gap": comparison.gap}
+        numbers = {
+            name: {"value": one.value, "interval_95": one.interval and list(one.interval)} for name, one in named.items()
+        }
+        return {"run": comparison.run.letter, "minus": comparison.other.letter, **numbers}
+
     rows = metric_rows(report.runs)
     runs = [
         {
@@ -92,5 +101,6 @@ def _as_json(report) -> str:
         "pictures": [str(file) for file in report.pictures],
         "notes": report.notes,
         "runs": runs,
+        "differences": [difference(comparison) for comparison in comparisons(report.runs)],
     }
     return json.dumps(made, indent=1, ensure_ascii=False)

@@ -1,8 +1,12 @@
 """Checks of the user's model, tokenizer and data, before anything expensive starts."""
 
+import warnings
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+
+from .rows import keep_sound, refusal, row_fault
 
 _FORMAT = (
     "A preference dataset has the columns prompt, chosen, rejected (or chosen and rejected that both begin with the "
@@ -10,14 +14,23 @@ _FORMAT = (
 )
 
 
-def check_preference_dataset(dataset: Any, name: str) -> None:
-    """Raises `ValueError` if the dataset, called `name` in the message, is empty or lacks preference columns.
+#: Fingerprints of sets whose rows were all looked at: the trainer checks a set before the model is loaded, and when it is
+#: prepared.
+_SOUND: set[str] = set()
 
-    Only the first row is read, so streamed datasets can be checked too.
+
+def check_preference_dataset(dataset: Any, name: str, *, prompt_needed: bool = True, warns: bool = True) -> None:
+    """Raises `ValueError` if the dataset, called `name` in the message, is empty, lacks columns or has damaged rows.
+
+    Of a streamed dataset only the first row is read; `sound_stream` looks at the others.
+
+    Args:
+        prompt_needed: whether strings without a column `prompt` are refused; otherwise they are warned of.
+        warns: whether this process is the one that warns.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
-            check_preference_dataset(part, f"{name}[{key!r}]")
+            check_preference_dataset(part, f"{name}[{key!r}]", prompt_needed=prompt_needed, warns=warns)
         return
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return  # DPOTrainer raises an error that names the allowed types.
@@ -30,6 +43,29 @@ def check_preference_dataset(dataset: Any, name: str) -> None:
             f"{name} has no column {' and no column '.join(map(repr, missing))}; its columns are {sorted(first)}. "
             f"{_FORMAT}. Rename yours with dataset.rename_column('yours', {missing[0]!r})."
         )
+    if isinstance(dataset, IterableDataset):
+        if fault := row_fault(first):
+            raise ValueError(f"{name}: row 0 cannot be used: {fault}. {_FORMAT}.")
+    elif dataset._fingerprint not in _SOUND:
+        if message := refusal(dataset, name):
+            raise ValueError(f"{message}\n{_FORMAT}.")
+        _SOUND.add(dataset._fingerprint)
+    if "prompt" not in first and isinstance(first["chosen"], str):
+        message = (
+            f"{name} has no column 'prompt'; its columns are {sorted(first)}. Two strings alone do not show where the prompt "
+            "ends: DPOTrainer takes what both begin with, which may be nothing, or run into answers that begin alike. Rename "
+            "yours with dataset.rename_column('yours', 'prompt'); HH-RLHF text becomes messages with "
+            "trl_cpo.data.loading.to_conversational(dataset)."
+        )
+        if prompt_needed:
+            raise ValueError(message)
+        if warns:
+            warnings.warn(message, stacklevel=3)
+
+
+def sound_stream(dataset: IterableDataset, name: str) -> IterableDataset:
+    """A streamed dataset that stops at a row which cannot be used."""
+    return dataset.filter(partial(keep_sound, name=name), with_indices=True)
 
 
 def check_tokenizer(tokenizer: Any, conversational: bool) -> None:
@@ -72,6 +108,53 @@ def check_vocabularies(config: Any, ref_model: Any) -> None:
             f"model has a vocabulary of {ours} tokens, but ref_model one of {theirs}: the same token ids may mean different "
             "tokens. Use a ref_model with the model's tokenizer, or leave ref_model out to use the initial model. If only "
             f"padding rows differ, call ref_model.resize_token_embeddings({ours})."
+        )
+
+
+class VocabularyFit:
+    """Whether a model can embed every token that a tokenizer makes of the pairs; asked of the tokens that are there.
+
+    Args:
+        tokenizer: it may have been given tokens since the model was made.
+        config: the model's.
+    """
+
+    def __init__(self, tokenizer: Any, config: Any):
+        self._tokenizer, self._rows = tokenizer, config.get_text_config().vocab_size
+        self._tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+
+    def check_padding(self, pad_token: str | None = None) -> None:
+        """Raises `ValueError` if the token that fills up batches is not the model's; None: the tokenizer's, or its EOS."""
+        token = pad_token or self._tokenizer.pad_token or self._tokenizer.eos_token
+        number = self._tokenizer.convert_tokens_to_ids(token)
+        if self._tokens > self._rows and number is not None and number >= self._rows:
+            raise ValueError(f"The pad token {token!r} has the id {number}. {self._advice()}")
+
+    def checked(self, dataset: Any, name: str) -> Any:
+        """The tokenized dataset; raises `ValueError` if a row has a token that is not the model's, of a stream when read."""
+        if self._tokens <= self._rows:
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            return dataset.filter(partial(self._fits, name=name), with_indices=True)
+        columns = [column for column in ("prompt_ids", "chosen_ids", "rejected_ids") if column in dataset.column_names]
+        for number, row in enumerate(dataset.select_columns(columns)):
+            self._fits(row, number, name)
+        return dataset
+
+    def _fits(self, row: Any, number: int, name: str) -> bool:
+        largest = max((max(row[column], default=-1) for column in ("prompt_ids", "chosen_ids", "rejected_ids")), default=-1)
+        if largest >= self._rows:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"Row {number} of the {name} dataset has the token {token!r} with the id {largest}. {self._advice()}"
+            )
+        return True
+
+    def _advice(self) -> str:
+        return (
+            f"The tokenizer has {self._tokens} tokens, but the model embeds {self._rows}: its embeddings were not resized when "
+            f"tokens were added. Call model.resize_token_embeddings({self._tokens}) before training and save model and "
+            "tokenizer, or use the tokenizer that the model was trained with."
         )
 
 

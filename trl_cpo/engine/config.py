@@ -32,6 +32,9 @@ _BOUNDS: dict[str, tuple[float, bool, bool]] = {
     "eval_steps": (0, False, False),
 }
 
+#: Orders of the training set for which transformers looks up lengths, in a column that DPOTrainer removes before.
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
+
 
 def documented(cls: type) -> type:
     """Class decorator: lists a dataclass's own fields, with their help, under "Parameters:" in its docstring."""
@@ -150,6 +153,13 @@ class DPOConfig(trl.DPOConfig):
             faults.append(
                 f"{orders[0]} sets the order of the training pairs; it cannot be combined with train_sampling_strategy="
                 f"{self.train_sampling_strategy!r}. Leave one of them out."
+            )
+        elif self.train_sampling_strategy in _BY_LENGTH and self.remove_unused_columns:
+            faults.append(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} needs the lengths of single sequences, which pairs "
+                "do not have. Set balance_tokens=True instead: processes and micro-batches of a step get about the same number "
+                "of tokens, and each step keeps its pairs. (A column of your own lengths, length_column_name, is read only "
+                "under remove_unused_columns=False.)"
             )
         if self.tokens_per_step is not None and self.auto_find_batch_size:
             faults.append(

@@ -5,10 +5,16 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
 
+from .._trl.datasets import holds_messages
 from .._trl.models import config_of, load_processing_class
-from ..data.validation import check_lengths_known, check_preference_dataset, check_tokenizer, check_vocabularies
+from ..data.validation import (
+    VocabularyFit,
+    check_lengths_known,
+    check_preference_dataset,
+    check_tokenizer,
+    check_vocabularies,
+)
 from .config import DPOConfig
 from .processes import check_agreement, check_launch, facts_of
 
@@ -45,14 +51,16 @@ def preflight(
     check_agreement(lambda: facts_of(args, configs=configs, datasets=datasets))
     for name, dataset in datasets.items():
         if dataset is not None:
-            check_preference_dataset(dataset, name)
+            check_preference_dataset(dataset, name, prompt_needed=not args.is_plain_dpo, warns=args.process_index == 0)
     if ref_model is not None:
         check_vocabularies(config_of(model, args), ref_model)
     if processing_class is None:
         processing_class = load_processing_class(model, args)
     train_dataset = datasets["train_dataset"]
     if isinstance(train_dataset, (Dataset, IterableDataset)) and isinstance(processing_class, PreTrainedTokenizerBase):
-        check_tokenizer(processing_class, is_conversational(next(iter(train_dataset))))
+        check_tokenizer(processing_class, holds_messages(next(iter(train_dataset))))
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        VocabularyFit(processing_class, config_of(model, args)).check_padding(args.pad_token)
     for option in ("balance_tokens", "tokens_per_step"):
         if getattr(args, option):
             check_lengths_known(train_dataset, option)

@@ -61,8 +61,7 @@ def _unable(trainer: Trainer, tokenizer) -> str | None:
     if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
         kind = "FSDP" if trainer.is_fsdp_enabled else "ZeRO-3"
         return (
-            f"The price is not measured under {kind}, where no process holds the whole model. Measure the saved model "
-            "afterwards: trl-cpo price."
+            f"The price is not measured under {kind}, where no process holds the whole model."
         )
     if not hasattr(trainer.accelerator.unwrap_model(trainer.model), "generate"):
         return f"The price is not measured: {type(trainer.model).__name__} cannot generate text."

@@ -42,7 +42,7 @@ def make_report(folders: Sequence[str | Path], out: str | Path | None = None) ->
     from .pictures import draw
 
     notes, pictures = of_runs(runs), draw(runs)
-    drawn = {f"{picture.kind.name}.png": picture.png for picture in pictures if picture.png}
+    drawn = {f"{picture.kind.name}.png": picture.wide.png for picture in pictures if picture.wide}
     page = "report.html"
     write(out, {**drawn, page: render(runs, notes, pictures).encode("utf-8")})
     return Report(out / page, [out / name for name in drawn], runs, notes)

@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from .. import __version__
 from . import price_section, table
-from .pictures import Picture
+from .pictures import Drawn, Picture
 from .run import Run
 
 #: Runs per table; more runs get further tables, so that no table is wider than the page.
@@ -47,10 +47,16 @@ def _sentence(run: Run) -> str:
     return text + ("." if in_u is None else f"; {in_u.text} lie in U.") + price_section.sentence(run)
 
 
+def _source(drawn: Drawn) -> str:
+    """A drawing as an address that needs no network."""
+    return f"data:image/png;base64,{base64.b64encode(drawn.png).decode()}"
+
+
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
+    environment.filters["source"] = _source
     return environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 
 
@@ -76,8 +82,5 @@ def render(runs: list[Run], run_notes: list[str], pictures: list[Picture]) -> st
         settings=settings,
         setting_parts=chunks(list(range(len(runs))), _COLUMNS),
         versions=table.versions(runs),
-        pictures=[
-            (picture, f"data:image/png;base64,{base64.b64encode(picture.png).decode()}" if picture.png else None)
-            for picture in pictures
-        ],
+        pictures=pictures,
     )

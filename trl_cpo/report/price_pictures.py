@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from . import table
 from .run import Evaluation, Run
-from .style import QUIET, panels, plain_ticks, run_style, run_title
+from .style import QUIET, legend, panels, plain_ticks, run_style, run_title
 
 #: Where the KL is measured: the metric, and the panel's title.
 _WHERE = (("cpo/kl", "KL on the pairs' prompts"), ("cpo/kl_general", "KL on general prompts"))
@@ -49,7 +49,7 @@ def gain_against_price(runs: list[Run]) -> tuple[Figure, list[str]]:
     handles.append(Line2D([], [], color=QUIET, marker="o", markersize=10, linestyle="", label="large: the last evaluation"))
     if any(_interval(evaluation) for run in runs for _, evaluation in points(run)):
         handles.append(Line2D([], [], color=QUIET, marker="|", markersize=10, linestyle="", label="bars: exact 95 % intervals"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    legend(figure, handles, columns=3)
     unknown = [
         f"{run.letter}: {len(run.evaluations) - len(points(run))} of {len(run.evaluations)} evaluations measured no KL."
         for run in runs

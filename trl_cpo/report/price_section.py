@@ -57,9 +57,12 @@ def _clipped(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} … ({len(text)} characters in all)"
 
 
-def _when(run: Run, measurement: Measurement, several: bool) -> str:
-    place = "before" if measurement is ends(run)[0] else "after"
-    return f"{run.letter} {place}, step {measurement.step}" if several else f"{place}, step {measurement.step}"
+def _names(place: str, letters_by_step: dict[int, list[str]], several: bool) -> str:
+    """Who gave an answer: "A, B before, step 0", or "before, step 0" of a single run."""
+    return "; ".join(
+        f"{', '.join(letters)} {place}, step {step}" if several else f"{place}, step {step}"
+        for step, letters in letters_by_step.items()
+    )
 
 
 def samples(runs: list[Run]) -> list[dict]:
@@ -71,14 +74,15 @@ def samples(runs: list[Run]) -> list[dict]:
     for of_set in SETS:
         asked = dict.fromkeys(prompt for run in runs for one in ends(run) for prompt in _on(one, of_set).answers)
         for prompt in list(asked)[:MOST_PROMPTS]:
-            answers: dict[tuple[int, str], list[str]] = {}
+            answers: dict[tuple[str, str], dict[int, list[str]]] = {}
             for place in (0, 1):
                 for run in runs:
                     measurement = ends(run)[place]
                     text = _on(measurement, of_set).answers.get(prompt)
                     if measurement is not None and text is not None:
-                        answers.setdefault((place, text), []).append(_when(run, measurement, len(runs) > 1))
-            cells = [("; ".join(named), _clipped(text)) for (_, text), named in answers.items()]
+                        gave = answers.setdefault((("before", "after")[place], text), {})
+                        gave.setdefault(measurement.step, []).append(run.letter)
+            cells = [(_names(place, gave, len(runs) > 1), _clipped(text)) for (place, text), gave in answers.items()]
             shown.append({"of": SETS[of_set], "prompt": _clipped(prompt), "answers": cells})
     return shown
 

@@ -42,6 +42,11 @@ class HeldOut:
         return self._gap("start")
 
     @property
+    def reference(self) -> np.ndarray:
+        """The reference's log-probabilities, (n, 2): chosen and rejected."""
+        return np.stack([self._column("ref_chosen"), self._column("ref_rejected")], axis=1)
+
+    @property
     def starts_at_reference(self) -> bool:
         """Whether the policy started as the reference, to a thousandth of a nat, wherever its start is known."""
         known = np.isfinite(self.start_gap)

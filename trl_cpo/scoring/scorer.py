@@ -111,13 +111,11 @@ class Scorer:
         Raises:
             ValueError: the pairs, or the tokenizer for them, lack something, or no pair is left.
         """
-        from trl.data_utils import is_conversational
-
-        from .._trl.datasets import TOKENIZED_COLUMNS, prompt_alone, tokenized
+        from .._trl.datasets import TOKENIZED_COLUMNS, holds_messages, prompt_alone, tokenized
         from ..data import validation as checks
 
         checks.check_preference_dataset(pairs, name)
-        checks.check_tokenizer(tokenizer, is_conversational(pairs[0]))
+        checks.check_tokenizer(tokenizer, holds_messages(pairs[0]))
         seen = pairs.select_columns([column for column in (*_SEEN_COLUMNS, ROW) if column in pairs.column_names])
         prepared = tokenized(seen, tokenizer, self.cut(), name)
         checks.check_not_all_dropped(prepared, name, self.max_length)
@@ -141,12 +139,15 @@ class Scorer:
             ModelError: there is no such model, or it cannot be scored.
             ProcessesDisagree: the processes were started with other settings or pairs.
         """
+        from ..data import validation as checks
         from ..engine import processes
         from ..engine.shutdown import pause_at_exit
 
         args = self.config()
         processes.check_launch(args)
-        datasets = {name: prepared.dataset for name, prepared in sets.items()}
+        fit = checks.VocabularyFit(tokenizer, self._config_of(source))
+        fit.check_padding()
+        datasets = {name: fit.checked(prepared.dataset, name) for name, prepared in sets.items()}
         configs = {"model": lambda: self._config_of(source)}
         processes.check_agreement(lambda: processes.facts_of(args, configs=configs, datasets=datasets))
         pause_at_exit()
