@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cpo.cli import main
-from trl_cpo.decisions import COUNTED, Decision, counts, decide, document, fault_of, in_words
+from trl_cpo.decisions import COUNTED, Decision, counts, decide, document, fault_of, in_words, option_logps
 from trl_cpo.intervals import clopper_pearson, paired_difference
 
 OPTIONS = ["red fox", "blue", "the old river", "tea"]
@@ -183,3 +183,20 @@ def test_a_run_whose_options_do_not_fit_says_so_and_goes_on(trained):
 def test_a_run_without_options_says_nothing(trained):
     record, said = trained([{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS["text"]])
     assert "decisions" not in said and "decisions" not in record
+
+
+def test_scores_carry_the_gradients_of_plain_forwards(model, tokenizer):
+    rows = ROWS["text"]
+    sum(part.pow(2).sum() for part in option_logps(model, tokenizer, rows)).backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    total = torch.zeros(())
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        for option in OPTIONS:
+            ids = tokenizer(row["prompt"] + option + tokenizer.eos_token)["input_ids"]
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            total = total + sum(logps[at - 1, ids[at]] for at in range(len(prompt), len(ids))).pow(2)
+    total.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-3 * parameter.grad.abs().max().item())
