@@ -111,6 +111,30 @@ def check_vocabularies(config: Any, ref_model: Any) -> None:
         )
 
 
+def check_has_name(name: str, *, reference_loaded: bool, precomputed: bool, tokenizer_loaded: bool) -> None:
+    """Raises `ValueError` if a model was made in memory and something has to be loaded from where it came from.
+
+    Args:
+        name: name or folder that the model was loaded from; empty for a model from a config.
+        reference_loaded: whether the reference is neither given nor the model without its adapter.
+        precomputed: whether the reference is scored with the model itself, before training.
+        tokenizer_loaded: whether none was given.
+    """
+    needs = []
+    if reference_loaded and not precomputed:
+        needs.append(
+            "a copy as its reference: pass ref_model=copy.deepcopy(model), or set precompute_ref_log_probs=True, or train an "
+            "adapter (peft_config)"
+        )
+    if tokenizer_loaded:
+        needs.append("its tokenizer: pass processing_class=tokenizer")
+    if needs and not name:
+        raise ValueError(
+            "The model was made in memory: it has no name or folder from which the trainer could load "
+            f"{', and '.join(needs)}. Or save model and tokenizer with save_pretrained and pass the folder."
+        )
+
+
 class VocabularyFit:
     """Whether a model can embed every token that a tokenizer makes of the pairs; asked of the tokens that are there.
 

@@ -231,7 +231,13 @@ class DPOTrainer(ResumableTrainer):
         return (loss, *observed.outputs) if return_outputs else loss
 
     def train(self, *args, **kwargs):
-        """[`ResumableTrainer.train`], refused if the reference would follow the policy."""
+        """[`ResumableTrainer.train`], refused if nothing is trained, or if the reference would follow the policy."""
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "No parameter is trained: all have requires_grad=False. Load an adapter to be trained further with "
+                "PeftModel.from_pretrained(model, folder, is_trainable=True), add a new one with peft_config=LoraConfig(...), "
+                "or unfreeze the model with model.requires_grad_(True), before the trainer is made."
+            )
         self._check_reference_stays()  # parameters may have been unfrozen since
         return super().train(*args, **kwargs)
 
