@@ -414,3 +414,17 @@ def test_a_helper_column_changes_no_token_under_any_hash_seed(make, monkeypatch,
         assert [[row[name] for name in names] for row in got] == [[row[name] for name in names] for row in wanted]
         assert [row[column] for row in got] == [value] * 6 and [row["note"] for row in got] == list(range(6))
         assert not any("hidden" in name for row in got for name in row)
+
+
+@pytest.mark.parametrize("behind, warned", [("", False), ("\n", True), (" \n\n", True)])
+def test_text_that_carries_its_end_token_and_blanks_is_warned_of(make, tokenizer, behind, warned):
+    """TRL adds EOS to a text that does not end in it to the last character: `<|im_end|>` and a line get a second one."""
+    rows = pair_rows(6)
+    for at in (1, 4):
+        rows[at]["chosen"] += tokenizer.eos_token + behind
+    if not warned:
+        make(train_dataset=Dataset.from_list(rows))  # a warning is an error in these tests
+        return
+    with pytest.warns(UserWarning, match=r"2 of the 6 pairs of the train dataset \(rows 1, 4\) have an answer that ends in"):
+        trainer = make(train_dataset=Dataset.from_list(rows))
+    assert trainer.train_dataset[1]["chosen_ids"].count(tokenizer.eos_token_id) == 2

@@ -22,7 +22,11 @@ FINDINGS = {
     "double_bos": (True, "begin with more than one BOS token: the template and the tokenizer both add one"),
     "missing_bos": (False, "begin without BOS, which this tokenizer puts in front of a plain text"),
     "no_end": (True, "have an answer without an end token: the model does not learn to stop there"),
-    "double_end": (True, "have an answer with two end tokens in a row: text or template adds one that the other has"),
+    "double_end": (
+        True,
+        "have an answer with two end tokens in a row, or with only blanks between: text or template adds one that the other "
+        "has. Give text without its template, or messages",
+    ),
     "prompt_not_prefix": (
         True,
         "have a prompt that is not the beginning of prompt + answer in tokens: its end is left out of training, and at "
@@ -147,7 +151,7 @@ def _found(pairs: TokenPairs, tokenizer: Any, truncation: Truncation, ends: set[
             "double_bos": leading > 1,
             "missing_bos": adds_bos and leading == 0,
             "no_end": bool(ends) and any(ends.isdisjoint(ids) for ids in (chosen, rejected)),
-            "double_end": any(a in ends and b in ends for ids in (chosen, rejected) for a, b in pairwise(ids)),
+            "double_end": any(_ends_twice(ids, ends, tokenizer) for ids in (chosen, rejected)),
             "empty_chosen": is_empty(chosen),
             "empty_rejected": is_empty(rejected),
             "identical": same,
@@ -164,6 +168,12 @@ def _found(pairs: TokenPairs, tokenizer: Any, truncation: Truncation, ends: set[
             if it_holds:
                 found[name].append(at)
     return found
+
+
+def _ends_twice(ids: list[int], ends: set[int], tokenizer: Any) -> bool:
+    """Whether two end tokens stand in a row, or with nothing but blanks between them."""
+    places = [at for at, token in enumerate(ids) if token in ends]
+    return any(b - a <= _MAY_BE_BLANK and not tokenizer.decode(ids[a + 1 : b]).strip() for a, b in pairwise(places))
 
 
 def _to_show(pairs: TokenPairs, count: int) -> list[int]:

@@ -182,6 +182,30 @@ class VocabularyFit:
         )
 
 
+def doubled_end_message(dataset: Dataset, end: str | None, name: str) -> str | None:
+    """The warning about texts that end in the end token and blanks, to which DPOTrainer adds another; None if there are none.
+
+    Args:
+        dataset: pairs of text, not messages.
+        end: the tokenizer's EOS.
+    """
+    if not end or not {"chosen", "rejected"} <= set(dataset.column_names):
+        return None
+    sides = dataset.select_columns(["chosen", "rejected"])
+    doubled = [
+        number
+        for number, row in enumerate(sides)
+        if any(isinstance(side, str) and not side.endswith(end) and side.rstrip().endswith(end) for side in row.values())
+    ]
+    if not doubled:
+        return None
+    return (
+        f"{len(doubled)} of the {len(dataset)} pairs of the {name} dataset ({_rows(doubled)}) have an answer that ends in {end!r} "
+        f"and blanks. DPOTrainer adds another {end!r} behind the blanks, and both are trained on. Strip the text, give it "
+        "without its template, or give messages."
+    )
+
+
 def check_not_all_dropped(dataset: Any, name: str, max_length: int | None) -> None:
     """Raises `ValueError` if no pair of a dataset is left after preparation."""
     if isinstance(dataset, Dataset) and len(dataset) == 0:

@@ -313,8 +313,9 @@ class DPOTrainer(ResumableTrainer):
                 max_length=args.max_length,
                 left_out_by=self.leaves_out_degenerate,
             )
-            if message:
-                warnings.warn(message, stacklevel=2)
+            for message in (message, validation.doubled_end_message(given, self._tokenizer.eos_token, dataset_name)):
+                if message:
+                    warnings.warn(message, stacklevel=2)
         return dataset
 
     def _get_train_sampler(self, train_dataset=None):
