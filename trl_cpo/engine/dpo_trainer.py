@@ -313,9 +313,10 @@ class DPOTrainer(ResumableTrainer):
                 max_length=args.max_length,
                 left_out_by=self.leaves_out_degenerate,
             )
-            for message in (message, validation.doubled_end_message(given, self._tokenizer.eos_token, dataset_name)):
-                if message:
-                    warnings.warn(message, stacklevel=2)
+            twice_ended = validation.doubled_end_message(given, self._tokenizer.eos_token, dataset_name)
+            for text in (message, twice_ended):
+                if text:
+                    warnings.warn(text, stacklevel=2)
         return dataset
 
     def _get_train_sampler(self, train_dataset=None):
