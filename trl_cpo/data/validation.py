@@ -201,8 +201,8 @@ def doubled_end_message(dataset: Dataset, end: str | None, name: str) -> str | N
         return None
     return (
         f"{len(doubled)} of the {len(dataset)} pairs of the {name} dataset ({_rows(doubled)}) have an answer that ends in "
-        f"{end!r} and blanks. DPOTrainer adds another {end!r} behind the blanks, and both are trained on. Strip the text, give it "
-        "without its template, or give messages."
+        f"{end!r} and blanks. DPOTrainer adds another {end!r} behind the blanks, and both are trained on. Strip the text, "
+        "give it without its template, or give messages."
     )
 
 

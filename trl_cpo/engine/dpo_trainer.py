@@ -24,6 +24,7 @@ from .._trl.datasets import (
     show_helper_columns,
     train_dataloader,
     with_reference_logps,
+    without_padding,
 )
 from .._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
 from .._trl.models import config_of, drifting_parameters, model_id, reference_origin
@@ -297,7 +298,7 @@ class DPOTrainer(ResumableTrainer):
         given = dataset
         if isinstance(dataset, IterableDataset):
             dataset = validation.sound_stream(dataset, f"the {dataset_name} dataset")
-        dataset, hidden = hide_helper_columns(dataset)
+        dataset, hidden = hide_helper_columns(without_padding(dataset))
         with naming_rows(dataset, processing_class, f"the {dataset_name} dataset"):
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         dataset = show_helper_columns(dataset, hidden)
