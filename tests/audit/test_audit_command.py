@@ -26,7 +26,7 @@ from trl_cpo.engine.reference.digests import text_digest
 from trl_cpo.scoring.token_pairs import TokenPairs, Truncation, answer_tokens
 
 from helpers.paths import ROOT, TESTS
-from helpers.tiny import make_model, pair_rows, training_options
+from helpers.tiny import make_model, pair_rows, pairs_dataset, training_options
 
 GOLDEN = TESTS / "golden"
 N = 24
@@ -354,3 +354,30 @@ def test_text_that_carries_its_template_is_a_fault_and_exits_with_1(audit, tmp_p
         assert code == FAULTY and found["double_end"]["count"] == 6
     code, out, _ = audit("--preflight-only", dataset=tmp_path / "carried.jsonl")
     assert ("FAULT: 6 of 6" in out) == (code == FAULTY)
+
+
+def test_turns_of_others_in_an_answer_are_counted_in_tokens(audit, tmp_path, tokenizer):
+    """Whole conversations that part at an earlier turn: the user's words behind that turn are scored as well."""
+    rows = list(pairs_dataset(6, conversational=True))
+    more = [{"role": "user", "content": "why do you like tea?"}, {"role": "assistant", "content": "maybe"}]
+    rows[2]["chosen"] += more
+    rows[4] = {
+        "chosen": rows[4]["prompt"] + rows[4]["chosen"] + more,
+        "rejected": rows[4]["prompt"] + rows[4]["rejected"] + more,
+    }
+    rows[4] |= {"prompt": rows[4]["chosen"][:1], "chosen": rows[4]["chosen"][1:], "rejected": rows[4]["rejected"][1:]}
+    Dataset.from_list(rows).to_json(tmp_path / "turns.jsonl")
+    code, out, _ = audit("--json", "--preflight-only", "--max-length", "0", dataset=tmp_path / "turns.jsonl")
+    found = {one["finding"]: one for one in json.loads(out)["sets"][0]["preflight"]["findings"]}["other_turns"]
+    turn = len(tokenizer("<|im_start|>user\nwhy do you like tea?<|im_end|>\n")["input_ids"])
+    assert code == FAULTY and found["fault"] and found["rows"] == [2, 4] and found["tokens"] == 3 * turn
+    whole = sum(
+        len(tokenizer(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n")["input_ids"]) - 3 * (at == 0)
+        for row in (rows[2], rows[4])
+        for side in ("chosen", "rejected")
+        for at, one in enumerate(row[side])
+    )
+    heads = len(tokenizer("<|im_start|>assistant\n")["input_ids"])
+    assert found["of_tokens"] == whole + 4 * (3 - heads)
+    _, out, _ = audit("--preflight-only", "--max-length", "0", dataset=tmp_path / "turns.jsonl")
+    assert f"{3 * turn} of their {found['of_tokens']} tokens" in " ".join(out.split())

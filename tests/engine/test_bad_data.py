@@ -489,3 +489,12 @@ def test_a_set_without_padding_is_handed_on_as_it_is(tokenizer):
     for rows in (pair_rows(3), tool_rows("text")[:1], [{**row, "tools": [tool("fox", red=1)]} for row in pair_rows(3)]):
         dataset = Dataset.from_list(rows)
         assert without_padding(dataset) is dataset
+
+
+def test_turns_of_others_in_an_answer_are_warned_of(make):
+    rows = list(pairs_dataset(6, conversational=True))
+    rows[3]["rejected"] += [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "no"}]
+    inside = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
+    for form in (rows, inside):
+        with pytest.warns(UserWarning, match=r"1 of the 6 pairs of the train dataset \(rows 3\) have an answer with turns"):
+            make(train_dataset=Dataset.from_list(form))

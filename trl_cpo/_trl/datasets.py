@@ -14,7 +14,7 @@ from transformers.trainer_utils import seed_worker
 from trl import DPOTrainer
 from trl.data_utils import extract_prompt, is_conversational
 
-from ..data.rows import damage_message
+from ..data.rows import damage_message, other_turns
 
 #: Columns that DPOTrainer adds to a text dataset when it prepares it.
 TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -163,6 +163,18 @@ def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], *, add
         return list(_tokenize(tokenizer, prompt)["input_ids"])
     options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
     return list(_tokenize(tokenizer, prompt, add_generation_prompt=add_generation_prompt, **options)["input_ids"])
+
+
+def tokens_of_other_turns(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], answer: str) -> int:
+    """How many tokens of a row's answer, "chosen" or "rejected", render turns that are not the assistant's."""
+    turns, count = row[answer], 0
+    for at in other_turns(turns):
+        before, behind = (
+            prompt_alone(tokenizer, {**row, "prompt": row["prompt"] + turns[:end]}, add_generation_prompt=False)
+            for end in (at, at + 1)
+        )
+        count += len(behind) - len(before)
+    return count
 
 
 def train_dataloader(trainer: DPOTrainer, batches: Sampler[list[int]]) -> DataLoader:

@@ -4,9 +4,9 @@ import warnings
 from functools import partial
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, List
 
-from .rows import keep_sound, refusal, row_fault
+from .rows import keep_sound, other_turns, refusal, row_fault
 
 _FORMAT = (
     "A preference dataset has the columns prompt, chosen, rejected (or chosen and rejected that both begin with the "
@@ -180,6 +180,21 @@ class VocabularyFit:
             f"tokens were added. Call model.resize_token_embeddings({self._tokens}) before training and save model and "
             "tokenizer, or use the tokenizer that the model was trained with."
         )
+
+
+def several_turns_message(dataset: Dataset, name: str) -> str | None:
+    """The warning about answers with turns that are not the assistant's; None if there are none."""
+    found = []
+    if all(isinstance(dataset.features.get(side), List) for side in ("chosen", "rejected")):
+        rows = dataset.select_columns(["chosen", "rejected"])
+        found = [number for number, row in enumerate(rows) if any(map(other_turns, row.values()))]
+    if not found:
+        return None
+    return (
+        f"{len(found)} of the {len(dataset)} pairs of the {name} dataset ({_rows(found)}) have an answer with turns that are "
+        "not the assistant's. Everything behind the prompt is scored, so the gap counts the user's words too. End both answers "
+        "after their first turn, or pair the last answers to the same prompt; trl-cpo audit says how many tokens it concerns."
+    )
 
 
 def doubled_end_message(dataset: Dataset, end: str | None, name: str) -> str | None:

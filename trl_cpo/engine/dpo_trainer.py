@@ -315,7 +315,8 @@ class DPOTrainer(ResumableTrainer):
                 left_out_by=self.leaves_out_degenerate,
             )
             twice_ended = validation.doubled_end_message(given, self._tokenizer.eos_token, dataset_name)
-            for text in (message, twice_ended):
+            turns = validation.several_turns_message(dataset, dataset_name)
+            for text in (message, twice_ended, turns):
                 if text:
                     warnings.warn(text, stacklevel=2)
         return dataset
