@@ -7,14 +7,14 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import seed_worker
 from trl import DPOTrainer
 from trl.data_utils import extract_prompt, is_conversational
 
-from ..data.rows import damage_message
+from ..data.rows import damage_message, other_turns
 
 #: Columns that DPOTrainer adds to a text dataset when it prepares it.
 TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -70,11 +70,59 @@ def show_helper_columns(dataset: Any, new: dict[str, str]) -> Any:
     return dataset.rename_columns({name: old for old, name in new.items()}) if new else dataset
 
 
+def without_padding(dataset: Any) -> Any:
+    """`dataset` without the nulls that Arrow puts where a row lacks a key that another row has.
+
+    In `tools`, `chat_template_kwargs` and the `tool_calls` of messages a chat template would render them. A null that stands
+    there on purpose looks the same, and goes too. Itself where there is none.
+    """
+    features = dataset.features or {}
+    # As objects, rows may differ in their keys.
+    changed = {name: Json() for name in ("tools", "chat_template_kwargs") if _is_nested(features.get(name))}
+    for name in TEXT_COLUMNS:
+        message = getattr(features.get(name), "feature", None)
+        if isinstance(message, dict) and _is_nested(message.get("tool_calls")):
+            changed[name] = List({**message, "tool_calls": Json()})
+    if not changed:
+        return dataset
+    if isinstance(dataset, Dataset):
+        columns = dataset.select_columns(list(changed))
+        if all(_unpadded(row) == row for row in columns):
+            return dataset
+    return dataset.map(_unpadded, features=Features({**features, **changed}))
+
+
+def _is_nested(feature: Any) -> bool:
+    return feature is not None and not isinstance(feature, (Value, Json))
+
+
+def _unpadded(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that may be padded, without the nulls inside."""
+    clean = {}
+    for name, value in row.items():
+        if name == "tools":
+            clean[name] = _without_nulls(value)
+        elif name == "chat_template_kwargs":
+            clean[name] = _without_nulls(value or {})
+        elif name in TEXT_COLUMNS and isinstance(value, list):
+            clean[name] = [
+                {**turn, "tool_calls": _without_nulls(turn["tool_calls"])} if "tool_calls" in turn else turn for turn in value
+            ]
+    return clean
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
 def tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args, name: str) -> Dataset:
     """`dataset` with the token ids that DPOTrainer would train on; needs no trainer and no model.
 
     Drops pairs whose prompt alone fills `args.max_length`, as DPOTrainer does.
     """
+    dataset = without_padding(dataset)
     with naming_rows(dataset, tokenizer, name):
         return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, args, name)
 
@@ -115,6 +163,18 @@ def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], *, add
         return list(_tokenize(tokenizer, prompt)["input_ids"])
     options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
     return list(_tokenize(tokenizer, prompt, add_generation_prompt=add_generation_prompt, **options)["input_ids"])
+
+
+def tokens_of_other_turns(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], answer: str) -> int:
+    """How many tokens of a row's answer, "chosen" or "rejected", render turns that are not the assistant's."""
+    turns, count = row[answer], 0
+    for at in other_turns(turns):
+        before, behind = (
+            prompt_alone(tokenizer, {**row, "prompt": row["prompt"] + turns[:end]}, add_generation_prompt=False)
+            for end in (at, at + 1)
+        )
+        count += len(behind) - len(before)
+    return count
 
 
 def train_dataloader(trainer: DPOTrainer, batches: Sampler[list[int]]) -> DataLoader:

@@ -77,6 +77,7 @@ def audit(request: AuditRequest, say: Callable[[str], None] = lambda _: None) ->
             scorer.truncation,
             ends=ends,
             prompt_alone=prepared[name].prompt_alone,
+            tokens_of_others=prepared[name].tokens_of_others,
             given=prepared[name].given,
         )
         faults = [found for found in preflights[name]["findings"] if found["fault"]]

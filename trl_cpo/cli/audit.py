@@ -13,7 +13,10 @@ _EPILOG = """\
   trl-cpo audit --model outputs/run --ref-model M --dataset D  a trained policy (or adapter) against its reference
 
 docs/audit.md explains how to read the result, the formula of each number, and the limits. Scores are cached: later audits
-reuse them, and so does training with --precompute_ref_log_probs under a constraint."""
+reuse them, and so does training with --precompute_ref_log_probs under a constraint.
+
+exit codes: 0 no fault found; 1 a fault found in the pairs, the template or the tokens (FAULT in the text, "fault": true in
+the document), measured all the same; 2 cannot be audited"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,10 +102,11 @@ def run(options: argparse.Namespace) -> int:
 
         speaks = PartialState().is_main_process
         document = audit(_request(options), lambda line: print(line, file=sys.stderr, flush=True) if speaks else None)
+        faulty = any(found["fault"] for one in document["sets"] for found in one["preflight"]["findings"])
         answer = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) if options.json else render(document)
     if speaks:
         print(answer)
-    return 0
+    return 1 if faulty else 0
 
 
 def _faults(options: argparse.Namespace) -> list[str]:

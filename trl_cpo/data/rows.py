@@ -39,6 +39,13 @@ def row_fault(row: Mapping[str, Any]) -> str | None:
     return None
 
 
+def other_turns(answer: Any) -> list[int]:
+    """The places of an answer's turns that are not the assistant's: a loss scores them with the assistant's."""
+    if not isinstance(answer, list):
+        return []
+    return [at for at, turn in enumerate(answer) if turn["role"] != "assistant"]
+
+
 def damaged_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[int, dict[str, list[int]]]:
     """How many rows there are, and the numbers of those that cannot be used, by reason."""
     total, found = 0, {}

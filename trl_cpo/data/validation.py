@@ -4,9 +4,9 @@ import warnings
 from functools import partial
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, List
 
-from .rows import keep_sound, refusal, row_fault
+from .rows import keep_sound, other_turns, refusal, row_fault
 
 _FORMAT = (
     "A preference dataset has the columns prompt, chosen, rejected (or chosen and rejected that both begin with the "
@@ -111,6 +111,30 @@ def check_vocabularies(config: Any, ref_model: Any) -> None:
         )
 
 
+def check_has_name(name: str, *, reference_loaded: bool, precomputed: bool, tokenizer_loaded: bool) -> None:
+    """Raises `ValueError` if a model was made in memory and something has to be loaded from where it came from.
+
+    Args:
+        name: name or folder that the model was loaded from; empty for a model from a config.
+        reference_loaded: whether the reference is neither given nor the model without its adapter.
+        precomputed: whether the reference is scored with the model itself, before training.
+        tokenizer_loaded: whether none was given.
+    """
+    needs = []
+    if reference_loaded and not precomputed:
+        needs.append(
+            "a copy as its reference: pass ref_model=copy.deepcopy(model), or set precompute_ref_log_probs=True, or train an "
+            "adapter (peft_config)"
+        )
+    if tokenizer_loaded:
+        needs.append("its tokenizer: pass processing_class=tokenizer")
+    if needs and not name:
+        raise ValueError(
+            "The model was made in memory: it has no name or folder from which the trainer could load "
+            f"{', and '.join(needs)}. Or save model and tokenizer with save_pretrained and pass the folder."
+        )
+
+
 class VocabularyFit:
     """Whether a model can embed every token that a tokenizer makes of the pairs; asked of the tokens that are there.
 
@@ -156,6 +180,45 @@ class VocabularyFit:
             f"tokens were added. Call model.resize_token_embeddings({self._tokens}) before training and save model and "
             "tokenizer, or use the tokenizer that the model was trained with."
         )
+
+
+def several_turns_message(dataset: Dataset, name: str) -> str | None:
+    """The warning about answers with turns that are not the assistant's; None if there are none."""
+    found = []
+    if all(isinstance(dataset.features.get(side), List) for side in ("chosen", "rejected")):
+        rows = dataset.select_columns(["chosen", "rejected"])
+        found = [number for number, row in enumerate(rows) if any(map(other_turns, row.values()))]
+    if not found:
+        return None
+    return (
+        f"{len(found)} of the {len(dataset)} pairs of the {name} dataset ({_rows(found)}) have an answer with turns that are "
+        "not the assistant's. Everything behind the prompt is scored, so the gap counts the user's words too. End both answers "
+        "after their first turn, or pair the last answers to the same prompt; trl-cpo audit says how many tokens it concerns."
+    )
+
+
+def doubled_end_message(dataset: Dataset, end: str | None, name: str) -> str | None:
+    """The warning about texts that end in the end token and blanks, to which DPOTrainer adds another; None if there are none.
+
+    Args:
+        dataset: pairs of text, not messages.
+        end: the tokenizer's EOS.
+    """
+    if not end or not {"chosen", "rejected"} <= set(dataset.column_names):
+        return None
+    sides = dataset.select_columns(["chosen", "rejected"])
+    doubled = [
+        number
+        for number, row in enumerate(sides)
+        if any(isinstance(side, str) and not side.endswith(end) and side.rstrip().endswith(end) for side in row.values())
+    ]
+    if not doubled:
+        return None
+    return (
+        f"{len(doubled)} of the {len(dataset)} pairs of the {name} dataset ({_rows(doubled)}) have an answer that ends in "
+        f"{end!r} and blanks. DPOTrainer adds another {end!r} behind the blanks, and both are trained on. Strip the text, "
+        "give it without its template, or give messages."
+    )
 
 
 def check_not_all_dropped(dataset: Any, name: str, max_length: int | None) -> None:

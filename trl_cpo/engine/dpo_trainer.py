@@ -24,6 +24,7 @@ from .._trl.datasets import (
     show_helper_columns,
     train_dataloader,
     with_reference_logps,
+    without_padding,
 )
 from .._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
 from .._trl.models import config_of, drifting_parameters, model_id, reference_origin
@@ -235,7 +236,13 @@ class DPOTrainer(ResumableTrainer):
         return (loss, *observed.outputs) if return_outputs else loss
 
     def train(self, *args, **kwargs):
-        """[`ResumableTrainer.train`], refused if the reference would follow the policy."""
+        """[`ResumableTrainer.train`], refused if nothing is trained, or if the reference would follow the policy."""
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "No parameter is trained: all have requires_grad=False. Load an adapter to be trained further with "
+                "PeftModel.from_pretrained(model, folder, is_trainable=True), add a new one with peft_config=LoraConfig(...), "
+                "or unfreeze the model with model.requires_grad_(True), before the trainer is made."
+            )
         self._check_reference_stays()  # parameters may have been unfrozen since
         return super().train(*args, **kwargs)
 
@@ -295,7 +302,7 @@ class DPOTrainer(ResumableTrainer):
         given = dataset
         if isinstance(dataset, IterableDataset):
             dataset = validation.sound_stream(dataset, f"the {dataset_name} dataset")
-        dataset, hidden = hide_helper_columns(dataset)
+        dataset, hidden = hide_helper_columns(without_padding(dataset))
         with naming_rows(dataset, processing_class, f"the {dataset_name} dataset"):
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         dataset = show_helper_columns(dataset, hidden)
@@ -311,8 +318,11 @@ class DPOTrainer(ResumableTrainer):
                 max_length=args.max_length,
                 left_out_by=self.leaves_out_degenerate,
             )
-            if message:
-                warnings.warn(message, stacklevel=2)
+            twice_ended = validation.doubled_end_message(given, self._tokenizer.eos_token, dataset_name)
+            turns = validation.several_turns_message(dataset, dataset_name)
+            for text in (message, twice_ended, turns):
+                if text:
+                    warnings.warn(text, stacklevel=2)
         return dataset
 
     def _get_train_sampler(self, train_dataset=None):

@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from .._trl.datasets import holds_messages
-from .._trl.models import config_of, load_processing_class
+from .._trl.models import config_of, load_processing_class, model_id
+from ..data.models import refuse_adapter
 from ..data.validation import (
     VocabularyFit,
+    check_has_name,
     check_lengths_known,
     check_preference_dataset,
     check_tokenizer,
@@ -41,6 +44,16 @@ def preflight(
         ValueError: the launch, a dataset, the tokenizer or the reference's vocabulary is unsuitable.
     """
     check_launch(args)
+    if isinstance(model, str):
+        refuse_adapter(model)
+    else:
+        check_has_name(
+            model_id(model),
+            reference_loaded=ref_model is None and peft_config is None and not is_peft_model(model),
+            # Under FSDP the reference is loaded to be precomputed.
+            precomputed=args.precompute_ref_log_probs and not args.fsdp,
+            tokenizer_loaded=processing_class is None,
+        )
     configs = {
         "model": lambda: config_of(model, args),
         "ref_model": getattr(ref_model, "config", None),
