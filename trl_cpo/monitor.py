@@ -14,6 +14,7 @@ from .data.loading import to_conversational
 from .data.reading import first_pairs, read_pairs
 from .faults import is_finite
 from .files.atomic import write_json
+from .files.masking import masked
 from .files.outputs import next_free
 from .files.run_files import LOG, METRICS, PAIRS, PRICE
 from .logs.run_log import RunLog
@@ -286,7 +287,7 @@ class _RunFolder:
             words = in_words(last.price.sets, watch.meter.before, last.price.damage)
             record["price"] = {"words": words, "damage": last.price.damage, "missing": last.price.missing}
         write_json(self.folder / PAIRS, document)
-        write_json(self.folder / METRICS, record)
+        write_json(self.folder / METRICS, masked(record))
         table = before_after(
             before,
             after,

@@ -46,7 +46,9 @@ def parse_run(
         values = read_config(config)
         environment = values.pop("env", None) or {}
         if not isinstance(environment, dict):
-            raise UserError(f"{config}: env must map names to values; got {environment!r}.\nAll options: {program} --help")
+            raise UserError(
+                f"{config}: env must map names to values; got a {type(environment).__name__}.\nAll options: {program} --help"
+            )
         parser.set_defaults_with_config(**checked(values, parser, config))
         os.environ.update({str(name): str(value) for name, value in environment.items()})
     try:

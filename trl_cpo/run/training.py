@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.models import read_config, source_of
 from ..decisions import in_words
 from ..files.atomic import write_json
+from ..files.masking import masked
 from ..files.run_files import LOG, METRICS, PAIRS
 from .card import add_results
 from .data import load_sets, say_reports
@@ -248,7 +249,7 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
             sentence=sentence,
         )
         # Last, so that a folder with a metrics.json is a finished run.
-        write_json(output_dir / METRICS, record)
+        write_json(output_dir / METRICS, masked(record))
         if sentence is not None:
             table += f"\n\n{sentence}\nMeasuring the price took {record['price']['seconds']:.0f} s."
         say(
