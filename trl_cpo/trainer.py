@@ -1,7 +1,6 @@
 """CPOConstrainedTrainer: DPOTrainer with a constraint on the preference gap."""
 
 import textwrap
-import warnings
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -71,9 +70,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         self._dual = None if rule is None else Multiplier(rule)
         self._ledgers = {"train": MetricLedger(), "eval": MetricLedger()}
         self.leaves_out_degenerate = f"The {'' if args.is_plain_dpo else 'constraint and the '}cpo/ metrics leave"
-        if args.process_index == 0:
-            for note in args.cautions():
-                warnings.warn(note, stacklevel=3)
+        self.warn_of(args.cautions(), args)
         callbacks = [] if self._dual is None else [DualAscent(self._dual)]
         return callbacks + ([Narrator(args.logps_reduction)] if args.narrate else [])
 
