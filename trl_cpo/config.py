@@ -11,11 +11,12 @@ from .faults import is_finite, is_true_or_false, one_of
 from .hyperparameters import fault
 from .metrics import MORE_IS_BETTER, more_is_better
 from .pairs import REDUCTIONS
+from .price.fields import PriceFields, prepare_price, price_faults
 
 
 @documented
 @dataclass
-class CPOConstrainedConfig(ConstraintFields, DPOConfig):
+class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
     r"""
     Configuration of [`CPOConstrainedTrainer`]: every field of [`~trl.DPOConfig`] and of the engine, and the constraint's.
 
@@ -42,6 +43,8 @@ class CPOConstrainedConfig(ConstraintFields, DPOConfig):
     )
 
     def __post_init__(self):
+        if not price_faults(self):
+            prepare_price(self)
         if self.greater_is_better is None:
             # transformers takes less to be better only of names that end with "loss".
             self.greater_is_better = more_is_better(self.metric_for_best_model)
@@ -62,6 +65,7 @@ class CPOConstrainedConfig(ConstraintFields, DPOConfig):
             faults.append(one_of("logps_reduction", self.logps_reduction, REDUCTIONS))
         known, out_of_range = not faults, self._out_of_range()
         faults += [*out_of_range.values(), *is_true_or_false("narrate", self.narrate), *super().faults()]
+        faults += price_faults(self)
         if known and set(self.loss_type) <= set(LOSS_READS):
             faults += self._combination_faults(out_of_range)
         return faults

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import warnings
 from fractions import Fraction
 
@@ -18,11 +19,13 @@ from trl_cpo.certificates import CertificateError, certify_run, check, document,
 from trl_cpo.certificates.evidence import read_evidence
 from trl_cpo.cli import main
 from trl_cpo.constraints import CONSTRAINTS
+from trl_cpo.data.identity import pair_digests
+from trl_cpo.data.reading import read_pairs
 from trl_cpo.files.run_files import PAIR_COLUMNS
 from trl_cpo.run.record import pairs_document
 
 from helpers.paths import TESTS
-from helpers.tiny import make_model, pair_rows, pairs_dataset, training_options
+from helpers.tiny import hh_rows, make_model, pair_rows, pairs_dataset, training_options
 
 CONFIG = {
     "constraint": "clip",
@@ -284,6 +287,8 @@ REFUSED = {
     "text": (dict(rows=[["-1", -1, -1, -1]]), "that are none"),
     "no pairs": (dict(rows=[]), "holds no pair"),
     "trained on": (dict(split="train"), "trained on say nothing of others"),
+    "trained on in part": (dict(split="test+train"), "trained on say nothing of others"),
+    "a slice trained on": (dict(split="train[:10%]"), "trained on say nothing of others"),
     "stale": (dict(after={"eval_cpo/gap": 40.0}), r"mean gap is 0.625 nats in pairs.json and 40 in metrics.json"),
 }
 
@@ -505,5 +510,52 @@ def test_pairs_left_out_do_not_meet_gamma(run):
     (run / "pairs.json").write_text(json.dumps({**made, "left_out": 6}))
     assert certify_run(run)["evidence"]["numbers"] == {"pairs": 10, "meeting": 2}
     (run / "pairs.json").write_text(json.dumps({**made, "left_out": -1}))
-    with pytest.raises(CertificateError, match="left_out must be a count"):
+    with pytest.raises(CertificateError, match="left_out must be a whole number"):
         certify_run(run)
+
+
+def learned(run, *, pairs=0, **said):
+    """Has the run's files say what was trained on."""
+    for name, more in (
+        ("metrics.json", {"pairs": {"dataset_name": "d", **said}}),
+        ("pairs.json", {"trained_on_left_out": pairs}),
+    ):
+        (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | more))
+    return run
+
+
+def test_pairs_that_were_trained_on_are_not_held_out(run):
+    """By the names of the splits where the pairs' contents are not known, by their contents where they are."""
+    for train in ("test", "train+test", "test[:10%]"):
+        with pytest.raises(CertificateError, match="trained on say nothing of others"):
+            certify_run(learned(run, train_split=train, digests=None))
+    made = certify_run(learned(run, pairs=3, train_split="train+test", digests="0" * 32, trained_on_left_out=3))
+    assert made["evidence"]["numbers"] == {"pairs": 4, "meeting": 2, "trained_on_left_out": 3}
+    assert made["statement"].endswith(" 3 more pairs were trained on, and are not counted.")
+    assert check(made, run) == check(made) == []
+    del made["evidence"]["numbers"]["trained_on_left_out"]
+    assert [line.partition(":")[0] for line in check(made)] == ["statement"]
+    for pairs, metrics, message in (
+        (3, 2, "disagree on trained_on_left_out"),
+        (-1, 0, "must be a whole number"),
+        (0, 1.0, "must be a count"),
+    ):
+        with pytest.raises(CertificateError, match=message):
+            certify_run(learned(run, pairs=pairs, train_split="train", digests="", trained_on_left_out=metrics))
+
+
+def test_a_model_is_not_certified_on_pairs_that_its_run_was_trained_on(tmp_path, capsys, model_folder):
+    rows = hh_rows(6, 0)
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    digests = pair_digests(read_pairs(str(file), "train")[0])
+    options = ["--model", str(folder), "--dataset", str(file), "--split", "train", "--gamma", "0", "--json"]
+    (folder / "metrics.json").write_text(json.dumps({"pairs": {"digests": "".join(digests[:2])}}))
+    main(["certify", *options, "--scores", str(tmp_path / "scores")])
+    numbers = json.loads(capsys.readouterr().out)["evidence"]["numbers"]
+    assert numbers["pairs"] == 4 and numbers["trained_on_left_out"] == 2
+    (folder / "metrics.json").write_text(json.dumps({"pairs": {"digests": "".join(digests)}}))
+    assert main(["certify", *options, "--scores", str(tmp_path / "others")]) == 2
+    assert "All 6 pairs were trained on" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 
@@ -95,17 +96,18 @@ def test_saved_folders(tmp_path, streaming):
         load_pairs(tmp_path / "one", "train[:1]", streaming=streaming)
 
 
-def test_demo_reads_the_embedded_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "files"), [("demo", "decisions"), ("demo-answers", "answers")])
+def test_demo_reads_the_embedded_files(tmp_path, monkeypatch, name, files):
     monkeypatch.setattr(sources, "__file__", str(tmp_path / "sources.py"))
-    write_jsonl(tmp_path / "demo" / "train.jsonl", ROWS[:5])
-    write_jsonl(tmp_path / "demo" / "test.jsonl", ROWS[5:])
-    assert list(load_pairs("demo", "train")) == ROWS[:5]
-    assert list(load_pairs("demo", "test")) == ROWS[5:]
+    write_jsonl(tmp_path / "demo" / f"{files}-train.jsonl", ROWS[:5])
+    write_jsonl(tmp_path / "demo" / f"{files}-test.jsonl", ROWS[5:])
+    assert list(load_pairs(name, "train")) == ROWS[:5]
+    assert list(load_pairs(name, "test")) == ROWS[5:]
     with pytest.raises(SourceError, match="no split 'dev'; it has train, test"):
-        load_pairs("demo", "dev")
-    (tmp_path / "demo" / "test.jsonl").unlink()
-    with pytest.raises(SourceError, match="lacks .*test.jsonl"):
-        load_pairs("demo", "train")
+        load_pairs(name, "dev")
+    (tmp_path / "demo" / f"{files}-test.jsonl").unlink()
+    with pytest.raises(SourceError, match=f"lacks .*{files}-test.jsonl"):
+        load_pairs(name, "train")
 
 
 class Builder:
@@ -254,7 +256,46 @@ def test_rows_that_trl_understands_pass_unchanged(row, streamed):
     dataset = datasets.Dataset.from_list([{**row, "id": 1}])
     dataset = dataset.to_iterable_dataset() if streamed else dataset
     converted, report = to_conversational(dataset)
+    assert list(converted) == list(dataset)
     assert converted is dataset and report is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "parquet"])
+@pytest.mark.parametrize("name", ["q[1]", "q?", "q*", "a::b", "x#y", "zip:__x::y", "é b%20"])
+def test_names_are_taken_literally(tmp_path, name, ending, streaming, monkeypatch):
+    monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path / "cache"))
+    for other in ("q1", "qx", "a", "b"):
+        write_file(tmp_path / f"{other}.{ending}", ROWS[3:])
+    asked = write_file(tmp_path / f"plain.{ending}", ROWS[:2]).rename(tmp_path / f"{name}.{ending}")
+    assert list(load_pairs(asked, streaming=streaming)) == ROWS[:2]
+
+
+def test_a_folder_that_reads_as_a_pattern_is_refused(tmp_path):
+    for folder in ("d1", "d[1]"):
+        write_jsonl(tmp_path / folder / "train.jsonl", ROWS)
+    with pytest.raises(SourceError, match=r"d\[1\] holds one of the characters"):
+        load_pairs(tmp_path / "d[1]")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "saved"])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
+def test_other_content_of_the_same_age_is_not_met_in_the_cache(tmp_path, kind, ending):
+    def write(rows):
+        if kind == "saved":
+            saved = datasets.Dataset.from_list(rows)
+            saved._fingerprint = "0" * 16
+            saved.save_to_disk(tmp_path / "saved")
+            return tmp_path / "saved"
+        file = write_file(tmp_path / "in" / f"train.{ending}" if kind == "folder" else tmp_path / f"p.{ending}", rows)
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        return file if kind == "file" else file.parent
+
+    (tmp_path / "in").mkdir()
+    for rows in (ROWS[:2], ROWS[2:4], ROWS[:2]):
+        loaded = load_pairs(write(rows))
+        assert list(loaded) == rows
+        assert list(to_conversational(loaded)[0]) == converted_one_by_one(rows)[0]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,10 @@ DAMAGED = {
     "null": ({"prompt": "Why?", "chosen": " Rain.", "rejected": None}, "`rejected` is null"),
     "an object": ({"prompt": "Why?", "chosen": {"text": "Rain."}, "rejected": "No."}, "`chosen` is an object"),
     "no messages": ({"prompt": WHY, "chosen": [], "rejected": NO}, "`chosen` is an empty list"),
+    "content null": (
+        {"prompt": WHY, "chosen": [{"role": "assistant", "content": None}], "rejected": NO},
+        "`chosen` is a list whose item 0 says nothing: its content is null",
+    ),
     "no role": ({"prompt": WHY, "chosen": [{"content": "Rain."}], "rejected": NO}, "`chosen` is a list whose item 0"),
     "a list of strings": ({"prompt": WHY, "chosen": RAIN, "rejected": ["No."]}, "`rejected` is a list whose item 0"),
     "a number": ({"prompt": "Why?", "chosen": 3, "rejected": "No."}, "`chosen` is of type int"),
@@ -61,7 +65,11 @@ SOUND = {
     "messages": {"prompt": WHY, "chosen": RAIN, "rejected": NO},
     "messages with the prompt inside": {"chosen": WHY + RAIN, "rejected": WHY + NO},
     "several turns": {"prompt": WHY, "chosen": [*RAIN, user("Where?"), *NO], "rejected": NO},
-    "a call of a tool": {"prompt": WHY, "chosen": [{"role": "assistant", "content": None, "tool_calls": []}], "rejected": NO},
+    "a call of a tool": {
+        "prompt": WHY,
+        "chosen": [{"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}],
+        "rejected": NO,
+    },
 }
 
 

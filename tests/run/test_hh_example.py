@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from trl_cpo.certificates import certify_run
 from trl_cpo.cli import main
 from trl_cpo.logs.run_log import read_log
 from trl_cpo.run.arguments import PairArguments, PolicyConfig
@@ -220,3 +221,49 @@ def test_help_is_there(tmp_path):
     out = launched(tmp_path, "--help").stdout
     for option in ("--constraint", "--gamma", "--logps_reduction", "--use_peft", "--precompute_ref_log_probs"):
         assert option in out
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_run_that_starts_beside_another_leaves_its_folder_alone(run, tmp_path, monkeypatch, hh_file, given):
+    """The second is started while the first reads its pairs: its folder is empty, and claimed."""
+    from trl_cpo.run import training
+
+    options = ["--dataset_name", hh_file, *TINY, *(["--output_dir", "mine"] if given else [])]
+    folder, seen = "mine" if given else "outputs/pairs-clip", []
+
+    def load(arguments, real=training.load_sets):
+        seen.append(sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("_claim.json")))
+        if len(seen) == 1:
+            seen.append(run(*options, check=False).stderr)
+        arguments.dataset_name = "nowhere.jsonl"
+        return real(arguments)
+
+    monkeypatch.setattr(training, "load_sets", load)
+    assert run(*options, check=False).returncode == 2
+    if given:
+        claims, said = seen
+        assert claims == ["mine"] and "mine is in use by another run" in said and "mine-2 is free" in said
+        assert len(said.splitlines()) == 2
+    else:
+        assert [seen[0], seen[1]] == [[folder], [folder, f"{folder}-2"]] and "nowhere.jsonl" in seen[2]
+    assert list(tmp_path.iterdir()) == [], "neither leaves a folder behind"
+
+
+def test_pairs_that_are_trained_on_are_not_evaluated_as_held_out(run, tmp_path, model_folder):
+    rows = hh_rows(12, 1)
+    (tmp_path / "pairs").mkdir()
+    for split, part in (("train", rows[:8]), ("test", [*rows[8:], rows[0], {**rows[1], "note": "the same pair"}])):
+        (tmp_path / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps({"note": "", **row}) + "\n" for row in part))
+    options = ["--model_name_or_path", model_folder, "--dataset_name", "pairs", *TINY, "--output_dir", "mine"]
+    for train in ("test", "train+test"):
+        done = run(*options, "--dataset_train_split", train, check=False)
+        assert done.returncode == 2 and "are all trained on" in done.stderr and not (tmp_path / "mine").exists()
+    out = run(*options).stdout
+    assert "left 2 evaluation pairs out, which are trained on too" in out and "4 held-out pairs" in out
+    assert "2 evaluation pairs were trained on, and are not counted" in out
+    record, pairs = (json.loads((tmp_path / "mine" / name).read_text()) for name in ("metrics.json", "pairs.json"))
+    assert len(pairs["rows"]) == record["held_out_pairs"] == 4 and pairs["trained_on_left_out"] == 2
+    said = record["pairs"]
+    assert (said["train_split"], said["test_split"], said["trained_on_left_out"]) == ("train", "test", 2)
+    assert len(said["digests"]) == 8 * 16
+    assert certify_run("mine")["evidence"]["numbers"]["trained_on_left_out"] == 2

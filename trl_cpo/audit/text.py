@@ -30,6 +30,10 @@ def render(document: dict) -> str:
             lines += ["", "Advice"]
             for piece in audited["advice"]:
                 lines += _wrapped(piece["says"], "  - ", "    ")
+            if audited.get("command"):
+                # In one line, so that it can be copied.
+                lines += ["", "To train as advised (add --use_peft for LoRA; the summary tells gain and price):"]
+                lines.append(f"  {audited['command']}")
     return "\n".join(lines)
 
 

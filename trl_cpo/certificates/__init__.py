@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import CertificateError, is_number, read_json
+from ..files.schema import shown
+from .errors import CertificateError, is_number, read_json, refuse_faults
 from .evidence import evidence_of
 from .statement import FORMAT, KINDS, check_kind, document
 
@@ -48,9 +49,10 @@ def check(found: Any, folder: str | Path | None = None) -> list[str]:
     """
     if not isinstance(found, dict) or found.get("certificate") != "trl-cpo":
         raise CertificateError('This is no certificate of trl-cpo: it lacks "certificate": "trl-cpo".')
+    refuse_faults(found, "This certificate")
     version = found.get("format")
-    if version not in (1, FORMAT):
-        raise CertificateError(f"This certificate has format {version!r}; this version reads formats 1 and {FORMAT}.")
+    if type(version) is not int or version not in (1, FORMAT):
+        raise CertificateError(f"This certificate has format {shown(version)}; this version reads formats 1 and {FORMAT}.")
     asked, evidence = (found[name] if isinstance(found.get(name), dict) else {} for name in ("asked", "evidence"))
     parts: dict[str, Any] = {"subject": found.get("subject"), **{name: evidence.get(name) for name in ("numbers", "files")}}
     lacking = [name for name in ("gamma", "at_least", "confidence") if name not in asked]
@@ -75,6 +77,6 @@ def _differences(found: Any, recomputed: Any, path: str) -> Iterator[str]:
     elif is_number(found) and is_number(recomputed):
         # Versions of the libraries may differ in the last digits.
         if not math.isclose(found, recomputed, rel_tol=1e-9, abs_tol=1e-12):
-            yield f"{path}: {found!r} in the certificate, {recomputed!r} recomputed"
+            yield f"{path}: {shown(found)} in the certificate, {shown(recomputed)} recomputed"
     elif type(found) is not type(recomputed) or found != recomputed:
-        yield f"{path}: {found!r} in the certificate, {recomputed!r} recomputed"
+        yield f"{path}: {shown(found)} in the certificate, {shown(recomputed)} recomputed"

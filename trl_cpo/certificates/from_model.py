@@ -1,17 +1,22 @@
 """Evidence for a model that is no run of this trainer: its log-probabilities of held-out pairs, in a pairs.json."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.identity import digests_of, without
 from ..data.models import source_of
 from ..files.atomic import write_json
 from ..files.outputs import is_taken
-from ..files.run_files import PAIR_COLUMNS, PAIRS
+from ..files.run_files import METRICS, PAIR_COLUMNS, PAIRS
 from ..scoring.scorer import Scorer
 from ..scoring.steps import read_set, score_roles
 from ..scoring.token_pairs import answer_tokens
-from .errors import CertificateError
+from .errors import CertificateError, read_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def score_to_folder(
@@ -31,9 +36,9 @@ def score_to_folder(
     """Scores the pairs of a split by a model, as training would score them, and writes pairs.json into a new folder.
 
     `certify_run` makes a certificate of the folder, of kind "held_out": that the model was not trained on these pairs is
-    the word of whoever names them. Pairs that cannot be compared (dropped, nothing of an answer left by max_length, or two
-    answers that are equal) are counted as "left_out"; a certificate takes them for pairs that miss γ. Scores are kept, and
-    an interrupted call goes on where it stopped.
+    the word of whoever names them, but pairs that its run's own record names as trained on are left out. Pairs that cannot be
+    compared (dropped, nothing of an answer left by max_length, or two answers that are equal) are counted as "left_out"; a
+    certificate takes them for pairs that miss γ. Scores are kept, and an interrupted call goes on where it stopped.
 
     Args:
         folder: does not exist yet, or is empty.
@@ -53,6 +58,7 @@ def score_to_folder(
             f"{folder} already holds files, and nothing in it is overwritten. Give a new folder for the scores."
         )
     pairs = read_set(dataset, split, max_pairs=max_pairs).pairs
+    pairs, trained_on = _not_trained_on(pairs, model)
     scorer = Scorer(max_length=max_length, dtype=dtype, batch_size=batch_size)
     sources = {"policy": source_of(model)} | ({"ref": source_of(ref_model)} if ref_model is not None else {})
     tokenizer = scorer.tokenizer(sources["policy"])
@@ -78,9 +84,24 @@ def score_to_folder(
         "ref_model": ref_model,
         "dataset": dataset,
         "left_out": prepared.given - len(rows),
+        **({"trained_on_left_out": trained_on} if trained_on else {}),
         "columns": list(PAIR_COLUMNS),
         "rows": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / PAIRS, document)
     return folder
+
+
+def _not_trained_on(pairs: "Dataset", model: str) -> "tuple[Dataset, int]":
+    """The pairs that the run of `model`, where it is a run's folder, was not trained on; and how many it was."""
+    file = Path(model).expanduser() / METRICS
+    record = read_json(file) if file.is_file() else None
+    learned = record.get("pairs") if isinstance(record, dict) else None
+    trained = digests_of(learned.get("digests")) if isinstance(learned, dict) else set()
+    if not trained:
+        return pairs, 0
+    kept = without(pairs, trained)
+    if not len(kept):
+        raise CertificateError(f"All {len(pairs)} pairs were trained on, says {file}: they certify nothing. Give others.")
+    return kept, len(pairs) - len(kept)

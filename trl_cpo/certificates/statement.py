@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..files.schema import COUNT, shown
 from ..intervals import CONFIDENCE, lower_bound
 from ..units import UNITS
 from .errors import CertificateError, is_number
@@ -40,7 +41,8 @@ def document(
     Args:
         kind, gamma, at_least: as for `certify_run`.
         subject: of which run: model, dataset, split, constraint, beta, gamma, reduction, hyperparameters.
-        numbers: "pairs" and "meeting" (n, and how many have δ_θ ≥ γ).
+        numbers: "pairs" and "meeting" (n, and how many have δ_θ ≥ γ); "trained_on_left_out" (how many are not among them
+            because they were trained on), where there are any.
         files: name to blake2b hash and size of the files that the numbers came from.
         confidence: of the bound for a population.
         version: of the format.
@@ -75,6 +77,8 @@ def _said_of_count(gamma, confidence, subject, numbers) -> tuple[str, float, lis
         f"{meeting} of {count} held-out pairs have a preference gap δ_θ of at least {exact(gamma)} {unit}. With "
         f"{exact(100 * confidence)} % confidence, at least {_percent_down(share)} of the pairs of their population have."
     )
+    if trained := numbers.get("trained_on_left_out"):
+        statement += f" {trained} more pairs were trained on, and are not counted."
     return statement, share, [_AS_COMPUTED, _DRAWN]
 
 
@@ -92,20 +96,23 @@ def check_kind(kind: Any) -> None:
 def _check_numbers(gamma, at_least, confidence, subject, numbers) -> None:
     faults = []
     if not is_number(gamma):
-        faults.append(f"gamma must be a finite number; got {gamma!r}")
+        faults.append(f"gamma must be a finite number; got {shown(gamma)}")
     if not is_number(at_least) or not 0.0 <= at_least <= 1.0:
-        faults.append(f"at_least must lie in [0, 1]; got {at_least!r}")
+        faults.append(f"at_least must lie in [0, 1]; got {shown(at_least)}")
     if not is_number(confidence) or not 0.0 < confidence < 1.0:
-        faults.append(f"confidence must lie between 0 and 1; got {confidence!r}")
-    if subject.get("reduction") not in UNITS:
-        faults.append(f"reduction must be sum or mean; got {subject.get('reduction')!r}")
+        faults.append(f"confidence must lie between 0 and 1; got {shown(confidence)}")
+    if not isinstance(subject.get("reduction"), str) or subject["reduction"] not in UNITS:
+        faults.append(f"reduction must be sum or mean; got {shown(subject.get('reduction'))}")
     count = numbers.get("pairs")
-    if type(count) is not int or count < 1:
-        faults.append(f"a certificate needs at least one pair; got {count!r}")
+    if type(count) is not int or count < 1 or not COUNT.holds(count):
+        faults.append(f"a certificate needs at least one pair; got {shown(count)}")
     else:
         meeting = numbers.get("meeting")
         if type(meeting) is not int or not 0 <= meeting <= count:
-            faults.append(f"meeting must be a count from 0 to {count}; got {meeting!r}")
+            faults.append(f"meeting must be a count from 0 to {count}; got {shown(meeting)}")
+    trained = numbers.get("trained_on_left_out", 0)
+    if type(trained) is not int or trained < 0:
+        faults.append(f"trained_on_left_out must be a count; got {shown(trained)}")
     if faults:
         raise CertificateError("; ".join(faults) + ".")
 

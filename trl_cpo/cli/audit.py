@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="hub name, folder (also an adapter's) or 'demo'; the reference, unless --ref-model is given",
     )
-    add("--dataset", required=True, metavar="D", help="hub name, .jsonl[.gz], .json or .parquet file, folder, or 'demo'")
+    add(
+        "--dataset",
+        required=True,
+        metavar="D",
+        help="hub name, .jsonl[.gz], .json or .parquet file, folder, 'demo' or 'demo-answers'",
+    )
     add("--ref-model", metavar="R", help="use R as the reference; M is then the policy")
     add("--split", nargs="+", default=["train"], metavar="S", help="splits, audited separately (default: train)")
     add("--dataset-config", metavar="NAME", help="configuration of a hub dataset")

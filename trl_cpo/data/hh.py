@@ -31,6 +31,7 @@ class Reason(StrEnum):
     EMPTY_ANSWER = "empty_answer"
     NO_COMMON_PROMPT = "no_common_prompt"
     IDENTICAL_ANSWERS = "identical_answers"
+    EMPTY_MESSAGE = "empty_message"
 
     @property
     def sentence(self) -> str:
@@ -38,7 +39,7 @@ class Reason(StrEnum):
 
 
 _SENTENCES = {
-    Reason.NOT_A_STRING: "`chosen` or `rejected` is not a string",
+    Reason.NOT_A_STRING: "`prompt`, `chosen` or `rejected` is not a string",
     Reason.NOT_A_DIALOGUE: r"the text does not begin with a turn ('\n\nHuman: ')",
     Reason.UNCLEAR_TURN: r"'\n\nHuman:' or '\n\nAssistant:' occurs inside the text of a turn",
     Reason.ROLE_ORDER: "the turns do not alternate, starting with Human and ending with Assistant",
@@ -46,6 +47,7 @@ _SENTENCES = {
     Reason.EMPTY_ANSWER: "the last answer is empty",
     Reason.NO_COMMON_PROMPT: "the turns before the last answer differ between `chosen` and `rejected`",
     Reason.IDENTICAL_ANSWERS: "`chosen` and `rejected` have the same answer",
+    Reason.EMPTY_MESSAGE: "a message has no role or no content",
 }
 
 

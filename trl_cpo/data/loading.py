@@ -4,17 +4,21 @@
 understands, and refuses all others. `hold_out` splits a test set off a source that has none.
 """
 
+import glob
 import hashlib
+import os
 import random
 import re
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files.cache import cache_root
 from . import hh
-from .demo import DEMO, PAIR_FILES
+from .demo import PAIR_FILES
 from .rows import refusal
 
 if TYPE_CHECKING:
@@ -24,7 +28,8 @@ if TYPE_CHECKING:
 FILE_KINDS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".parquet": "parquet"}
 _ALLOWED = (
     f"Give a {', '.join(FILE_KINDS)} file with one pair per row, a folder with such files or written by save_to_disk, "
-    f"the name of a dataset on the hub (owner/name; needs a network or the local cache), or {DEMO!r}."
+    "the name of a dataset on the hub (owner/name; needs a network or the local cache), or one of the embedded sets, "
+    f"{' and '.join(PAIR_FILES)}."
 )
 _FORMS = (
     "Allowed are prompt, chosen and rejected, all strings or all messages; chosen and rejected as messages that "
@@ -58,9 +63,9 @@ def load_pairs(
     """Loads a split of a source, with rows as they are stored.
 
     Args:
-        name_or_path: "demo" (the embedded pairs; use ./demo for a folder of that name), a file (.jsonl, .jsonl.gz, .json
-            or .parquet; all of it is the split "train"), a folder (written by `save_to_disk`, or with data files whose names
-            contain their split), or a dataset on the hub.
+        name_or_path: "demo" or "demo-answers" (embedded pairs; use ./demo for a folder of that name), a file (.jsonl,
+            .jsonl.gz, .json or .parquet; all of it is the split "train"), a folder (written by `save_to_disk`, or with data
+            files whose names contain their split), or a dataset on the hub.
         split: name of the split.
         config: configuration of a folder's or hub dataset.
         data_dir: folder inside a folder's or hub dataset.
@@ -71,9 +76,9 @@ def load_pairs(
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
-    if name == DEMO:
-        _refuse_options(name, "the embedded pairs", config=config, data_dir=data_dir)
-        files = {key: Path(__file__).parent / "demo" / file for key, file in PAIR_FILES.items()}
+    if name in PAIR_FILES:
+        _refuse_options(name, "an embedded set", config=config, data_dir=data_dir)
+        files = {key: Path(__file__).parent / "demo" / file for key, file in PAIR_FILES[name].items()}
         dataset = _from_files("json", files, name, split, streaming)
     elif path.is_file():
         _refuse_options(name, "a single file", config=config, data_dir=data_dir)
@@ -202,9 +207,35 @@ def _from_files(kind: str, files: dict[str, Path], name: str, split: str, stream
     missing = [str(file) for file in files.values() if not file.is_file()]
     if missing:
         raise SourceError(f"{name} lacks {', '.join(missing)}. Install trl-cpo again.")
-    paths = {key: str(file) for key, file in files.items()}
     with _readable(name):
-        return datasets.load_dataset(kind, data_files=paths, split=split, streaming=streaming)
+        # As lists that are resolved already: datasets would take a name for a pattern, and a file's time for its identity.
+        listed = {key: datasets.data_files.DataFilesList(*_identified(file)) for key, file in files.items()}
+        return datasets.load_dataset(kind, data_files=listed, split=split, streaming=streaming)
+
+
+def _identified(file: Path) -> tuple[list[str], list[tuple[str, ...]]]:
+    """A file's path, such that datasets takes it as it is, and its content, by which results are cached."""
+    path, content = os.path.abspath(file), _digest([file])
+    if re.fullmatch(r"[\w./@+=, -]*", path) is None:
+        # datasets reads brackets and double colons as parts of an address.
+        ending = next(ending for ending in FILE_KINDS if file.name.endswith(ending))
+        link = cache_root() / "pairs" / f"{content}{ending}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink() or os.readlink(link) != path:
+            draft = link.with_name(f".{content}-{secrets.token_hex(4)}.tmp")
+            os.symlink(path, draft)
+            os.replace(draft, link)
+        path = str(link)
+    return [path], [(content,)]
+
+
+def _digest(files: Iterable[str | Path]) -> str:
+    """Of the files' contents, in that order."""
+    whole = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with open(file, "rb") as stream:
+            whole.update(hashlib.file_digest(stream, "blake2b").digest())
+    return whole.hexdigest()
 
 
 def _from_saved(folder: Path, split: str, streaming: bool):
@@ -215,20 +246,41 @@ def _from_saved(folder: Path, split: str, streaming: bool):
     if not isinstance(saved, datasets.DatasetDict):
         saved = {"train": saved}
     _check_split(split, list(saved), str(folder), slices=False)
+    # What is made of the rows is cached by this name, which state.json gives; it may have been kept while the rows changed.
+    content = _digest(each["filename"] for each in saved[split].cache_files)
+    saved[split]._fingerprint = hashlib.blake2b(f"{saved[split]._fingerprint} {content}".encode(), digest_size=8).hexdigest()
     return saved[split].to_iterable_dataset() if streaming else saved[split]
 
 
 def _from_loader(name: str, split: str, streaming: bool, config: str | None, data_dir: str | None = None):
     import datasets
 
+    is_folder = Path(name).is_dir()
+    if is_folder and glob.has_magic(str(Path(name).resolve())):
+        raise SourceError(
+            f"The path of the folder {name} holds one of the characters * ? [, which would be read as a pattern. Rename it, or "
+            "give the file in it."
+        )
     with _readable(name):
         builder = datasets.load_dataset_builder(name, config, data_dir=data_dir)
+        cache = _cache_of(builder.config.data_files) if is_folder else None
     # Known before any download, unless the dataset's loader gives neither.
     known = [str(key) for key in (builder.info.splits or builder.config.data_files or ())]
     if known:
         _check_split(split, known, name)
     with _readable(name):
-        return datasets.load_dataset(name, config, data_dir=data_dir, split=split, streaming=streaming)
+        own = {} if cache is None else {"cache_dir": cache}
+        return datasets.load_dataset(name, config, data_dir=data_dir, split=split, streaming=streaming, **own)
+
+
+def _cache_of(data_files: dict[str, list[str]] | None) -> str | None:
+    """The cache of a folder's data files, by their contents; None where some of them are elsewhere."""
+    import datasets
+
+    files = [file for key in sorted(data_files or ()) for file in data_files[key]]
+    if not files or not all(os.path.isfile(file) for file in files):
+        return None
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, "trl_cpo", _digest(files))
 
 
 def _is_streamed(dataset) -> bool:

@@ -102,6 +102,9 @@ def _kind(value: Any) -> tuple[str, str | None]:
     for at, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             return "", f"is a list whose item {at} is no message {{'role': ..., 'content': ...}}"
+        # Where an assistant calls a tool, it need not say anything.
+        if message["content"] is None and not message.get("tool_calls"):
+            return "", f"is a list whose item {at} says nothing: its content is null"
     return "messages", None
 
 

@@ -54,7 +54,7 @@ class DPOTrainer(ResumableTrainer):
     With the fields of [`DPOConfig`] at their defaults it is TRL's, bit for bit. A method built on it overrides:
 
     - `compute_loss`, to call `guarded_loss` with its own target and added term;
-    - `set_up`, to prepare its state and callbacks;
+    - `set_up` and `constructed`, to prepare its state and callbacks;
     - `on_batch`, to update counters and metrics;
     - `stateful`, to put that state into checkpoints.
 
@@ -159,6 +159,7 @@ class DPOTrainer(ResumableTrainer):
         # Sharded models cannot run before training wraps them; they are probed at the first batch.
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._sharing.of(self.model)
+        self.constructed()
 
     @classmethod
     def _config(cls, args, model) -> DPOConfig:
@@ -186,6 +187,9 @@ class DPOTrainer(ResumableTrainer):
         if args.process_index == 0:
             for note in notes:
                 warnings.warn(note, stacklevel=4)
+
+    def constructed(self) -> None:
+        """Called once, at the end of construction: the model is where training starts, or was started that is resumed."""
 
     def on_batch(self, batch: GatheredBatch) -> None:
         """Called with every training and evaluation batch, gathered over all processes."""

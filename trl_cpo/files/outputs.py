@@ -1,14 +1,20 @@
-"""Output folders: a run never overwrites existing files."""
+"""Output folders: a run never overwrites existing files, and has its folder to itself."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from .claims import CLAIM, Claimed, claim, is_claimed
 
 
 def is_taken(folder: str | Path) -> bool:
-    """Whether `folder` exists and is not empty, or is a file."""
+    """Whether `folder` exists and is not empty, is a file, or is a live run's. What a killed run's claim holds is free."""
+    return _holds_files(folder) or is_claimed(folder)
+
+
+def _holds_files(folder: str | Path) -> bool:
     path = Path(folder)
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+    return path.exists() and (not path.is_dir() or any(each.name != CLAIM for each in path.iterdir()))
 
 
 def next_free(folder: str | Path) -> Path:
@@ -20,9 +26,43 @@ def next_free(folder: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[Path]:
+    """Makes `folder` as `making` does, and claims it for this process until the block ends.
+
+    Raises:
+        Claimed: a live run has it.
+    """
+    with making(folder) as path:
+        try:
+            with claim(path):
+                yield path
+        except Claimed as error:
+            raise Claimed(
+                f"{error} Two runs in one folder would overwrite each other. Give another --output_dir ({next_free(folder)} is "
+                "free), or wait for its end."
+            ) from None
+
+
+@contextmanager
+def claimed_next(folder: str | Path) -> Iterator[Path]:
+    """Claims `folder`, or the first of `folder-2`, `folder-3`, … that is free; two at once get two."""
+    while True:
+        path = next_free(folder)
+        with ExitStack() as held:
+            try:
+                held.enter_context(claimed(path))
+            except Claimed:
+                continue
+            # It was free before it was claimed; a run that ended in between has left its files.
+            if not _holds_files(path):
+                yield path
+                return
+
+
 def refuse_taken(folder: str | Path) -> None:
-    """Raises `FileExistsError` if `folder` is taken."""
-    if is_taken(folder):
+    """Raises `FileExistsError` if `folder` holds files, other than this run's claim."""
+    if _holds_files(folder):
         raise FileExistsError(
             f"The output folder {folder} already holds files, and they are never overwritten. Give another --output_dir "
             f"({next_free(folder)} is free), or --resume_from_checkpoint latest to continue the run in it."

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files.run_files import KNOWN_COLUMNS, LOG, METRICS, PAIR_COLUMNS, PAIRS
+from ..files import schema
+from ..files.run_files import KNOWN_COLUMNS, LOG, METRICS, PAIR_COLUMNS, PAIRS, PRICE
 from ..logs.log_file import read_log
-from .run import Evaluation, HeldOut, Run, number
+from .numbers import number
+from .price import of_metrics, read_price
+from .run import Evaluation, HeldOut, Run
 
 #: More runs than this cannot be told apart by colour and line style.
 MOST_RUNS = 12
@@ -69,6 +72,7 @@ def read_run(folder: str | Path) -> Run:
     _read_log(run)
     _before_and_after(run)
     _cross_check(run)
+    _read_price(run)
     return run
 
 
@@ -86,7 +90,15 @@ def _object(run: Run, name: str, otherwise: str) -> dict:
     if not isinstance(got, dict):
         run.notes.append(f"{name} holds a {type(got).__name__} instead of an object: {otherwise}.")
         return {}
-    return got
+    return _sound(run, name, got)
+
+
+def _sound(run: Run, name: str, got: dict) -> dict:
+    """The document without numbers that cannot be, and a note where there are any."""
+    wrong = list(schema.faults(got))
+    if wrong:
+        run.notes.append(f"{name} holds {len(wrong)} numbers that cannot be, which are left out. The first: {wrong[0]}.")
+    return schema.sound(got)
 
 
 def _read_pairs(run: Run) -> None:
@@ -94,7 +106,7 @@ def _read_pairs(run: Run) -> None:
     if not table:
         return
     columns, rows = table.get("columns"), table.get("rows")
-    if not isinstance(columns, list) or not isinstance(rows, list) or not set(KNOWN_COLUMNS) <= set(map(str, columns)):
+    if not isinstance(columns, list) or not isinstance(rows, list) or not all(name in columns for name in KNOWN_COLUMNS):
         run.notes.append(f"{PAIRS} lacks rows or one of the columns {', '.join(KNOWN_COLUMNS)}: no pictures of single pairs.")
         return
     places = {name: columns.index(name) for name in PAIR_COLUMNS if name in columns}
@@ -133,6 +145,20 @@ def _read_pairs(run: Run) -> None:
                 )
 
 
+def _read_price(run: Run) -> None:
+    """Takes the measurements from price.json, and what it lacks from the evaluations, which have no intervals or answers."""
+    if (run.folder / PRICE).is_file():
+        document = _object(run, PRICE, "sampled answers are not shown")
+        if document:
+            run.prices, notes = read_price(document, PRICE)
+            run.notes += notes
+    logged = {step: of_metrics(step, evaluation.values.get) for step, evaluation in run.evaluations.items()}
+    if run.prices:
+        run.prices = [measurement.filled_from(logged.get(measurement.step)) for measurement in run.prices]
+    else:
+        run.prices = [measurement for measurement in logged.values() if measurement]
+
+
 def _read_log(run: Run) -> None:
     file = run.folder / LOG
     if not file.is_file():
@@ -148,6 +174,10 @@ def _read_log(run: Run) -> None:
         steps = ", ".join(step.decode() for step in resumed)
         run.notes.append(f"The run was resumed from step {steps}; curves show each step once, as last run.")
     finished, not_finite = False, 0
+    wrong = [fault for entry in entries for fault in schema.faults(entry, finite=False)]
+    if wrong:
+        run.notes.append(f"{LOG} holds {len(wrong)} numbers that cannot be, which are left out. The first: {wrong[0]}.")
+        entries = [schema.sound(entry, finite=False) for entry in entries]
     sets = sorted({match[1] for entry in entries for key in entry if (match := _EVALUATION_KEY.match(key))})
     chosen = "eval" if not sets or "eval" in sets else sets[0]
     if len(sets) > 1:
@@ -155,8 +185,6 @@ def _read_log(run: Run) -> None:
     for entry in entries:
         step = entry["step"]
         finished |= "train_runtime" in entry
-        if isinstance(step, bool) or not 0 <= step < 2**53:
-            continue
         numbers = {key: value for key, got in entry.items() if (value := number(got)) is not None}
         not_finite += any(not math.isfinite(value) for value in numbers.values())
         if any(key.startswith("cpo/") for key in numbers):

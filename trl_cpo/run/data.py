@@ -1,9 +1,10 @@
 """The pairs of a run: read, brought into TRL's form, and a part held out where the source has no test split."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..data.loading import NoSuchSplit, hold_out
+from ..data.identity import pair_digests, split_names, without
+from ..data.loading import NoSuchSplit, SourceError, hold_out
 from ..data.reading import first_pairs, read_pairs
 
 if TYPE_CHECKING:
@@ -12,10 +13,12 @@ if TYPE_CHECKING:
 
 
 def load_sets(options: "PairArguments"):
-    """Training and held-out pairs as messages, the reports on rows that were refused, and how many were held out.
+    """Training and held-out pairs as messages, reports on rows refused, how many were held out, and what was trained on.
+
+    Pairs that are trained on are no held-out pairs.
 
     Raises:
-        SourceError: the pairs cannot be read or used, or the source lacks a split that was asked for.
+        SourceError: the pairs cannot be read or used, the source lacks a split that was asked for, or none is held out.
     """
 
     def read(split):
@@ -39,7 +42,32 @@ def load_sets(options: "PairArguments"):
         count = options.held_out if options.held_out < 1 else int(options.held_out)
         train, test = hold_out(train, count, seed=0)
         held_out = len(test)
-    return first_pairs(train, options.max_train_pairs), first_pairs(test, options.max_test_pairs), reports, held_out
+    train = first_pairs(train, options.max_train_pairs)
+    test, learned = _not_trained_on(test, train, options, sliced=held_out is not None)
+    return train, first_pairs(test, options.max_test_pairs), reports, held_out, learned
+
+
+def _not_trained_on(test: Any, train: Any, options: "PairArguments", sliced: bool) -> tuple[Any, dict[str, Any]]:
+    """The pairs of `test` that are not in `train`, and what metrics.json says of it.
+
+    By content; of a stream, whose pairs are not known before they are trained on, by the names of the splits alone.
+    """
+    names = {"train_split": options.dataset_train_split, "test_split": "held out" if sliced else options.dataset_test_split}
+    if hasattr(train, "__len__") and hasattr(test, "__len__"):
+        trained = pair_digests(train)
+        kept, left_out = without(test, trained), len(test)
+        left_out -= len(kept)
+        learned = {**names, "trained_on_left_out": left_out, "digests": "".join(sorted(set(trained)))}
+        none_left = not len(kept)
+    else:
+        kept, learned = test, {**names, "trained_on_left_out": None, "digests": None}
+        none_left = bool(split_names(names["train_split"]) & split_names(names["test_split"]))
+    if none_left:
+        raise SourceError(
+            f"The pairs of the split {names['test_split']!r} are all trained on (--dataset_train_split "
+            f"{names['train_split']}), so none is held out. Give another --dataset_test_split or --dataset_train_split."
+        )
+    return kept, learned
 
 
 def say_reports(reports: "Mapping[str, RowReport | None]", say: Callable[[str], None]) -> None:

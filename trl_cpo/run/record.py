@@ -21,10 +21,12 @@ def pairs_document(
     split: str,
     start_is_reference: bool,
     degenerate: "Tensor | None" = None,
+    trained_on: int | None = 0,
 ) -> dict[str, Any]:
     """What pairs.json holds: one row a held-out pair, in dataset order, its log-probabilities in nats.
 
-    Pairs that compare no two answers have no row; where there are any, `left_out` is their number.
+    Pairs that compare no two answers have no row; where there are any, `left_out` is their number. `trained_on_left_out` is
+    the number of pairs that were left out because they were trained on, where there are any.
 
     Args:
         pairs: the held-out pairs as the trained policy and the reference score them, (n,) each.
@@ -32,6 +34,7 @@ def pairs_document(
         gamma, beta, constraint, split: of the run.
         start_is_reference: whether the policy before training was the reference; otherwise its columns are null.
         degenerate: (n,), bool, pairs that compare no two answers; None: none is.
+        trained_on: pairs of the split that were trained on, and are not among `pairs`; None: not known.
     """
     kept = pairs.rows() if degenerate is None else pairs.rows()[~degenerate]
     left_out = len(pairs.gap) - len(kept)
@@ -43,6 +46,7 @@ def pairs_document(
         "constraint": constraint,
         "split": split,
         **({"left_out": left_out} if left_out else {}),
+        **({"trained_on_left_out": trained_on} if trained_on else {}),
         "columns": list(PAIR_COLUMNS),
         "rows": rows,
     }

@@ -2,14 +2,17 @@
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..data.models import read_config, source_of
+from ..decisions import in_words
 from ..files.atomic import write_json
 from ..files.run_files import LOG, METRICS, PAIRS
+from .card import add_results
 from .data import load_sets, say_reports
+from .decided import Decided
 from .record import pairs_document, versions
 
 if TYPE_CHECKING:
@@ -62,6 +65,40 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
         SourceError: the pairs cannot be read or used.
         DemoModelError: the embedded model is not installed.
     """
+    with ExitStack() as held:
+        return _train(options, args, policy, held)
+
+
+def _claim(options: "PairArguments", args: "RunConfig", held: ExitStack, is_main: bool) -> None:
+    """Has the main process claim the output folder until `held` ends, and all processes know it, or fail with it.
+
+    Another process that chose for itself would see the folder taken. From here on the same command with
+    --resume_from_checkpoint latest goes on with this run, whenever it is killed; but a mistake in the options leaves no
+    folder behind.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from ..files.claims import is_claimed
+    from ..files.outputs import claimed, claimed_next, refuse_taken
+
+    told: list[Any] = [None, None]
+    if is_main:
+        name = Path(options.dataset_name).name.split(".")[0]
+        asked = claimed(args.output_dir) if args.chose_output_dir else claimed_next(f"outputs/{name}-{args.constraint}")
+        try:
+            # Not even a claim is written into a folder that is somebody else's.
+            if args.chose_output_dir and not args.resume_from_checkpoint and not is_claimed(args.output_dir):
+                refuse_taken(args.output_dir)
+            told[0] = str(held.enter_context(asked))
+        except OSError as error:
+            told[1] = error
+    broadcast_object_list(told, from_process=0)
+    args.output_dir, fault = told
+    if fault is not None:
+        raise fault
+
+
+def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", held: ExitStack) -> Path:
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -69,9 +106,9 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
     from trl import get_peft_config, get_quantization_config
 
     from ..engine.resume.checkpoints import clean_up, is_fresh
-    from ..files.outputs import making, next_free, refuse_taken
+    from ..files.outputs import refuse_taken
     from ..logs.run_log import RunLog
-    from ..logs.summary import before_after
+    from ..logs.summary import before_after, gain_and_price
     from ..trainer import CPOConstrainedTrainer
 
     state, started = PartialState(), time.time()
@@ -80,12 +117,11 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
         if state.is_main_process:
             print(text, flush=True)
 
-    # One process chooses the folder: another one that looked a moment later would see it taken.
-    if not args.chose_output_dir:
-        name = Path(options.dataset_name).name.split(".")[0]
-        chosen = [str(next_free(f"outputs/{name}-{args.constraint}"))]
-        broadcast_object_list(chosen, from_process=0)
-        args.output_dir = chosen[0]
+    there = [args.chose_output_dir and Path(args.output_dir).is_dir()]
+    broadcast_object_list(there, from_process=0)
+    if args.resume_from_checkpoint and not there[0]:
+        checkpoint_of(args)  # nothing to go on with is said before a folder is made
+    _claim(options, args, held, state.is_main_process)
     if args.chose_output_dir and args.resume_from_checkpoint and state.is_local_main_process:
         clean_up(args.output_dir)
     state.wait_for_everyone()
@@ -95,29 +131,29 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
         refuse_taken(args.output_dir)
     state.wait_for_everyone()
     output_dir = Path(args.output_dir)
-    # From here on the same command with --resume_from_checkpoint latest goes on with this run, whenever it is killed; but a
-    # mistake in the options leaves no folder behind.
-    with making(output_dir) if state.is_main_process else nullcontext():
-        if begun and checkpoint is None:
-            say(f"{output_dir} holds no whole checkpoint yet: starting from the beginning")
+    if begun and checkpoint is None:
+        say(f"{output_dir} holds no whole checkpoint yet: starting from the beginning")
 
-        say(f"[1/4] Reading pairs: {options.dataset_name}")
-        with state.main_process_first():
-            train_set, test_set, reports, held_out = load_sets(options)
-        if not options.dataset_streaming:
-            say_reports(reports, say)
-        if held_out is not None:
-            say(f"      no test split: held {held_out} of {held_out + len(train_set)} pairs out")
+    say(f"[1/4] Reading pairs: {options.dataset_name}")
+    with state.main_process_first():
+        train_set, test_set, reports, held_out, learned = load_sets(options)
+    if not options.dataset_streaming:
+        say_reports(reports, say)
+    if held_out is not None:
+        say(f"      no test split: held {held_out} of {held_out + len(train_set)} pairs out")
+    left_out = learned["trained_on_left_out"]
+    if left_out:
+        say(f"      left {left_out} evaluation pairs out, which are trained on too")
 
-        say(f"[2/4] Loading the model: {policy.model_name_or_path}")
-        with state.main_process_first():
-            model = source_of(policy.model_name_or_path)
-        read_config(
-            model,
-            revision=policy.model_revision,
-            trust_remote_code=args.trust_remote_code,
-            option="--model_name_or_path",
-        )
+    say(f"[2/4] Loading the model: {policy.model_name_or_path}")
+    with state.main_process_first():
+        model = source_of(policy.model_name_or_path)
+    read_config(
+        model,
+        revision=policy.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        option="--model_name_or_path",
+    )
     loading = dict(revision=policy.model_revision, attn_implementation=policy.attn_implementation, dtype=policy.dtype)
     args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
     args.eval_on_start = checkpoint is None
@@ -143,10 +179,14 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
 
     trained_on = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed"
     say(f"[3/4] Training on {trained_on} pairs with constraint {args.constraint}; held-out pairs before and after")
+    decided = Decided(trainer, test_set, say)
+    if checkpoint is None:
+        decided.count_start()
     trainer.train(resume_from_checkpoint=checkpoint)
     starts = [r for r in trainer.state.log_history if r["step"] == 0 and "eval_cpo/gap" in r]
     before = starts[0] if starts else None
     after = trainer.evaluate()
+    decisions = decided.document()
     evaluated = after["eval_cpo/pairs"]
     if options.dataset_streaming:
         say_reports(reports, say)
@@ -167,6 +207,7 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
                 split=options.dataset_test_split if held_out is None else "held out",
                 # No reference is given here, so it is the policy at the start, unless it has followed the policy since.
                 start_is_reference=not args.sync_ref_model,
+                trained_on=left_out,
             ),
         )
         record = {
@@ -175,7 +216,7 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
             "after": after,
             "seconds": round(time.time() - started, 1),
             "data": {split: report.to_dict() for split, report in reports.items() if report is not None},
-            "pairs": {"dataset_name": options.dataset_name, "trained_on": trained_on},
+            "pairs": {"dataset_name": options.dataset_name, "trained_on": trained_on, **learned},
             "model": policy.model_name_or_path,
             "seed": args.seed,
             "versions": versions(),
@@ -185,13 +226,35 @@ def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -
                 k: str(v) if v in (math.inf, -math.inf) else v for k, v in args.to_dict().items() if k != "eval_on_start"
             },
         }
-        # Last, so that a folder with a metrics.json is a finished run.
-        write_json(output_dir / METRICS, record)
         table = before_after(
             before, after, pairs=evaluated, gamma=args.gamma, reduction=args.logps_reduction, constraint=args.constraint
         )
+        if decisions is not None:
+            record["decisions"] = decisions
+            table += f"\n\n{in_words(decisions)}"
+        sentence = None
+        if trainer.price is not None:
+            record["price"] = trainer.price.summary(time.time() - started)
+            sentence = gain_and_price(before, after, record["price"]["words"])
+        add_results(
+            output_dir / "README.md",
+            settings={
+                "base model": policy.model_name_or_path,
+                "pairs": options.dataset_name,
+                "constraint": args.constraint,
+                **{name: getattr(args, name) for name in ("gamma", "beta", "logps_reduction", "learning_rate")},
+            },
+            table=table,
+            sentence=sentence,
+        )
+        # Last, so that a folder with a metrics.json is a finished run.
+        write_json(output_dir / METRICS, record)
+        if sentence is not None:
+            table += f"\n\n{sentence}\nMeasuring the price took {record['price']['seconds']:.0f} s."
         say(
-            f"\n{table}\n\nmodel    {output_dir}\nmetrics  {output_dir / METRICS}\nlog      {run_log.file}\n"
+            f"\n{table}\n"
+            + (f"{left_out} evaluation pairs were trained on, and are not counted\n" if left_out else "")
+            + f"\nmodel    {output_dir}\nmetrics  {output_dir / METRICS}\nlog      {run_log.file}\n"
             f"took {time.time() - started:.0f} s"
         )
     trainer.end()

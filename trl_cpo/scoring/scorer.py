@@ -75,6 +75,16 @@ class Scorer:
             **self.options,
         )
 
+    def cut(self) -> SimpleNamespace:
+        """What of `config` decides over tokens and batches. Makes no configuration, which would reset Accelerate's state."""
+        own = self.options
+        return SimpleNamespace(
+            max_length=self.max_length,
+            truncation_mode=self.truncation_mode,
+            dataset_num_proc=own.get("dataset_num_proc"),
+            pad_to_multiple_of=own.get("pad_to_multiple_of"),
+        )
+
     def tokenizer(self, source: str) -> "PreTrainedTokenizerBase":
         """The tokenizer that training would use. Raises `ModelError` if there is none, or a processor of images."""
         from transformers import PreTrainedTokenizerBase
@@ -109,7 +119,7 @@ class Scorer:
         checks.check_preference_dataset(pairs, name)
         checks.check_tokenizer(tokenizer, holds_messages(pairs[0]))
         seen = pairs.select_columns([column for column in (*_SEEN_COLUMNS, ROW) if column in pairs.column_names])
-        prepared = tokenized(seen, tokenizer, self.config(), name)
+        prepared = tokenized(seen, tokenizer, self.cut(), name)
         checks.check_not_all_dropped(prepared, name, self.max_length)
         ids = {column: prepared[column][:] for column in TOKENIZED_COLUMNS}
         text = prepared.select_columns([column for column in _SEEN_COLUMNS if column in prepared.column_names])

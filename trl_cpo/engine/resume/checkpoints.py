@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ...files.claims import CLAIM
+
 #: Staging folder, inside a run's folder, for checkpoints being written or deleted. Uploads to the hub skip `_*`.
 UNFINISHED = "_unfinished"
 #: The file that trl-cpo adds to a checkpoint of transformers.
@@ -250,4 +252,4 @@ def is_fresh(run_dir: str | Path) -> bool:
 
     A damaged checkpoint does not count as fresh: checkpoints appear complete, so something else must have damaged it.
     """
-    return Path(run_dir).is_dir() and {UNFINISHED, "log.jsonl", "README.md", "runs"}.issuperset(os.listdir(run_dir))
+    return Path(run_dir).is_dir() and {UNFINISHED, CLAIM, "log.jsonl", "README.md", "runs"}.issuperset(os.listdir(run_dir))
