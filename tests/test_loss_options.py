@@ -4,7 +4,8 @@ import pytest
 from trl import DPOConfig
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer, engine
-from trl_cpo._trl.loss import ACTS_WHERE, LOSS_READS
+from trl_cpo._trl.loss import LOSS_READS
+from trl_cpo._trl.loss_options import ACTS_WHERE
 
 from helpers.tiny import make_model, pairs_dataset, training_options
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 
-from .._trl.loss import LOSS_READS, idle_options
+from .._trl.loss import LOSS_READS
+from .._trl.loss_options import idle_options
 from ..faults import is_finite, is_true_or_false, one_of
 
 logger = logging.get_logger(__name__)
