@@ -75,6 +75,10 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
         return self.constraint == "none"
 
     @property
+    def adds_loss(self) -> bool:
+        return self.form.adds_loss
+
+    @property
     def form(self) -> Constraint:
         """The constraint, with the hyperparameters that it reads."""
         form = CONSTRAINTS[self.constraint]
@@ -89,7 +93,7 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
             if name not in reads and getattr(self, name) != declared.default
         ]
         notes = [f"constraint={self.constraint!r} does not use {', '.join(unused)}."] if unused else []
-        return notes + self._best_model_cautions() + self.form.cautions()
+        return notes + super().cautions() + self._best_model_cautions() + self.form.cautions()
 
     def _best_model_cautions(self) -> list[str]:
         name, said = self.metric_for_best_model, self.greater_is_better

@@ -1,7 +1,6 @@
 """CPOConstrainedTrainer: DPOTrainer with a constraint on the preference gap."""
 
 import textwrap
-import warnings
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -75,9 +74,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         #: What training did to the model, by evaluation; None unless `args.price`.
         self.price: PriceTracker | None = None
         self.leaves_out_degenerate = f"The {'' if args.is_plain_dpo else 'constraint and the '}cpo/ metrics leave"
-        if args.process_index == 0:
-            for note in args.cautions():
-                warnings.warn(note, stacklevel=3)
+        self.warn_of(args.cautions(), args)
         callbacks = [] if self._dual is None else [DualAscent(self._dual)]
         return callbacks + ([Narrator(args.logps_reduction)] if args.narrate else [])
 

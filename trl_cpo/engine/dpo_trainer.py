@@ -178,7 +178,15 @@ class DPOTrainer(ResumableTrainer):
 
     def set_up(self, args: DPOConfig) -> list[TrainerCallback]:
         """Prepares the method's state; called once, before anything is loaded. Returns callbacks to add after the user's."""
+        self.warn_of(args.cautions(), args)
         return []
+
+    @staticmethod
+    def warn_of(notes: list[str], args: DPOConfig) -> None:
+        """Warns of each, in the first process alone."""
+        if args.process_index == 0:
+            for note in notes:
+                warnings.warn(note, stacklevel=4)
 
     def constructed(self) -> None:
         """Called once, at the end of construction: the model is where training starts, or was started that is resumed."""
