@@ -42,7 +42,7 @@ def main() -> None:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=None, help="model folder; default: the embedded SmolLM2-135M-Instruct")
-    parser.add_argument("--pairs", default="demo", help="pairs in HH-RLHF's or TRL's format: file, folder, hub name or 'demo'")
+    parser.add_argument("--pairs", default="demo-answers", help="pairs: file, folder, hub name, 'demo' or 'demo-answers'")
     parser.add_argument("--cases", nargs="*", default=None, help="cases to run; default: all but gpu-*")
     parser.add_argument("--batches", type=int, default=3, help="batches per arm")
     parser.add_argument("--max_length", type=int, default=512, help="longest sequence, tokens")

@@ -25,7 +25,7 @@ class Setting:
     """What one case trains, and on what. Picklable, so that memory can be measured in a fresh process."""
 
     model: str
-    pairs: str = "demo"
+    pairs: str = "demo-answers"
     lora: bool = True
     batch: int = 8
     max_length: int = 512

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import CPOConstrainedConfig
+    from .monitor import PairMonitor
     from .trainer import CPOConstrainedTrainer
 
 __version__ = "0.1.0"
@@ -15,9 +16,10 @@ __version__ = "0.1.0"
 _HOME = {
     "CPOConstrainedConfig": "config",
     "CPOConstrainedTrainer": "trainer",
+    "PairMonitor": "monitor",
 }
 
-__all__ = ["CPOConstrainedConfig", "CPOConstrainedTrainer", "__version__"]
+__all__ = ["CPOConstrainedConfig", "CPOConstrainedTrainer", "PairMonitor", "__version__"]
 
 
 if not TYPE_CHECKING:  # a type checker that saw it would take every name for one of this package

@@ -9,12 +9,14 @@ from .constraints import CONSTRAINTS, Constraint
 from .engine.config import DPOConfig, documented
 from .faults import is_finite, is_true_or_false, one_of
 from .hyperparameters import fault
+from .metrics import MORE_IS_BETTER, more_is_better
 from .pairs import REDUCTIONS
+from .price.fields import PriceFields, prepare_price, price_faults
 
 
 @documented
 @dataclass
-class CPOConstrainedConfig(ConstraintFields, DPOConfig):
+class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
     r"""
     Configuration of [`CPOConstrainedTrainer`]: every field of [`~trl.DPOConfig`] and of the engine, and the constraint's.
 
@@ -41,6 +43,11 @@ class CPOConstrainedConfig(ConstraintFields, DPOConfig):
     )
 
     def __post_init__(self):
+        if not price_faults(self):
+            prepare_price(self)
+        if self.greater_is_better is None:
+            # transformers takes less to be better only of names that end with "loss".
+            self.greater_is_better = more_is_better(self.metric_for_best_model)
         super().__post_init__()
         if self.logps_reduction == "mean":
             self.loss_type = [MEAN_OF.get(loss_type, loss_type) for loss_type in self.loss_type]
@@ -58,6 +65,7 @@ class CPOConstrainedConfig(ConstraintFields, DPOConfig):
             faults.append(one_of("logps_reduction", self.logps_reduction, REDUCTIONS))
         known, out_of_range = not faults, self._out_of_range()
         faults += [*out_of_range.values(), *is_true_or_false("narrate", self.narrate), *super().faults()]
+        faults += price_faults(self)
         if known and set(self.loss_type) <= set(LOSS_READS):
             faults += self._combination_faults(out_of_range)
         return faults
@@ -65,6 +73,10 @@ class CPOConstrainedConfig(ConstraintFields, DPOConfig):
     @property
     def is_plain_dpo(self) -> bool:
         return self.constraint == "none"
+
+    @property
+    def adds_loss(self) -> bool:
+        return self.form.adds_loss
 
     @property
     def form(self) -> Constraint:
@@ -81,7 +93,22 @@ class CPOConstrainedConfig(ConstraintFields, DPOConfig):
             if name not in reads and getattr(self, name) != declared.default
         ]
         notes = [f"constraint={self.constraint!r} does not use {', '.join(unused)}."] if unused else []
-        return notes + self.form.cautions()
+        return notes + super().cautions() + self._best_model_cautions() + self.form.cautions()
+
+    def _best_model_cautions(self) -> list[str]:
+        name, said = self.metric_for_best_model, self.greater_is_better
+        own, better = str(name).rpartition("cpo/")[2], more_is_better(name)
+        if better is not None and said is not better:
+            return [
+                f"metric_for_best_model={name!r} with greater_is_better={said} keeps the worst checkpoint: "
+                f"{'more' if better else 'less'} of it is better. Set greater_is_better={better}, or leave it out."
+            ]
+        if "cpo/" in str(name) and own in MORE_IS_BETTER and better is None:
+            return [
+                f"metric_for_best_model={name!r} says nothing of the policy, so it finds no best checkpoint. Use "
+                "'eval_loss', 'eval_cpo/violation' or 'eval_cpo/gap'."
+            ]
+        return []
 
     def _out_of_range(self) -> dict[str, str]:
         faults = {name: fault(declared, getattr(self, name)) for name, declared in HYPERPARAMETERS.items()}

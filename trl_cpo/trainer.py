@@ -1,7 +1,6 @@
 """CPOConstrainedTrainer: DPOTrainer with a constraint on the preference gap."""
 
 import textwrap
-import warnings
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -13,6 +12,7 @@ from .logs.narration import Narrator
 from .metrics import COLUMNS, MetricLedger, PairView, per_pair
 from .multiplier import DualAscent, Multiplier
 from .pairs import PairLogps
+from .price import Limit, PriceTracker, keeps_last_within
 
 
 class CPOConstrainedTrainer(DPOTrainer):
@@ -70,12 +70,17 @@ class CPOConstrainedTrainer(DPOTrainer):
         rule = self._form.dual_rule
         self._dual = None if rule is None else Multiplier(rule)
         self._ledgers = {"train": MetricLedger(), "eval": MetricLedger()}
+        self._limit = Limit()
+        #: What training did to the model, by evaluation; None unless `args.price`.
+        self.price: PriceTracker | None = None
         self.leaves_out_degenerate = f"The {'' if args.is_plain_dpo else 'constraint and the '}cpo/ metrics leave"
-        if args.process_index == 0:
-            for note in args.cautions():
-                warnings.warn(note, stacklevel=3)
+        self.warn_of(args.cautions(), args)
         callbacks = [] if self._dual is None else [DualAscent(self._dual)]
         return callbacks + ([Narrator(args.logps_reduction)] if args.narrate else [])
+
+    def constructed(self) -> None:
+        if self.args.price:
+            self.price = PriceTracker.of(self, self._limit)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """DPOTrainer's loss at the constraint's target margin, plus what the constraint adds.
@@ -107,6 +112,8 @@ class CPOConstrainedTrainer(DPOTrainer):
 
     def stateful(self):
         states = {"metrics": self._ledgers["train"]}
+        if self.args.max_kl is not None:
+            states["max_kl"] = self._limit
         return states if self._dual is None else states | {"dual": self._dual}
 
     def get_train_dataloader(self):
@@ -126,7 +133,18 @@ class CPOConstrainedTrainer(DPOTrainer):
         if self._dual is not None and pairs:
             slack = self._dual.rule.epsilon - output.metrics[f"{prefix}cpo/{self._dual.rule.signal}"]
             output.metrics[f"{prefix}cpo/slack"], output.metrics[f"{prefix}cpo/holds"] = slack, float(slack >= 0)
+        if self.price is not None:
+            measured = self.price.at_evaluation(metric_key_prefix)
+            output.metrics.update({f"{prefix}{name}": value for name, value in measured.items()})
         return output
+
+    def _determine_best_metric(self, metrics, trial):
+        if self.price is not None and not self.price.within(metrics):
+            return False
+        if not keeps_last_within(self.args):
+            return super()._determine_best_metric(metrics, trial)
+        self.state.best_global_step = self.state.global_step
+        return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # A training log may follow an evaluation, which leaves the model in evaluation mode.

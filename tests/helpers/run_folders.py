@@ -39,6 +39,38 @@ def made_up_pairs(count: int, seed: int, scale: float = 40.0, other_start: bool 
     return np.concatenate([policy, reference, start], axis=1)
 
 
+def price_document(
+    steps=(0, 60), kl: float = 0.5, damage: tuple[str, ...] = (), prompts=("What is a leek?", "Why rest?")
+) -> dict:
+    """What price.json holds, with numbers that follow from the step and answers that name it."""
+
+    def estimate(value: float, width: float) -> dict:
+        return {"value": value, "low": max(0.0, value - width), "high": value + width}
+
+    def on(kl: float, progress: float, step: int) -> dict:
+        return {
+            "prompts": 16,
+            "kl": estimate(kl * progress, 0.1 * kl * progress),
+            "kl_response": estimate(30 * kl * progress, kl * progress),
+            "repetition": estimate(0.02 + 0.25 * progress, 0.01),
+            "tokens": estimate(40.0 + progress, 5.0),
+            "ended": {"value": 1.0, "low": 0.8, "high": 1.0},
+            "samples": [{"prompt": prompt, "greedy": f"An answer to {prompt!r} at step {step}."} for prompt in prompts],
+        }
+
+    last = max(steps) or 1
+    measurements = [
+        {
+            "step": step,
+            "seconds": 7.1,
+            "sets": {"pairs": on(kl, step / last, step), "general": on(0.1 * kl, step / last, step)},
+            "damage": list(damage) if step == last else [],
+        }
+        for step in steps
+    ]
+    return {"format": 1, "measurements": measurements}
+
+
 def make_run(
     folder: str | Path,
     seed: int = 0,
@@ -51,9 +83,13 @@ def make_run(
     scale: float = 40.0,
     evaluate_every: int | None = None,
     other_start: bool = False,
+    kl: float | None = None,
     **config,
 ) -> Path:
-    """Writes log.jsonl, metrics.json and pairs.json of a finished run, and gives the folder."""
+    """Writes log.jsonl, metrics.json and pairs.json of a finished run, and gives the folder.
+
+    With `kl`, its evaluations measure a price that ends there, in nats per token.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True)
     rng, rows = np.random.default_rng(seed), made_up_pairs(pairs, seed, scale, other_start)
@@ -65,7 +101,8 @@ def make_run(
 
     def evaluation(step: int) -> dict:
         values = {f"eval_{name}": value for name, value in metrics_of(at(step / steps, rows), gamma).items()}
-        return {"eval_loss": 6.0 - 3.0 * step / steps, **values, "eval_cpo/pairs": pairs}
+        price = {} if kl is None else {"eval_cpo/kl": kl * (step / steps) ** 2, "eval_cpo/kl_general": 0.1 * kl * step / steps}
+        return {"eval_loss": 6.0 - 3.0 * step / steps, **values, **price, "eval_cpo/pairs": pairs}
 
     lines = [{"step": 0, **evaluation(0), "epoch": 0}]
     for step in range(every, steps + 1, every):

@@ -13,7 +13,7 @@ from helpers.paths import ROOT
 
 def run(tmp_path, model_folder, *options):
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "benchmarks", "--model", model_folder, "--pairs", "demo", "--batches", "2"]
+    command = [sys.executable, "-m", "benchmarks", "--model", model_folder, "--pairs", "demo-answers", "--batches", "2"]
     command += ["--max_length", "256", "--out", str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
@@ -53,7 +53,7 @@ def test_what_a_bound_costs_is_measured(model_folder):
     from benchmarks.bound import kl_paid, measured, tokens_of, trained
     from trl_cpo.data.loading import load_pairs, to_conversational
 
-    train, test = (to_conversational(load_pairs("demo", split))[0].select(range(8)) for split in ("train", "test"))
+    train, test = (to_conversational(load_pairs("demo-answers", split))[0].select(range(8)) for split in ("train", "test"))
     trainer = trained(model_folder, train, test, 1.0, 0, constraint="lagrangian", epsilon=5.0, target_modules="all-linear")
     side = trainer.processing_class.padding_side
     mask = tokens_of(trainer.processing_class, test["prompt"])["attention_mask"]
@@ -74,7 +74,7 @@ def test_growth_is_told_apart_from_the_first_step(model_folder):
     from benchmarks.__main__ import row
     from benchmarks.cases import cases, growth
 
-    _, setting, target = cases(model_folder, "demo", 2, "tiny", 128)["growth"]
+    _, setting, target = cases(model_folder, "demo-answers", 2, "tiny", 128)["growth"]
     record = growth(setting, False, sizes=(16, 40))
     times = record["seconds_per_pair"]
     assert list(times) == [16, 40] and all(v["train_s"] > 0 and v["first_step_s"] > 0 for v in times.values())
@@ -108,7 +108,7 @@ def test_the_cases_that_need_it_have_checkpointing(model_folder):
     sys.path.insert(0, str(ROOT))
     from benchmarks.cases import cases
 
-    settings = {name: setting for name, (_, setting, _) in cases(model_folder, "demo", 2, "8b").items()}
+    settings = {name: setting for name, (_, setting, _) in cases(model_folder, "demo-answers", 2, "8b").items()}
     named = {name for name in settings if name.startswith("gpu-") or name.endswith("-checkpointing")}
     assert {name for name, setting in settings.items() if setting.checkpointing} == named
 

@@ -10,17 +10,16 @@ import shutil
 import struct
 import subprocess
 import sys
-from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
 
 import matplotlib
+import matplotlib.colors
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Polygon
 
@@ -35,7 +34,8 @@ from trl_cpo.report.run import HeldOut, Run
 from trl_cpo.report.writing import CONTENTS, check_free, write
 from trl_cpo.run.record import pairs_document
 
-from helpers.run_folders import made_up_pairs, make_run, metrics_of
+from helpers.report_looks import Page, drawn_figure, texts_of
+from helpers.run_folders import made_up_pairs, make_run, metrics_of, price_document
 from helpers.tiny import make_model, pairs_dataset, training_options
 
 HOSTILE = "very-long-name-of-a-run-" * 4 + "$x_1$<script>alert(1)<&\u202e\u4e2d"
@@ -47,8 +47,8 @@ def several(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
     attack = '"><img src=x onerror=alert(1)>{{ 7 * 7 }}'
     return [
-        make_run(root / "none", seed=1, constraint="none", gamma=0.0, evaluate_every=20),
-        make_run(root / "lagrangian", seed=2, constraint="lagrangian", evaluate_every=20),
+        make_run(root / "none", seed=1, constraint="none", gamma=0.0, evaluate_every=20, kl=0.7),
+        make_run(root / "lagrangian", seed=2, constraint="lagrangian", evaluate_every=20, kl=1.2),
         make_run(
             root / HOSTILE,
             seed=3,
@@ -62,31 +62,6 @@ def several(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="module")
 def page_of_several(several, tmp_path_factory) -> Path:
     return make_report(several, tmp_path_factory.mktemp("out") / "report").page
-
-
-class Page(HTMLParser):
-    """Tags as a tree is built of them, and the visible text; a tag that is closed in the wrong place fails."""
-
-    VOID = {"meta", "img", "br", "hr", "link", "input"}
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.open, self.tags, self.text = [], [], ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
 
 
 @pytest.fixture
@@ -149,7 +124,7 @@ def test_what_training_writes_is_what_the_report_reads(tmp_path, tokenizer, coar
     np.testing.assert_allclose(run.held_out.gap, rows[:, 0] - rows[:, 1])
     for metric in ("loss", "cpo/lambda", "cpo/slack", "cpo/violation_rate", "cpo/chosen_logps_shift"):
         assert len(step_pictures.series(run, metric, of_training=True)[0]) == 3, metric
-    drawn = [picture for picture in pictures.draw(read_runs([tmp_path])) if picture.png]
+    drawn = [picture for picture in pictures.draw(read_runs([tmp_path])) if picture.wide]
     assert "multiplier" in {picture.kind.name for picture in drawn}
 
 
@@ -397,51 +372,36 @@ def test_settings_that_differ_and_only_those(several):
 # Pictures
 
 
-def drawn_figure(kind, runs):
-    with style.drawing():
-        figure, notes = kind.draw(runs)
-        figure.draw_without_rendering()
-    return figure, notes
-
-
-def texts_of(figure) -> list[tuple[str, object]]:
-    """Every text that is to be seen, with where it lies in pixels."""
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    found = [text for legend in figure.legends for text in legend.get_texts()]
-    for axes in figure.axes:
-        found += [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
-        for axis, (low, high) in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
-            found += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-            found.append(axis.get_offset_text())
-    return [
-        (text.get_text(), text.get_window_extent(renderer)) for text in found if text.get_visible() and text.get_text().strip()
-    ]
-
-
 LAYOUTS = {
-    "one": lambda root: [make_run(root / "one", other_start=True)],
+    "one": lambda root: [make_run(root / "one", other_start=True, kl=0.4)],
     "three, long names": None,
     "twelve": lambda root: [
-        make_run(root / f"{'nW'[i % 2] * 60}{i}", seed=i, constraint=("clip", "lagrangian")[i % 2], evaluate_every=10)
+        make_run(
+            root / f"{'nW'[i % 2] * 60}{i}", seed=i, constraint=("clip", "lagrangian")[i % 2], evaluate_every=10, kl=0.1 * i
+        )
         for i in range(12)
     ],
     "huge and tiny": lambda root: [
-        make_run(root / "huge", scale=3e8, steps=1_000_000, every=50_000, evaluate_every=100_000, constraint="lagrangian"),
-        make_run(root / "tiny", scale=1e-7, gamma=0.0, reduction="mean", constraint="lagrangian"),
+        make_run(
+            root / "huge", scale=3e8, steps=1_000_000, every=50_000, evaluate_every=100_000, constraint="lagrangian", kl=1e9
+        ),
+        make_run(root / "tiny", scale=1e-7, gamma=0.0, reduction="mean", constraint="lagrangian", kl=1e-9),
     ],
-    "one pair": lambda root: [make_run(root / "one", pairs=1, steps=5)],
+    "one pair": lambda root: [make_run(root / "one", pairs=1, steps=5, kl=0.0)],
     "many pairs": lambda root: [make_run(root / f"{i}", pairs=12345, steps=5) for i in range(3)],
 }
 
 
+@pytest.mark.parametrize("shape", [style.WIDE, style.NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_text_lies_over_another_or_outside_the_picture(tmp_path, several, layout):
+def test_no_text_lies_over_another_or_outside_the_picture(tmp_path, several, layout, shape):
     runs = read_runs(LAYOUTS[layout](tmp_path) if LAYOUTS[layout] else several)
     count = 0
     for kind in pictures.KINDS:
-        if len(runs) < kind.fewest_runs or (kind.needs == "multiplier" and not any(map(step_pictures.has_multiplier, runs))):
+        able = pictures.NEEDS[kind.needs].able(runs)
+        if len(able) < kind.fewest_runs:
             continue
-        figure, _ = drawn_figure(kind, runs)
+        figure, _ = drawn_figure(kind, able, shape)
         found, whole = texts_of(figure), figure.bbox
         assert len(found) > 10
         for text, box in found:
@@ -514,7 +474,7 @@ def test_histograms_hold_all_pairs_and_part_at_zero(tmp_path):
     folder = make_run(tmp_path / "r", pairs=400, steps=5)
     _edit_pairs(folder, lambda pairs: pairs["rows"][0].__setitem__(0, 1e9))
     runs = read_runs([folder])
-    kind = next(kind for kind in pictures.KINDS if kind.name == "gap-distributions")
+    kind = kind_named("gap-distributions")
     axes = drawn_figure(kind, runs)[0].axes[0]
     after = next(patch for patch in axes.patches if isinstance(patch, Polygon))
     corners = after.get_xy()
@@ -522,6 +482,47 @@ def test_histograms_hold_all_pairs_and_part_at_zero(tmp_path):
     assert heights.sum() == pytest.approx(100.0)
     right = heights[edges >= -1e-9 * np.ptp(edges)].sum()
     assert right == pytest.approx(100 * np.mean(runs[0].held_out.gap > 0))
+
+
+def kind_named(name: str) -> pictures.Kind:
+    return next(kind for kind in pictures.KINDS if kind.name == name)
+
+
+def test_evaluations_over_steps_carry_their_exact_intervals(tmp_path):
+    runs = read_runs([make_run(tmp_path / "r", evaluate_every=20)])
+    figure, _ = drawn_figure(kind_named("over-steps"), runs)
+    for axes, metric in zip(figure.axes, ("in_undesirable_region", "violation_rate", "prefers_chosen"), strict=True):
+        bars = [part.get_segments()[0] for part in axes.collections if isinstance(part, LineCollection)]
+        assert [bar[0, 0] for bar in bars] == [0, 20, 40, 60]
+        for bar, evaluation in zip(bars, runs[0].evaluations.values(), strict=True):
+            exact = clopper_pearson(round(60 * evaluation.values[f"cpo/{metric}"]), 60)
+            np.testing.assert_allclose(bar[:, 1], 100 * np.array(exact))
+    assert "bars: exact 95 % intervals" in [text for text, _ in texts_of(figure)]
+
+
+def test_of_an_unknown_number_of_pairs_no_interval_is_drawn(tmp_path):
+    folder = make_run(tmp_path / "r", evaluate_every=20)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in line.items() if key != "eval_cpo/pairs"} for line in lines]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    figure, _ = drawn_figure(kind_named("over-steps"), read_runs([folder]))
+    assert not [part for axes in figure.axes for part in axes.collections]
+    assert "bars: exact 95 % intervals" not in [text for text, _ in texts_of(figure)]
+
+
+@pytest.mark.parametrize("pairs", [2, 60, 1000])
+def test_the_share_below_each_gap_has_its_exact_interval(tmp_path, pairs):
+    runs = read_runs([make_run(tmp_path / name, seed=seed, pairs=pairs, steps=5) for seed, name in enumerate("ab")])
+    figure, _ = drawn_figure(kind_named("gaps-together"), runs)
+    shades = figure.axes[0].collections
+    assert len(shades) == 3  # two runs and the reference that they share
+    gaps = np.sort(runs[0].held_out.gap)
+    corners = shades[0].get_paths()[0].vertices
+    ends = {gap: sorted(corners[corners[:, 0] == gap][:, 1]) for gap in gaps if (corners[:, 0] == gap).any()}
+    assert len(ends) == min(pairs, pair_pictures.MOST_INTERVALS)
+    for place in (0, pairs - 1):
+        exact = 100 * np.array(clopper_pearson(place + 1, pairs))
+        assert set(np.round(exact, 6)) <= set(np.round(ends[gaps[place]], 6))
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.integers(1, 40))
@@ -567,7 +568,7 @@ def test_runs_of_one_report_are_told_apart(tmp_path):
 def test_the_users_matplotlibrc_changes_nothing_and_is_left_alone(tmp_path, coarse, monkeypatch):
     monkeypatch.setattr(pictures, "KINDS", pictures.KINDS[:2])
     runs = read_runs([make_run(tmp_path / "r", steps=5)])
-    plain = [picture.png for picture in pictures.draw(runs)]
+    plain = [picture.wide for picture in pictures.draw(runs)]
     strange = {
         "text.usetex": True,
         "savefig.dpi": 20,
@@ -576,7 +577,7 @@ def test_the_users_matplotlibrc_changes_nothing_and_is_left_alone(tmp_path, coar
         "savefig.bbox": "tight",
     }
     with matplotlib.rc_context(strange):
-        assert [picture.png for picture in pictures.draw(runs)] == plain
+        assert [picture.wide for picture in pictures.draw(runs)] == plain
         assert all(matplotlib.rcParams[name] == value for name, value in strange.items())
 
 
@@ -595,7 +596,7 @@ def test_the_page_is_whole_and_safe(page_of_several, several):
         "{{ 7 * 7 }}" in page.text and "onerror=alert(1)" in page.text and "$x_1$<script>alert(1)<&\\u202e\u4e2d" in page.text
     )
     tables = [attributes["class"] for tag, attributes in page.tags if tag == "table"]
-    assert tables == ["runs", "metrics", "settings", "versions"]
+    assert tables == ["runs", "metrics", "metrics price", "settings", "versions"]
     for row in table.metric_rows(read_runs(several)):
         assert row["label"] in page.text
         for cell in (cell for pair in row["cells"] for cell in pair if cell):
@@ -605,8 +606,9 @@ def test_the_page_is_whole_and_safe(page_of_several, several):
 def test_every_picture_is_in_the_page_and_beside_it(page_of_several):
     page = Page(page_of_several.read_text())
     images = [attributes for tag, attributes in page.tags if tag == "img"]
+    narrow = [attributes for tag, attributes in page.tags if tag == "source"]
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
-    assert len(images) == len(pictures.KINDS) == 8
+    assert len(images) == len(pictures.KINDS) == 10
     for image, kind in zip(images, pictures.KINDS, strict=True):
         data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
         assert data == (page_of_several.parent / f"{kind.name}.png").read_bytes()
@@ -614,7 +616,15 @@ def test_every_picture_is_in_the_page_and_beside_it(page_of_several):
         shown = int(image["width"]), int(image["height"])
         assert shown[0] == 1152 and size[0] == 1152 / 96 * style.DPI
         assert size[1] == pytest.approx(shown[1] / 96 * style.DPI, abs=2)
+        assert int(image["height"]) / int(image["width"]) == pytest.approx(size[1] / size[0], rel=0.01)
         assert kind.name in sections and kind.shows in image["alt"] and kind.shows in page.text and kind.good in page.text
+    # A phone's pictures are in the page alone, as wide as its screen.
+    assert len(narrow) == len(images)
+    for source in narrow:
+        data = base64.b64decode(source["srcset"].removeprefix("data:image/png;base64,"), validate=True)
+        size = struct.unpack(">II", data[16:24])
+        assert (int(source["width"]), size[0]) == (369, 614) and source["media"] == "(max-width: 640px)"
+        assert int(source["height"]) / int(source["width"]) == pytest.approx(size[1] / size[0], rel=0.01)
 
 
 def test_the_same_runs_make_the_same_bytes(tmp_path, coarse, monkeypatch):
@@ -628,47 +638,44 @@ def test_the_same_runs_make_the_same_bytes(tmp_path, coarse, monkeypatch):
 BROWSER = os.environ.get("TRL_CPO_BROWSER") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-#: Runs in a copy of the page and leaves what it saw in the document, which the browser prints.
+#: Runs in a copy of the page and tells the page around it what it saw.
 LOOK = """
 <script>
 addEventListener("load", () => {
   const root = document.documentElement;
+  const right = e => e.getBoundingClientRect().right;
   const seen = {
     images: [...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight, i.getBoundingClientRect().width]),
-    tables: [...document.querySelectorAll("table")].map(t => [t.className, t.rows.length, t.getBoundingClientRect().right]),
+    tables: [...document.querySelectorAll("table")].map(t => [t.className, t.rows.length, right(t.parentElement)]),
+    cut: [...document.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth + 1).length,
     width: [root.scrollWidth, root.clientWidth, innerWidth],
-    wide: [...document.querySelectorAll("body *")]
+    wide: [...document.querySelectorAll("body *:not(.scroll)")]
       .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map(e => e.tagName),
     background: getComputedStyle(document.body).backgroundColor,
+    ink: getComputedStyle(document.body).color,
+    answers: [...document.querySelectorAll(".answers")].map(e => new Set([...e.children].map(c => c.offsetLeft)).size),
     requests: performance.getEntriesByType("resource").map(r => r.name.slice(0, 40)).filter(n => !n.startsWith("data:")),
     dark: matchMedia("(prefers-color-scheme: dark)").matches,
   };
-  const out = document.createElement("pre"); out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
+  parent.postMessage(seen, "*");
 });
 </script>
 """
+#: A window cannot be as narrow as a phone; a frame in it can.
+FRAME = """<!DOCTYPE html><body style="margin: 0"><script>
+addEventListener("message", message => {{
+  const out = document.createElement("pre"); out.id = "seen"; out.textContent = JSON.stringify(message.data);
+  document.body.append(out);
+}});
+</script><iframe src="copy.html" style="border: 0; width: {width}px; height: 850px"></iframe>"""
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH, nor TRL_CPO_BROWSER")
-@pytest.mark.parametrize("which", ["several", "twelve", "broken"])
-def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which):
-    """Every picture loaded, every table there, nothing wider than a window of 1280 pixels, nothing asked of a network."""
-    if which == "several":
-        page, count = page_of_several, 8
-    elif which == "twelve":
-        page = make_report(
-            [make_run(tmp_path / f"{'long-' * 20}{i}", seed=i, steps=10) for i in range(12)], tmp_path / "o"
-        ).page
-        count = 7
-    else:
-        folder = make_run(tmp_path / "r", steps=5)
-        (folder / "pairs.json").unlink()
-        page, count = make_report([folder]).page, 3
+def seen_by_a_browser(page: Path, folder: Path, width: int, dark: bool) -> dict:
+    """What a browser makes of the page in a frame of this width."""
     text = page.read_text()
     policy = re.search(r"<meta http-equiv=\"Content-Security-Policy\".*?>", text)[0]
-    copy = tmp_path / "copy.html"
-    copy.write_text(text.replace(policy, "").replace("</body>", f"{LOOK}</body>"))
+    (folder / "copy.html").write_text(text.replace(policy, "").replace("</body>", f"{LOOK}</body>"))
+    (folder / "frame.html").write_text(FRAME.format(width=width))
     done = subprocess.run(
         [
             BROWSER,
@@ -676,12 +683,12 @@ def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which):
             "--no-sandbox",
             "--disable-gpu",
             "--no-first-run",
-            "--force-dark-mode",
+            *(["--force-dark-mode"] if dark else []),
             "--window-size=1280,900",
-            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--user-data-dir={folder / 'profile'}",
             "--virtual-time-budget=10000",
             "--dump-dom",
-            copy.as_uri(),
+            (folder / "frame.html").as_uri(),
         ],
         capture_output=True,
         text=True,
@@ -689,15 +696,92 @@ def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which):
     )
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
     assert found, done.stderr[-2000:]
-    seen = json.loads(html.unescape(found[1]))
+    return json.loads(html.unescape(found[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH, nor TRL_CPO_BROWSER")
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("which", ["several", "twelve", "broken"])
+def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which, width):
+    """Every picture loaded, every table there, nothing wider than the window, nothing asked of a network."""
+    if which == "several":
+        page, count = page_of_several, 10
+    elif which == "twelve":
+        page = make_report(
+            [make_run(tmp_path / f"{'long-' * 20}{i}", seed=i, steps=10) for i in range(12)], tmp_path / "o"
+        ).page
+        count = 8
+    else:
+        folder = make_run(tmp_path / "r", steps=5)
+        (folder / "pairs.json").unlink()
+        page, count = make_report([folder]).page, 3
+    seen = seen_by_a_browser(page, tmp_path, width, dark=False)
+    shape = style.WIDE if width == 1280 else style.NARROW
+    dpi = 160 if which == "several" else style.DPI
     assert len(seen["images"]) == count
-    for loaded, natural, height, width in seen["images"]:
-        assert loaded and natural == (1920 if which == "several" else 12 * style.DPI) and height > 0 and width > 1000
+    for loaded, natural, height, across in seen["images"]:
+        # As wide as the page: letters of 9.5 points stay that large.
+        assert loaded and natural == int(shape.width * dpi) and height > 0
+        assert 0.85 * 96 * shape.width < across <= min(width, 96 * shape.width)
     kinds = [kind for kind, _, _ in seen["tables"]]
     assert {"runs", "metrics", "settings", "versions"} <= set(kinds)
-    assert all(rows >= 2 and right <= 1280 for _, rows, right in seen["tables"])
-    assert seen["width"][0] <= seen["width"][1] <= seen["width"][2] == 1280 and seen["wide"] == []
-    assert seen["background"] == "rgb(255, 255, 255)" and seen["requests"] == []
+    assert all(rows >= 2 and right <= width for _, rows, right in seen["tables"])
+    assert seen["width"][0] <= seen["width"][1] <= seen["width"][2] == width and seen["wide"] == []
+    # On a desk no table has to be scrolled.
+    assert width == 400 or seen["cut"] == 0
+    assert seen["background"] == "rgb(255, 255, 255)" and seen["requests"] == [] and not seen["dark"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH, nor TRL_CPO_BROWSER")
+def test_a_browser_in_dark_mode_shows_the_page_dark(tmp_path, page_of_several):
+    seen = seen_by_a_browser(page_of_several, tmp_path, 1280, dark=True)
+    assert seen["dark"] and seen["background"] == "rgb(26, 26, 26)" and seen["ink"] == "rgb(230, 230, 230)"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH, nor TRL_CPO_BROWSER")
+@pytest.mark.parametrize(("width", "columns"), [(1280, 2), (400, 1)])
+def test_a_browser_sets_answers_side_by_side_where_there_is_room(tmp_path, coarse, width, columns):
+    run = make_run(tmp_path / "r", steps=5)
+    document = price_document(prompts=("long" * 500, "short"))
+    (run / "price.json").write_text(json.dumps(document))
+    seen = seen_by_a_browser(make_report([run]).page, tmp_path, width, dark=False)
+    assert seen["answers"] == [columns] * 4 and seen["wide"] == []
+
+
+def in_dark_mode(colour: str) -> np.ndarray:
+    """A colour of a picture as the page's filter shows it: `invert(0.9) hue-rotate(180deg)`, sRGB in 0 to 1."""
+    rgb = 0.9 - 0.8 * np.array(matplotlib.colors.to_rgb(colour))
+    weights = np.array([0.213, 0.715, 0.072])
+    turned = 2 * weights @ rgb - rgb  # the filter's matrix at 180 degrees
+    return np.clip(turned, 0, 1)
+
+
+def contrast(one: np.ndarray, other: np.ndarray) -> float:
+    """The contrast of two sRGB colours by WCAG 2."""
+
+    def luminance(rgb):
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_lines_and_letters_are_seen_in_the_dark():
+    """The page's filter keeps every colour of a run at the contrast that WCAG asks of graphics, and letters at that of text."""
+    back = in_dark_mode("white")
+    np.testing.assert_allclose(back, 26 / 255, atol=2e-3)
+    for colour in style.COLOURS:
+        assert contrast(in_dark_mode(colour), back) > 3, colour
+    for colour in ("black", style.QUIET):
+        assert contrast(in_dark_mode(colour), back) > 4.5, colour
+    # In the light, black letters on white are what the filter starts from.
+    assert contrast(np.zeros(3), np.ones(3)) == pytest.approx(21)
+    css = (Path(style.__file__).parent / "page.html").read_text()
+    assert "invert(0.9) hue-rotate(180deg)" in css
 
 
 # Writing

@@ -130,5 +130,31 @@ def summed_logps(
     return DPOTrainer.compute_ref_log_probs(stand_in, forward, batch)
 
 
+def policy_summed_logps(
+    model: torch.nn.Module, forward: Any, batch: dict[str, Tensor], args: Any, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """The same of a model with whatever adapters are on, chosen and rejected, (B,), nats."""
+    # With a `ref_model`, DPOTrainer switches no adapter.
+    stand_in = SimpleNamespace(accelerator=accelerator, args=args, model=model, ref_model=model, ld_alpha=None)
+    return DPOTrainer.compute_ref_log_probs(stand_in, forward, batch)
+
+
+@contextmanager
+def fused_head(model: torch.nn.Module) -> Iterator[None]:
+    """TRL's fused head on a model, for a moment: afterwards its forward is the one that it had."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    base = model.get_base_model() if is_peft_model(model) else model
+    own = vars(base).get("forward")
+    add_fused_lm_head(base)
+    try:
+        yield
+    finally:
+        if own is None:
+            del base.forward
+        else:
+            base.forward = own
+
+
 def _has_deepspeed(accelerator: Accelerator) -> bool:
     return getattr(accelerator.state, "deepspeed_plugin", None) is not None

@@ -36,6 +36,7 @@ OVERRIDDEN = {
     "_maybe_log_save_evaluate": "the checkpoint on SIGTERM",
     "_init_training_state": "the position in a stream that is read more than once",
     "_run_epoch": "a run resumed at its last step ends there; batch order per epoch",
+    "_determine_best_metric": "max_kl: no checkpoint beyond it is the best one",
     "_evaluate": "a resumed run does not repeat the evaluation at the start",
     "_finalize_training": "the summary covers the whole run",
 }

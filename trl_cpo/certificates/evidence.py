@@ -72,8 +72,8 @@ def _subject(pairs: Any, metrics: Any) -> dict[str, Any]:
                 f"The files of this run disagree on {name}: {told}. They are of different runs; evaluate the run again."
             )
         subject[name] = first
-    # Pairs that a model scored outside a run have no β and no constraint.
-    known = is_number(subject["beta"]) or (subject["beta"] is None and metrics is None)
+    # Trainers of other losses have no β; neither have pairs that a model scored outside a run.
+    known = subject["beta"] is None or is_number(subject["beta"])
     if (
         not isinstance(subject["reduction"], str)
         or subject["reduction"] not in UNITS

@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--check", metavar="FILE", help="recompute this certificate and list the fields that differ")
     add("--evidence", metavar="RUN", help="with --check: recompute it from this run's files, not from its own numbers")
     add("--model", metavar="M", help="score this model: hub name, folder (also an adapter's) or 'demo'")
-    add("--dataset", metavar="D", help="with --model: pairs it was not trained on; hub name, file, folder, or 'demo'")
+    add(
+        "--dataset",
+        metavar="D",
+        help="with --model: pairs it was not trained on; hub name, file, folder, 'demo' or 'demo-answers'",
+    )
     add("--ref-model", metavar="R", help="with --model: its reference, scored too")
     add(
         "--scores",

@@ -50,6 +50,7 @@ def _as_text(report) -> str:
 
 
 def _as_json(report) -> str:
+    from ..report.paired import comparisons
     from ..report.table import metric_rows
 
     def shown(cell):
@@ -58,6 +59,27 @@ def _as_json(report) -> str:
         # JSON has no NaN.
         value = cell.value if abs(cell.value) < float("inf") else None
         return {"value": value, "interval_95": None if cell.interval is None else list(cell.interval)}
+
+    def price(run):
+        """The last measurement; null if there is none."""
+        if not run.prices:
+            return None
+        last = run.prices[-1]
+        sets = {
+            name: {key: {"value": one.value, "low": one.low, "high": one.high} for key, one in found.numbers.items()}
+            for name, found in last.sets.items()
+        }
+        # A lone surrogate cannot be printed.
+        damage = [sentence.encode("utf-8", "backslashreplace").decode() for sentence in last.damage]
+        return {"step": last.step, "sets": sets, "damage": damage}
+
+    def difference(comparison):
+        """A run minus the first that holds the same pairs."""
+        named = {"prefers_chosen": comparison.prefers, "in_undesirable_region": comparison.in_u, "gap": comparison.gap}
+        numbers = {
+            name: {"value": one.value, "interval_95": one.interval and list(one.interval)} for name, one in named.items()
+        }
+        return {"run": comparison.run.letter, "minus": comparison.other.letter, **numbers}
 
     rows = metric_rows(report.runs)
     runs = [
@@ -69,6 +91,7 @@ def _as_json(report) -> str:
             "metrics": {
                 row["metric"]: {"before": shown(row["cells"][place][0]), "after": shown(row["cells"][place][1])} for row in rows
             },
+            "price": price(run),
             "notes": run.notes,
         }
         for place, run in enumerate(report.runs)
@@ -78,5 +101,6 @@ def _as_json(report) -> str:
         "pictures": [str(file) for file in report.pictures],
         "notes": report.notes,
         "runs": runs,
+        "differences": [difference(comparison) for comparison in comparisons(report.runs)],
     }
     return as_json(made)

@@ -22,7 +22,7 @@ _FORMS = textwrap.fill(", ".join(FORM_NAMES), 88, subsequent_indent=33 * " ").re
 _OFTEN = f"""\
 most used options (--help-all lists all of TRL's DPOConfig, ModelConfig and ScriptArguments, and ours):
   --model_name_or_path M         hub name or folder, or 'demo' (the embedded SmolLM2-135M-Instruct)
-  --dataset_name D               hub name, .jsonl[.gz], .json or .parquet file, folder, or 'demo'
+  --dataset_name D               hub name, .jsonl[.gz], .json or .parquet file, folder, 'demo' or 'demo-answers'
   --output_dir DIR               by default outputs/<dataset>-<constraint>, numbered if taken
   --constraint C                 {_FORMS}
   --gamma G                      the preference gap to reach, >= 0, in nats

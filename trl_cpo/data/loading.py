@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from ..files.cache import cache_root
 from ..quoting import harmless, names
 from . import hh
-from .demo import DEMO, PAIR_FILES
+from .demo import PAIR_FILES
+from .rows import refusal
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 FILE_KINDS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".parquet": "parquet"}
 _ALLOWED = (
     f"Give a {', '.join(FILE_KINDS)} file with one pair per row, a folder with such files or written by save_to_disk, "
-    f"the name of a dataset on the hub (owner/name; needs a network or the local cache), or {DEMO!r}."
+    "the name of a dataset on the hub (owner/name; needs a network or the local cache), or one of the embedded sets, "
+    f"{' and '.join(PAIR_FILES)}."
 )
 _FORMS = (
     "Allowed are prompt, chosen and rejected, all strings or all messages; chosen and rejected as messages that "
@@ -62,9 +64,9 @@ def load_pairs(
     """Loads a split of a source, with rows as they are stored.
 
     Args:
-        name_or_path: "demo" (the embedded pairs; use ./demo for a folder of that name), a file (.jsonl, .jsonl.gz, .json
-            or .parquet; all of it is the split "train"), a folder (written by `save_to_disk`, or with data files whose names
-            contain their split), or a dataset on the hub.
+        name_or_path: "demo" or "demo-answers" (embedded pairs; use ./demo for a folder of that name), a file (.jsonl,
+            .jsonl.gz, .json or .parquet; all of it is the split "train"), a folder (written by `save_to_disk`, or with data
+            files whose names contain their split), or a dataset on the hub.
         split: name of the split.
         config: configuration of a folder's or hub dataset.
         data_dir: folder inside a folder's or hub dataset.
@@ -75,9 +77,9 @@ def load_pairs(
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
-    if name == DEMO:
-        _refuse_options(name, "the embedded pairs", config=config, data_dir=data_dir)
-        files = {key: Path(__file__).parent / "demo" / file for key, file in PAIR_FILES.items()}
+    if name in PAIR_FILES:
+        _refuse_options(name, "an embedded set", config=config, data_dir=data_dir)
+        files = {key: Path(__file__).parent / "demo" / file for key, file in PAIR_FILES[name].items()}
         dataset = _from_files("json", files, name, split, streaming)
     elif path.is_file():
         _refuse_options(name, "a single file", config=config, data_dir=data_dir)
@@ -107,20 +109,24 @@ def to_conversational(dataset: "Dataset | IterableDataset") -> "tuple[Dataset | 
 
     HH-RLHF text (strings, no `prompt`, beginning with a turn) becomes messages; its other columns are kept. Two forms pass
     unchanged: prompt, chosen and rejected, all strings or all messages; and chosen and rejected as messages that begin with
-    the prompt. Of these, rows without a text, or with a message without role or content, are refused.
+    the prompt.
 
     Returns:
-        The rows; and a report on refused rows, or None where all are whole and were no HH-RLHF text. The report on a streamed
-        dataset fills as rows are read, and restarts with each pass.
+        The rows; and for HH-RLHF text a report on refused rows, else None. The report on a streamed dataset fills as rows
+        are read, and restarts with each pass.
 
     Raises:
-        SourceError: the rows have none of these forms, or every row was refused.
+        SourceError: the rows have none of these forms, or every HH-RLHF row was refused, or one of the others is damaged.
     """
     rows = list(dataset.take(_INSPECTED))
     if not rows:
         raise SourceError("The dataset has no rows. Give another split or source.")
     if not _is_hh(rows):
-        return _whole_stream(dataset) if _is_streamed(dataset) else _whole_rows(dataset)
+        # Streamed rows are looked at as they come, by the trainer.
+        message = None if _is_streamed(dataset) else refusal(dataset, "the pairs")
+        if message is not None:
+            raise SourceError(f"{message} {_FORMS}")
+        return dataset, None
     split = _split_rows(dataset)
     kept, report = _kept_stream(split) if _is_streamed(dataset) else _kept_rows(split)
     others = [column for column in rows[0] if column not in ("chosen", "rejected")]
@@ -343,50 +349,6 @@ def _split_rows(dataset):
         fn_kwargs={"parser": hashlib.sha256(Path(hh.__file__).read_bytes()).hexdigest()},
         features=features,
     )
-
-
-def _damage(row: dict[str, Any]) -> str | None:
-    """Why a row of strings or messages is refused; None: it is whole."""
-    for column in ("prompt", "chosen", "rejected"):
-        value = row.get(column)
-        if isinstance(value, str) or column not in row:
-            continue
-        if not isinstance(value, list):
-            return hh.Reason.NOT_A_STRING.value
-        for message in value:
-            # Where an assistant calls a tool, it need not say anything.
-            said = isinstance(message, dict) and (message.get("content") is not None or message.get("tool_calls"))
-            if not said or not isinstance(message.get("role"), str):
-                return hh.Reason.EMPTY_MESSAGE.value
-    return None
-
-
-def _whole_rows(dataset) -> "tuple[Dataset, hh.RowReport | None]":
-    columns = [column for column in ("prompt", "chosen", "rejected") if column in dataset.column_names]
-    reasons = map(_damage, dataset.select_columns(columns))
-    report, kept = hh.RowReport(), []
-    for number, reason in enumerate(reasons):
-        report.count(number, reason)
-        if reason is None:
-            kept.append(number)
-    if not report.refused:
-        return dataset, None
-    if not kept:
-        raise SourceError(f"Every row was refused.\n{report}\n{_FORMS}")
-    return dataset.select(kept), report
-
-
-def _whole_stream(dataset) -> "tuple[IterableDataset, hh.RowReport]":
-    report = hh.RowReport()
-
-    def keep(row: dict[str, Any], number: int) -> bool:
-        if number == 0:
-            report.clear()
-        reason = _damage(row)
-        report.count(number, reason)
-        return reason is None
-
-    return dataset.filter(keep, with_indices=True), report
 
 
 def _kept_rows(dataset) -> "tuple[Dataset, hh.RowReport]":

@@ -53,8 +53,13 @@ RANGES: dict[str, Range] = {
             "reference_misaligned",
             "escaped",
             "holds",
+            "repetition",
+            "repetition_general",
+            "answers_ended",
+            "answers_ended_general",
         )
     },
+    **{f"cpo/{name}{ending}": AT_LEAST_0 for name in ("kl", "kl_response", "answer_tokens") for ending in ("", "_general")},
     "rewards/accuracies": SHARE,
     **dict.fromkeys(("cpo/violation", "cpo/lambda"), Range("a number of nats, 0 or more", 0, BEYOND)),
     **dict.fromkeys(("seconds", "runtime", "train_runtime", "epoch", "grad_norm"), AT_LEAST_0),

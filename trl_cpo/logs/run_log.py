@@ -25,17 +25,18 @@ class RunLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         others = not self._wrote and self.file.exists() and self.file.stat().st_size
         if state.is_world_process_zero and (state.global_step or others):
-            self._append({"resumed_from": state.global_step})
+            self.append({"resumed_from": state.global_step})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        self._append({"step": state.global_step, **logs})
+        self.append({"step": state.global_step, **logs})
         line = self._line(logs, state)
         if line:
             print(line, flush=True)
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds a line of its own; process 0 calls it."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab+") as lines:
             if lines.tell():
@@ -57,8 +58,10 @@ class RunLog(TrainerCallback):
         if f"{prefix}cpo/gap" not in logs or f"{prefix}loss" not in logs:
             return None
         value = {key: logs[f"{prefix}cpo/{key}"] for key in ("gap", "prefers_chosen", "in_undesirable_region")}
-        return (
+        line = (
             f"step {state.global_step:>5}/{state.max_steps} {name:>5}: loss {float(logs[f'{prefix}loss']):.4f}, "
             f"gap {value['gap']:+.2f} nats, prefers chosen {100 * value['prefers_chosen']:.0f} %, "
             f"in U {100 * value['in_undesirable_region']:.0f} %"
         )
+        kl = logs.get(f"{prefix}cpo/kl")
+        return line if kl is None else f"{line}, KL {kl:.3g} nats a token"

@@ -19,6 +19,18 @@ ROWS = (
     ("rejected log-prob moved by", "cpo/rejected_logps_shift", "nats*"),
 )
 
+#: The rows of the price, if it was measured; plain numbers, in nats per token, or fractions.
+PRICE_ROWS = (
+    ("KL to the reference, pairs' prompts", "cpo/kl", "per token"),
+    ("KL to the reference, general prompts", "cpo/kl_general", "per token"),
+    ("3-grams repeated, pairs' prompts", "cpo/repetition", "%"),
+    ("3-grams repeated, general prompts", "cpo/repetition_general", "%"),
+    ("answers that end, pairs' prompts", "cpo/answers_ended", "%"),
+    ("answers that end, general prompts", "cpo/answers_ended_general", "%"),
+    ("chosen answers' negative log-likelihood", "cpo/chosen_nll", "per token"),
+    ("the given text's negative log-likelihood", "cpo/text_nll", "per token"),
+)
+
 
 def before_after(
     before: Mapping[str, float] | None,
@@ -44,7 +56,8 @@ def before_after(
         f"{pairs} held-out pairs, constraint {constraint}, γ = {gamma:g} {unit}",
         f"{'':44}{'before':>10}{'after':>10}",
     ]
-    for label, key, form in ROWS:
+    rows = [*ROWS, *(row for row in PRICE_ROWS if f"{prefix}{row[1]}" in after)]
+    for label, key, form in rows:
         cells = []
         for values, is_start in ((before, True), (after, False)):
             value = (values or {}).get(f"{prefix}{key}")
@@ -52,8 +65,29 @@ def before_after(
                 cells.append("-")
             elif form.startswith("%"):
                 cells.append(f"{100 * value:.1f} %")
+            elif form == "per token":
+                cells.append(f"{value:.3f}")
             else:
                 cells.append(f"{value:+.3f}")
         lines.append(f"{label:<44}{cells[0]:>10}{cells[1]:>10}")
     lines.append(f"(gaps and log-probs in {unit}; - : policy and reference are still the same model, or not known)")
+    if len(rows) > len(ROWS):
+        lines.append("(KL and likelihood in nats per token; docs/price.md says how they are measured)")
     return "\n".join(lines)
+
+
+def gain_and_price(
+    before: Mapping[str, float] | None, after: Mapping[str, float], price: str | None, prefix: str = "eval_"
+) -> str | None:
+    """What training gained and what it cost, as one sentence; None without a price.
+
+    Args:
+        before, after: as in `before_after`.
+        price: the price in words.
+    """
+    now = after.get(f"{prefix}cpo/prefers_chosen")
+    if price is None or now is None:
+        return price
+    then = (before or {}).get(f"{prefix}cpo/prefers_chosen")
+    earlier = "" if then is None else f", {100 * then:.0f} % before training"
+    return f"{100 * now:.0f} % of held-out pairs preferred{earlier}; {price}."

@@ -25,7 +25,7 @@ def make_report(folders: Sequence[str | Path], out: str | Path | None = None) ->
     """Reads the runs, draws every picture their files allow, and writes `report.html` and the PNGs to `out`.
 
     Args:
-        folders: the runs' folders, each with any of log.jsonl, metrics.json and pairs.json.
+        folders: the runs' folders, each with any of log.jsonl, metrics.json and pairs.json, and price.json if it was measured.
         out: folder to write to, by default `report` in the first run's folder. An earlier report there is replaced if
             it is unchanged; nothing else is.
 
@@ -42,7 +42,7 @@ def make_report(folders: Sequence[str | Path], out: str | Path | None = None) ->
     from .pictures import draw
 
     notes, pictures = of_runs(runs), draw(runs)
-    drawn = {f"{picture.kind.name}.png": picture.png for picture in pictures if picture.png}
+    drawn = {f"{picture.kind.name}.png": picture.wide.png for picture in pictures if picture.wide}
     page = "report.html"
     write(out, {**drawn, page: render(runs, notes, pictures).encode("utf-8")})
     return Report(out / page, [out / name for name in drawn], runs, notes)

@@ -8,8 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, Template
 
 from .. import __version__
-from . import table
-from .pictures import Picture
+from . import price_section, table
+from .pictures import Drawn, Picture
 from .run import Run
 
 #: Runs per table; more runs get further tables, so that no table is wider than the page.
@@ -44,13 +44,19 @@ def _sentence(run: Run) -> str:
     text = f"{when} the policy itself prefers the chosen answer on {after.text} {of}{interval}"
     if before is not None:
         text += f", {before.text} before"
-    return text + ("." if in_u is None else f"; {in_u.text} lie in U.")
+    return text + ("." if in_u is None else f"; {in_u.text} lie in U.") + price_section.sentence(run)
+
+
+def _source(drawn: Drawn) -> str:
+    """A drawing as an address that needs no network."""
+    return f"data:image/png;base64,{base64.b64encode(drawn.png).decode()}"
 
 
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
+    environment.filters["source"] = _source
     return environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 
 
@@ -68,12 +74,13 @@ def render(runs: list[Run], run_notes: list[str], pictures: list[Picture]) -> st
         fact_names=list(table.facts(runs[0])),
         run_notes=run_notes,
         metric_tables=[(part, table.metric_rows(part)) for part in chunks(runs, _FEW)],
+        price_tables=[(part, price_section.rows(part)) for part in chunks(runs, _FEW)],
+        price_ends={run.letter: price_section.ends(run) for run in runs},
+        samples=price_section.samples(runs),
+        damage=[(run, found) for run in runs if (found := price_section.damage(run))],
         units={run.letter: run.unit for run in runs},
         settings=settings,
         setting_parts=chunks(list(range(len(runs))), _COLUMNS),
         versions=table.versions(runs),
-        pictures=[
-            (picture, f"data:image/png;base64,{base64.b64encode(picture.png).decode()}" if picture.png else None)
-            for picture in pictures
-        ],
+        pictures=pictures,
     )

@@ -11,12 +11,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ..gaps import in_undesirable_region
+from ..intervals import clopper_pearson
 from .run import HeldOut, Run, by_unit
-from .style import COLOURS, LINES, OUTCOMES, QUIET, U_SHADE, canvas, panels, plain_ticks, run_style, run_title
+from .style import COLOURS, LINES, OUTCOMES, QUIET, U_SHADE, canvas, legend, panels, plain_ticks, run_style, run_title
 
 #: The most arrows drawn; with more pairs, only this many get one.
 MOST_ARROWS = 300
+#: The most gaps at which a curve's interval is computed.
+MOST_INTERVALS = 200
 _BINS = 40
+#: With more runs than this in the same axes, shades are fainter.
+_FEW = 4
 
 
 def outcomes(pairs: HeldOut) -> dict[str, np.ndarray]:
@@ -91,7 +96,7 @@ def phase_portrait(runs: list[Run]) -> tuple[Figure, list[str]]:
         )
         if marker in seen
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    legend(figure, handles, columns=4)
     return figure, notes
 
 
@@ -209,7 +214,7 @@ def gap_distributions(runs: list[Run]) -> tuple[Figure, list[str]]:
                 )
     for panel in axes:
         panel.set_ylim(0, 1.05 * max(tops))
-    figure.legend(list(kinds.values()), list(kinds), loc="outside lower center", ncols=4)
+    legend(figure, list(kinds.values()), columns=4)
     return figure, notes
 
 
@@ -225,6 +230,7 @@ def gaps_together(runs: list[Run]) -> tuple[Figure, list[str]]:
         for run in group:
             style = {**run_style(run), "marker": None}
             handles += _steps(axes, run.pairs.gap, **style, linewidth=2.0, label=f"{run_title(run)}, after")
+            _shade(axes, run.pairs.gap, run_style(run)["color"], 0.15 if len(group) <= _FEW else 0.06)
             # Draw a reference that several runs share only once.
             gaps = np.sort(run.pairs.ref_gap)
             if not any(len(gaps) == len(old) and np.allclose(gaps, old, atol=1e-3) for old in references):
@@ -236,13 +242,15 @@ def gaps_together(runs: list[Run]) -> tuple[Figure, list[str]]:
                 )
                 line = LINES[(len(references) - 1) % len(LINES)]
                 reference_handles += _steps(axes, gaps, color="#999999", linewidth=1.6, linestyle=line, label=whose)
+                _shade(axes, gaps, "#999999", 0.15 if len(group) <= _FEW else 0.06)
         axes.axvline(0, color="#222222", linewidth=1.0)
         plain_ticks(axes)
         axes.set(xlim=across, ylim=(-1, 101), xlabel=f"gap ({group[0].unit})", ylabel="pairs with a smaller gap (%)")
         beyond = sum(int(np.sum((run.pairs.gap < across[0]) | (run.pairs.gap > across[1]))) for run in group)
         if beyond:
             notes.append(f"{beyond} gaps lie outside the axes.")
-    figure.legend(handles=handles + reference_handles, loc="outside lower center", ncols=min(3, len(handles) + 1))
+    shade = Patch(color=QUIET, alpha=0.3, linewidth=0, label="shade: exact 95 % interval at each gap")
+    legend(figure, [*handles, *reference_handles, shade], columns=min(3, len(handles) + 1))
     return figure, notes
 
 
@@ -250,6 +258,14 @@ def _steps(axes: Axes, gaps: np.ndarray, **style) -> list[Line2D]:
     ordered = np.sort(gaps)
     shares = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
     return axes.step(np.concatenate([ordered[:1], ordered]), np.concatenate([[0.0], shares]), where="post", **style)
+
+
+def _shade(axes: Axes, gaps: np.ndarray, colour: str, alpha: float) -> None:
+    """Shades the exact interval of the share of pairs below each gap; of many pairs at some of their gaps."""
+    ordered = np.sort(gaps)
+    below = evenly(ordered, MOST_INTERVALS)
+    ends = 100 * np.array([clopper_pearson(int(place) + 1, len(ordered)) for place in below])
+    axes.fill_between(ordered[below], ends[:, 0], ends[:, 1], step="post", color=colour, alpha=alpha, linewidth=0)
 
 
 def displacement_of_pairs(runs: list[Run]) -> tuple[Figure, list[str]]:
@@ -297,5 +313,5 @@ def displacement_of_pairs(runs: list[Run]) -> tuple[Figure, list[str]]:
         for key, (label, colour, marker) in OUTCOMES.items()
         if key in seen
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    legend(figure, handles, columns=4)
     return figure, notes

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import pair_pictures, step_pictures
+from . import pair_pictures, paired, paired_pictures, price_pictures, step_pictures
 from .reading import LOG, PAIRS
 from .run import Run
-from .style import WIDTH, drawing, png
+from .style import NARROW, WIDE, Shape, drawing, png
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,21 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A drawing as a PNG, and its size on the page in CSS pixels."""
+
+    png: bytes
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
 class Picture:
-    """A picture, or, if `png` is None, notes on why it was not drawn. Sizes are CSS pixels on the page."""
+    """A picture for a desk and for a phone, or, if neither is there, notes on why it was not drawn."""
 
     kind: Kind
-    png: bytes | None
-    width: int = 0
-    height: int = 0
+    wide: Drawn | None = None
+    narrow: Drawn | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -50,12 +58,25 @@ KINDS = (
         "over-steps",
         "Undesirable region, violations and preferences over steps",
         "The share of pairs in U, of pairs with a gap below γ, and of pairs whose chosen answer the policy prefers. Lines: "
-        "the training pairs of each log, different pairs every time. Markers: the held-out pairs.",
+        "the training pairs of each log, different pairs every time. Markers: the held-out pairs, with exact 95 % intervals "
+        "where their number is known.",
         "“Prefers chosen” rises and violations fall, on held-out pairs too. U may rise at first, as gaps rise above the "
         "reference's, and should then fall. If U stays high while the loss falls, that is DPO's failure on misaligned "
         "pairs. Lines far better than the markers mean overfitting.",
         step_pictures.fractions_over_steps,
         needs="log",
+    ),
+    Kind(
+        "gain-against-price",
+        "Gain against price",
+        "What training gained over what it cost: up, the share of held-out pairs whose chosen answer the policy prefers; "
+        "across, the KL to the reference on the policy's own samples. A curve is a run, and its points are evaluations; "
+        "training starts at a KL of 0.",
+        "A curve that rises steeply and ends near the left: preference gained, little else changed. Of two runs equally "
+        "high, prefer the one further left. A curve that goes on to the right without rising pays for nothing: an earlier "
+        "evaluation was better. On general prompts nothing was meant to change, so the nearer to 0 the better.",
+        price_pictures.gain_against_price,
+        needs="price",
     ),
     Kind(
         "gap-distributions",
@@ -71,11 +92,24 @@ KINDS = (
         "gaps-together",
         "The gaps of all runs in the same axes",
         "For each gap, the share of held-out pairs below it, after training and for the reference. The height at 0 is "
-        "the share of pairs whose rejected answer is preferred.",
+        "the share of pairs whose rejected answer is preferred. The shade is the exact 95 % interval at each gap by itself.",
         "The lower and the further right a curve lies, the larger the gaps. A run that is lower at 0 but higher far to "
         "the right gets more pairs right, with smaller gaps.",
         pair_pictures.gaps_together,
         needs="pairs",
+        fewest_runs=2,
+    ),
+    Kind(
+        "pair-by-pair",
+        "Two runs pair by pair",
+        "Each point is a held-out pair that both runs were evaluated on: across, its gap in the first run; up, its gap in "
+        "the run of the panel. Above the dashed diagonal the gap is larger in the run of the panel. The title says by how "
+        "many percentage points its share that prefers chosen differs from the first run's, with the 95 % interval of a "
+        "paired comparison (Tango's score interval): it counts only the pairs on which the two disagree.",
+        "More points at the upper left (only the run of the panel prefers chosen) than at the lower right, and an interval "
+        "that leaves out 0. It covers the choice of pairs, not that of the seed.",
+        paired_pictures.pair_by_pair,
+        needs="same pairs",
         fewest_runs=2,
     ),
     Kind(
@@ -121,34 +155,69 @@ KINDS = (
     ),
 )
 
-_HAS = {
-    "pairs": (lambda run: run.held_out is not None, f"it needs {PAIRS} with pairs in it"),
-    "log": (lambda run: bool(run.training or run.evaluations), f"it needs {LOG} with the cpo/ metrics of steps in it"),
-    "multiplier": (step_pictures.has_multiplier, "no run logged a multiplier"),
+
+@dataclass(frozen=True)
+class Need:
+    """What a picture needs: finds the runs that have it; says why the others have not.
+
+    A `quiet` picture is not mentioned if no run has what it needs: it does not apply.
+    """
+
+    able: Callable[[list[Run]], list[Run]]
+    why: str
+    quiet: bool = False
+
+
+def _each(has: Callable[[Run], bool]) -> Callable[[list[Run]], list[Run]]:
+    return lambda runs: [run for run in runs if has(run)]
+
+
+def _has_log(run: Run) -> bool:
+    return bool(run.training or run.evaluations)
+
+
+def _beside_a_multiplier(runs: list[Run]) -> list[Run]:
+    """Also runs without a multiplier, to compare their violations, if one run has one."""
+    return _each(_has_log)(runs) if any(map(step_pictures.has_multiplier, runs)) else []
+
+
+NEEDS = {
+    "pairs": Need(_each(lambda run: run.held_out is not None), f"it needs {PAIRS} with pairs in it"),
+    "log": Need(_each(_has_log), f"it needs {LOG} with the cpo/ metrics of steps in it"),
+    "price": Need(
+        _each(price_pictures.has_price),
+        f"it needs evaluations after the start with eval_cpo/kl in {LOG}, and none measured the price",
+    ),
+    "same pairs": Need(
+        paired.comparable, f"it needs two runs with the same pairs in {PAIRS}, scored alike by the reference, and none missing"
+    ),
+    "multiplier": Need(_beside_a_multiplier, f"it needs {LOG} with the cpo/ metrics of steps in it", quiet=True),
 }
 
 
 def draw(runs: list[Run]) -> list[Picture]:
-    """Draws every kind of picture. If no run has what a picture needs, it has no PNG and its note says why.
+    """Draws every kind of picture. If no run has what a picture needs, it is not drawn and its note says why.
 
     Leaves out pictures that do not apply: the multiplier if no run has one, runs together if there is only one run.
     """
     pictures = []
     for kind in KINDS:
-        has, why = _HAS[kind.needs]
-        able = [run for run in runs if has(run)]
-        if kind.needs == "multiplier" and able:
-            able = [run for run in runs if _HAS["log"][0](run)]  # also runs without a multiplier, to compare their violations
-        elif kind.needs == "multiplier" or len(runs) < kind.fewest_runs:
+        need = NEEDS[kind.needs]
+        able = need.able(runs)
+        if len(runs) < kind.fewest_runs or (need.quiet and not able):
             continue
         if len(able) < kind.fewest_runs:
-            pictures.append(Picture(kind, None, notes=[f"Not drawn: {why}."]))
+            pictures.append(Picture(kind, notes=[f"Not drawn: {need.why}."]))
             continue
-        with drawing():
-            figure, notes = kind.draw(able)
-            data = png(figure)
+        (wide, notes), (narrow, _) = _drawn(kind, able, WIDE), _drawn(kind, able, NARROW)
         left_out = [run.letter for run in runs if run not in able]
         if left_out:
-            notes = [f"Without {', '.join(left_out)}: {why}.", *notes]
-        pictures.append(Picture(kind, data, round(WIDTH * 96), round(figure.get_figheight() * 96), notes))
+            notes = [f"Without {', '.join(left_out)}: {need.why}.", *notes]
+        pictures.append(Picture(kind, wide, narrow, notes))
     return pictures
+
+
+def _drawn(kind: Kind, runs: list[Run], shape: Shape) -> tuple[Drawn, list[str]]:
+    with drawing(shape):
+        figure, notes = kind.draw(runs)
+        return Drawn(png(figure), round(figure.get_figwidth() * 96), round(figure.get_figheight() * 96)), notes

@@ -10,9 +10,11 @@ import numpy as np
 
 from ..files import schema
 from ..files.masking import masked
-from ..files.run_files import KNOWN_COLUMNS, LOG, METRICS, PAIR_COLUMNS, PAIRS
+from ..files.run_files import KNOWN_COLUMNS, LOG, METRICS, PAIR_COLUMNS, PAIRS, PRICE
 from ..logs.log_file import read_log
-from .run import Evaluation, HeldOut, Run, number
+from .numbers import number
+from .price import of_metrics, read_price
+from .run import Evaluation, HeldOut, Run
 
 #: More runs than this cannot be told apart by colour and line style.
 MOST_RUNS = 12
@@ -71,6 +73,7 @@ def read_run(folder: str | Path) -> Run:
     _read_log(run)
     _before_and_after(run)
     _cross_check(run)
+    _read_price(run)
     return run
 
 
@@ -141,6 +144,20 @@ def _read_pairs(run: Run) -> None:
                 run.notes.append(
                     f"{PAIRS} says {key} = {table[key]!r}, but {METRICS} says {known!r}: they may be from different runs."
                 )
+
+
+def _read_price(run: Run) -> None:
+    """Takes the measurements from price.json, and what it lacks from the evaluations, which have no intervals or answers."""
+    if (run.folder / PRICE).is_file():
+        document = _object(run, PRICE, "sampled answers are not shown")
+        if document:
+            run.prices, notes = read_price(document, PRICE)
+            run.notes += notes
+    logged = {step: of_metrics(step, evaluation.values.get) for step, evaluation in run.evaluations.items()}
+    if run.prices:
+        run.prices = [measurement.filled_from(logged.get(measurement.step)) for measurement in run.prices]
+    else:
+        run.prices = [measurement for measurement in logged.values() if measurement]
 
 
 def _read_log(run: Run) -> None:

@@ -1,6 +1,5 @@
 """A run as data: its settings, curves, evaluations and held-out pairs, as far as known."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import numpy as np
 
 from ..files.run_files import PAIR_COLUMNS
 from ..units import UNITS
+from .numbers import number
+from .price import Measurement
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class HeldOut:
     def start_gap(self) -> np.ndarray:
         """The policy's gap before training, (n,), NaN where not known."""
         return self._gap("start")
+
+    @property
+    def reference(self) -> np.ndarray:
+        """The reference's log-probabilities, (n, 2): chosen and rejected."""
+        return np.stack([self._column("ref_chosen"), self._column("ref_rejected")], axis=1)
 
     @property
     def starts_at_reference(self) -> bool:
@@ -74,6 +80,7 @@ class Run:
     after: Evaluation | None = None
     held_out: HeldOut | None = None
     pairs_in_file: int = 0
+    prices: list[Measurement] = field(default_factory=list)
     settings: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -101,16 +108,6 @@ class Run:
     @property
     def constraint(self) -> str:
         return str(self.settings.get("constraint", "not known"))
-
-
-def number(value) -> float | None:
-    """`value` as a float if it is a number (NaN and infinities too), else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
 
 
 def by_unit(runs: list[Run]) -> list[list[Run]]:

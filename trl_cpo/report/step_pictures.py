@@ -1,15 +1,18 @@
 """Draws the pictures over optimizer steps: fractions of pairs, loss and gap, the multiplier, displacement."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from . import table
 from .run import Run, by_unit
-from .style import QUIET, canvas, plain_ticks, run_style, run_title
+from .style import QUIET, canvas, columns_of, legend, plain_ticks, run_style, run_title
 
 #: With more logs than this, the training curve is a running mean, and the logs themselves are drawn faintly.
 MOST_LOGS = 60
@@ -37,9 +40,18 @@ def _window(logs: int) -> int:
     return 1 if logs <= MOST_LOGS else 2 * (logs // 40) + 1
 
 
-def _draw(axes: Axes, runs: list[Run], metric: str, scale: float = 1.0) -> bool:
-    """Draws one metric of the runs, training curves and evaluations; returns whether there was anything to draw."""
-    drawn = False
+def intervals(run: Run, metric: str) -> list[tuple[int, tuple[float, float]]]:
+    """The step and the exact 95 % interval of a fraction of each evaluation that says of how many pairs it is."""
+    cells = ((step, table.cell(evaluation, metric, True)) for step, evaluation in run.evaluations.items())
+    return [(step, cell.interval) for step, cell in cells if cell and cell.interval]
+
+
+def _draw(axes: Axes, runs: list[Run], metric: str, is_fraction: bool = False) -> bool:
+    """Draws one metric of the runs, training curves and evaluations; returns whether there was anything to draw.
+
+    A fraction is drawn in %, its evaluations with their intervals.
+    """
+    drawn, scale = False, 100.0 if is_fraction else 1.0
     # With many runs, training noise would hide the markers.
     line: dict[str, Any] = {"linewidth": 1.3} if len(runs) <= _FEW else {"linewidth": 0.9, "alpha": 0.45}
     for run in runs:
@@ -72,9 +84,16 @@ def _draw(axes: Axes, runs: list[Run], metric: str, scale: float = 1.0) -> bool:
                 zorder=4,
                 clip_on=False,
             )
+            for step, (low, high) in intervals(run, metric) if is_fraction else ():
+                axes.vlines(step, scale * low, scale * high, **_bar(style["color"], len(runs)))
     if not drawn:
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color=QUIET)
     return drawn
+
+
+def _bar(colour: str, runs: int) -> dict[str, Any]:
+    """How an interval is drawn: the fainter, the more there are at a step."""
+    return {"color": colour, "linewidth": 1.0, "alpha": 0.5 if runs <= _FEW else 0.25}
 
 
 def _notes(runs: list[Run]) -> list[str]:
@@ -82,10 +101,12 @@ def _notes(runs: list[Run]) -> list[str]:
     return [f"Training curves are running means; the logs themselves are faint ({', '.join(smoothed)})."] if smoothed else []
 
 
-def _frame(runs: list[Run], columns: int, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with rows of panels and a shared legend."""
-    figure = canvas(0.5 + 3.4 * rows + 0.22 * max(0, (len(runs) + 2) // 3 - 1))
-    axes = [[figure.add_subplot(rows, columns, row * columns + place + 1) for place in range(columns)] for row in range(rows)]
+def _frame(runs: list[Run], columns: int, rows: int = 1, more: Sequence[Artist] = ()) -> tuple[Figure, list[list[Axes]]]:
+    """A figure with rows of panels and a shared legend, `more` at its end; panels that do not fit side by side are stacked."""
+    across = columns_of(columns)
+    down = rows * columns // across
+    figure = canvas(0.5 + 3.4 * down + 0.22 * max(0, (len(runs) + 2) // 3 - 1))
+    axes = [[figure.add_subplot(down, across, row * columns + place + 1) for place in range(columns)] for row in range(rows)]
     handles = [Line2D([], [], **run_style(run), linewidth=1.5, markersize=7, label=run_title(run)) for run in runs]
     handles += [
         Line2D([], [], color=QUIET, linewidth=1.3, label="line: training pairs, mean since the last log"),
@@ -100,7 +121,7 @@ def _frame(runs: list[Run], columns: int, rows: int = 1) -> tuple[Figure, list[l
             label="markers: held-out pairs",
         ),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    legend(figure, [*handles, *more], columns=3)
     return figure, axes
 
 
@@ -120,9 +141,11 @@ def fractions_over_steps(runs: list[Run]) -> tuple[Figure, list[str]]:
         ("violation_rate", "Violations (δ_θ < γ)"),
         ("prefers_chosen", "Prefers chosen (δ_θ > 0)"),
     )
-    figure, (row,) = _frame(runs, len(chosen))
+    known = any(intervals(run, f"cpo/{metric}") for run in runs for metric, _ in chosen)
+    bars = Line2D([], [], color=QUIET, marker="|", markersize=10, linestyle="", label="bars: exact 95 % intervals")
+    figure, (row,) = _frame(runs, len(chosen), more=[bars] if known else [])
     for axes, (metric, title) in zip(row, chosen, strict=True):
-        _draw(axes, runs, f"cpo/{metric}", scale=100.0)
+        _draw(axes, runs, f"cpo/{metric}", is_fraction=True)
         _finish(axes, runs, title, "pairs (%)")
         axes.set_ylim(-3, 103)
         axes.set_yticks(range(0, 101, 20))

@@ -2,12 +2,16 @@
 
 import io
 import unicodedata
+from collections.abc import Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
@@ -16,8 +20,21 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from .run import Run
 from .table import minus
 
-#: Width of a picture in inches (96 CSS pixels on the page), and pixels of the PNG per inch.
-WIDTH, DPI = 12.0, 160
+#: Pixels of a PNG per inch; an inch is 96 CSS pixels on the page.
+DPI = 160
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The form that pictures are drawn in: width in inches, and the most panels side by side."""
+
+    width: float
+    columns: int
+
+
+#: For a desk, and for a phone: panels stacked, so that letters keep their size.
+WIDE, NARROW = Shape(12.0, 3), Shape(3.84, 1)
+_shape: ContextVar[Shape] = ContextVar("shape", default=WIDE)
 #: Okabe and Ito's colours without yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2)), (0, (8, 1.5, 1, 1.5, 1, 1.5)))
@@ -47,42 +64,67 @@ _SETTINGS: dict[Any, Any] = {
     "text.parse_math": False,
 }
 
+#: Titles and labels stand at the axes, right of the numbers, and have to end within a narrow picture.
+_IN_NARROW: dict[Any, Any] = {"axes.titlesize": 9, "axes.labelsize": 8.5}
+
 
 @contextmanager
-def drawing():
-    """Draws with matplotlib's defaults and the report's settings, and ignores the user's matplotlibrc."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
-        yield
+def drawing(shape: Shape = WIDE):
+    """Draws in a shape, with matplotlib's defaults and the report's settings; ignores the user's matplotlibrc."""
+    before = _shape.set(shape)
+    try:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_SETTINGS | (_IN_NARROW if shape is NARROW else {}))
+            yield
+    finally:
+        _shape.reset(before)
 
 
 def canvas(height: float) -> Figure:
-    """An empty figure of the page's width; `height` in inches."""
-    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    """An empty figure of the shape's width; `height` in inches."""
+    return Figure(figsize=(_shape.get().width, height), dpi=DPI, layout="constrained")
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG, `WIDTH * DPI` pixels wide; the same figure gives the same bytes."""
+    """The figure as a PNG of `DPI` pixels per inch; the same figure gives the same bytes."""
     held = io.BytesIO()
     figure.savefig(held, format="png", dpi=DPI, metadata={"Software": None})
     return held.getvalue()
 
 
+def columns_of(count: int) -> int:
+    """How many of `count` panels stand side by side."""
+    return min(count, _shape.get().columns)
+
+
 def panels(count: int, heights: tuple[float, float, float] = (5.6, 4.9, 4.3)) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels, at most three in a row; `heights`: inches of a row with one, two and three panels."""
-    columns = min(count, 3)
+    columns = columns_of(count)
     rows = -(-count // columns)
-    figure = canvas(heights[columns - 1] * rows + 0.3)
+    # A narrow panel is as wide as one of three.
+    height = heights[columns - 1] if _shape.get() is WIDE else heights[2]
+    figure = canvas(height * rows + 0.3)
     axes = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
     return figure, axes
 
 
+def legend(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
+    """Sets a legend of at most `columns` columns below the panels; a narrow figure grows by the rows that this adds."""
+    columns = min(columns, len(handles))
+    fitting = min(columns, _shape.get().columns) if _shape.get() is NARROW else columns
+    more = -(-len(handles) // fitting) - -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * more)
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=fitting)
+
+
 def plain_ticks(axes: Axes, x: bool = True, y: bool = True) -> None:
     """Sets few ticks with full numbers, so that labels do not overlap and no factor hides in a corner of the axes."""
-    for axis, wanted in ((axes.xaxis, x), (axes.yaxis, y)):
+    # A narrow panel has room for few long numbers side by side.
+    across = 6 if _shape.get() is WIDE else 4
+    for axis, wanted, most in ((axes.xaxis, x, across), (axes.yaxis, y, 6)):
         if wanted:
-            axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+            axis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]))
             axis.set_major_formatter(FuncFormatter(lambda value, _: minus(f"{value:.6g}")))
 
 

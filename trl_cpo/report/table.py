@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ..constraint_names import HYPERPARAMETER_NAMES
 from ..intervals import clopper_pearson
 from ..logs.summary import ROWS
-from .run import Evaluation, Run, number
+from .numbers import number
+from .run import Evaluation, Run
 
 #: Rows of the report in addition to those that a run prints at its end.
 MORE_ROWS = (

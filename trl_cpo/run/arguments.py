@@ -14,7 +14,7 @@ class PairArguments(ScriptArguments):
 
     dataset_name: str = field(
         default="Anthropic/hh-rlhf",
-        metadata={"help": "Hub name, local .jsonl[.gz], .json or .parquet file, folder, or 'demo' (embedded pairs)."},
+        metadata={"help": "Hub name, local .jsonl[.gz], .json or .parquet file, folder, 'demo' or 'demo-answers' (embedded)."},
     )
     dataset_data_dir: str | None = field(
         default=None, metadata={"help": "Folder inside the dataset, such as harmless-base in HH-RLHF."}
@@ -37,6 +37,7 @@ class RunConfig(CPOConstrainedConfig):
     )
     constraint: FormName = field(default="clip", metadata=CPOConstrainedConfig.__dataclass_fields__["constraint"].metadata)
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training pairs."})
+    price: bool = field(default=True, metadata=CPOConstrainedConfig.__dataclass_fields__["price"].metadata)
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two logs."})
 
     def __post_init__(self):

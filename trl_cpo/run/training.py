@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.models import read_config, source_of
+from ..decisions import in_words
 from ..files.atomic import write_json
 from ..files.masking import masked
 from ..files.run_files import LOG, METRICS, PAIRS
+from .card import add_results
 from .data import load_sets, say_reports
+from .decided import Decided
 from .record import pairs_document, versions
 
 if TYPE_CHECKING:
@@ -106,7 +109,7 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
     from ..engine.resume.checkpoints import clean_up, is_fresh
     from ..files.outputs import refuse_taken
     from ..logs.run_log import RunLog
-    from ..logs.summary import before_after
+    from ..logs.summary import before_after, gain_and_price
     from ..trainer import CPOConstrainedTrainer
 
     state, started = PartialState(), time.time()
@@ -177,10 +180,14 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
 
     trained_on = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed"
     say(f"[3/4] Training on {trained_on} pairs with constraint {args.constraint}; held-out pairs before and after")
+    decided = Decided(trainer, test_set, say)
+    if checkpoint is None:
+        decided.count_start()
     trainer.train(resume_from_checkpoint=checkpoint)
     starts = [r for r in trainer.state.log_history if r["step"] == 0 and "eval_cpo/gap" in r]
     before = starts[0] if starts else None
     after = trainer.evaluate()
+    decisions = decided.document()
     evaluated = after["eval_cpo/pairs"]
     if options.dataset_streaming:
         say_reports(reports, say)
@@ -220,11 +227,31 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
                 k: str(v) if v in (math.inf, -math.inf) else v for k, v in args.to_dict().items() if k != "eval_on_start"
             },
         }
-        # Last, so that a folder with a metrics.json is a finished run.
-        write_json(output_dir / METRICS, masked(record))
         table = before_after(
             before, after, pairs=evaluated, gamma=args.gamma, reduction=args.logps_reduction, constraint=args.constraint
         )
+        if decisions is not None:
+            record["decisions"] = decisions
+            table += f"\n\n{in_words(decisions)}"
+        sentence = None
+        if trainer.price is not None:
+            record["price"] = trainer.price.summary(time.time() - started)
+            sentence = gain_and_price(before, after, record["price"]["words"])
+        add_results(
+            output_dir / "README.md",
+            settings={
+                "base model": policy.model_name_or_path,
+                "pairs": options.dataset_name,
+                "constraint": args.constraint,
+                **{name: getattr(args, name) for name in ("gamma", "beta", "logps_reduction", "learning_rate")},
+            },
+            table=table,
+            sentence=sentence,
+        )
+        # Last, so that a folder with a metrics.json is a finished run.
+        write_json(output_dir / METRICS, masked(record))
+        if sentence is not None:
+            table += f"\n\n{sentence}\nMeasuring the price took {record['price']['seconds']:.0f} s."
         say(
             f"\n{table}\n"
             + (f"{left_out} evaluation pairs were trained on, and are not counted\n" if left_out else "")

@@ -28,7 +28,7 @@ _OWN_KEYS = frozenset("format run order evaluations_without_gain settings data s
 
 
 class Stateful(Protocol):
-    """State that changes during training and is restored on resume."""
+    """State that changes during training and is restored on resume; if it has a true `ended`, the run is over."""
 
     #: What happens if a checkpoint does not hold this state, as a clause for a warning; empty for no warning.
     starts_anew: str
@@ -182,7 +182,8 @@ class Resumption(TrainerCallback):
     def is_over(self) -> bool:
         """Whether there is nothing left to train: the last step was made, or the resumed run had stopped early."""
         state = self._trainer.state
-        return self._stopped_early or state.global_step >= state.max_steps
+        ended = any(getattr(own, "ended", False) for own in self._stateful.values())
+        return self._stopped_early or ended or state.global_step >= state.max_steps
 
     def _early_stops(self) -> list[EarlyStoppingCallback]:
         return [each for each in self._trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]

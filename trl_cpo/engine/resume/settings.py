@@ -26,7 +26,7 @@ NOT_AFFECTING_WEIGHTS = frozenset(
     remove_unused_columns label_names length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
     ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint
     local_rank trust_remote_code dataset_num_proc precompute_ref_batch_size pad_token check_reference narrate
-    enable_jit_checkpoint
+    enable_jit_checkpoint price price_prompts price_tokens price_share price_text
     """.split()
 )
 
