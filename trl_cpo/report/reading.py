@@ -158,6 +158,9 @@ def _read_price(run: Run) -> None:
         run.prices = [measurement.filled_from(logged.get(measurement.step)) for measurement in run.prices]
     else:
         run.prices = [measurement for measurement in logged.values() if measurement]
+        told = run.record.get("price")
+        if run.prices and isinstance(told, dict):
+            run.prices[-1] = run.prices[-1].told(told, METRICS)
 
 
 def _read_log(run: Run) -> None:
