@@ -33,7 +33,7 @@ from trl_cpo.price.meter import PriceMeter
 from trl_cpo.price.questions import gather_questions
 
 #: Of every arm, unless it or the command says otherwise.
-BASE = {"learning_rate": 1e-3, "batch": 4, "target_modules": None}
+BASE = {"learning_rate": 1e-3, "batch": 4, "target_modules": None, "sft": 0.0}
 #: What differs in each arm: the constraint and its fields.
 ARMS: dict[str, dict[str, Any]] = {
     "start": {"constraint": "none", "beta": 1.0},
@@ -106,6 +106,10 @@ class Search:
             loss = pair_loss(pairs.gap, form.target(pairs), beta=form.beta)
             if (added := form.added_loss(pairs, 0.0)) is not None:
                 loss = loss + added
+            # As loss_type ["sigmoid", "sft"]: the chosen answers' negative log-likelihood, mean over their tokens.
+            if settings["sft"]:
+                tokens = sum(len(self.tokenizer(self.train[row]["chosen"])["input_ids"]) + 1 for row in batch)
+                loss = loss - settings["sft"] * pairs.policy_chosen.sum() / tokens
             loss.mean().backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
