@@ -59,7 +59,7 @@ RANGES: dict[str, Range] = {
             "answers_ended_general",
         )
     },
-    **{f"cpo/{name}{ending}": AT_LEAST_0 for name in ("kl", "kl_response", "answer_tokens") for ending in ("", "_general")},
+    **{f"cpo/answer_tokens{ending}": AT_LEAST_0 for ending in ("", "_general")},
     "rewards/accuracies": SHARE,
     **dict.fromkeys(("cpo/violation", "cpo/lambda"), Range("a number of nats, 0 or more", 0, BEYOND)),
     **dict.fromkeys(("seconds", "runtime", "train_runtime", "epoch", "grad_norm"), AT_LEAST_0),
