@@ -232,6 +232,7 @@ class PairMonitor(TrainerCallback):
             constraint=constraint,
             split=self._split if source != "a dataset in memory" else "held out",
             start_is_reference=True,
+            tokens=self._scorer.tokens,
         )
         record: dict[str, Any] = {
             "held_out_pairs": after["eval_cpo/pairs"],

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..scoring.scored_pairs import ScoredPairs
+from ..slices import slices_of
 from .advice import advise
 from .measures import Settings, measure
 from .quoting import quoted
-from .slices import slices_of
 
 #: Raised when a field changes its meaning.
 FORMAT = 1

@@ -11,6 +11,7 @@ from ..files.atomic import write_json
 from ..files.run_files import LOG, METRICS, PAIRS
 from .card import add_results
 from .data import load_sets, say_reports
+from .pair_columns import answer_tokens, slice_columns
 from .record import pairs_document, versions
 
 if TYPE_CHECKING:
@@ -202,6 +203,8 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
                 # No reference is given here, so it is the policy at the start, unless it has followed the policy since.
                 start_is_reference=not args.sync_ref_model,
                 trained_on=left_out,
+                tokens=answer_tokens(trainer.eval_dataset, args.max_length, args.truncation_mode),
+                slices=slice_columns(trainer.eval_dataset),
             ),
         )
         record = {
