@@ -12,6 +12,7 @@ from ..files.masking import masked
 from ..files.run_files import METRICS, PAIRS
 from ..logs.summary import before_after, gain_and_price
 from .card import add_results
+from .pair_columns import answer_tokens, slice_columns
 from .record import pairs_document, versions
 
 
@@ -93,6 +94,8 @@ class Finished:
             # No reference is given here, so it is the policy at the start, unless it has followed the policy since.
             start_is_reference=not args.sync_ref_model,
             trained_on=self.learned["trained_on_left_out"],
+            tokens=answer_tokens(trainer.eval_dataset, args.max_length, args.truncation_mode),
+            slices=slice_columns(trainer.eval_dataset),
         )
 
     def _record(self, price: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
