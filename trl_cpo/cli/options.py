@@ -14,7 +14,7 @@ from trl import TrlParser
 from ..recipes import names, recipe
 from ..run.arguments import PairArguments, PolicyConfig, RunConfig
 from .errors import UserError, nearest
-from .parser import ClearErrors, option_strings, unknown_options
+from .parser import ClearErrors, hint, option_strings, unknown_options
 
 GROUPS = (PairArguments, RunConfig, PolicyConfig)
 
@@ -113,7 +113,7 @@ def checked(values: dict[str, Any], parser: argparse.ArgumentParser, config: str
     taken, faults = {}, []
     for key, value in values.items():
         if key not in known:
-            faults.append(f"unknown key {key!r}.{nearest(key, known)}")
+            faults.append(f"unknown key {key!r}.{hint(key, known)}")
             continue
         try:
             taken[key] = _value(value, actions[key], hints[key])
