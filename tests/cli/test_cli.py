@@ -80,6 +80,11 @@ def test_python_dash_m_and_the_script_are_the_same(tmp_path):
         (["recipes", "copy", "demmo"], "no recipe demmo"),
         (["recipes", "copy", "demmo"], "Did you mean demo?"),
         (["recipes", "copy", "../recipes/demo"], "no recipe ../recipes/demo"),
+        (
+            ["train"],
+            "nothing to train was named. By default it would be HuggingFaceTB/SmolLM2-135M-Instruct on Anthropic/hh-rlhf",
+        ),
+        (["train"], "trl-cpo train --config demo"),
         (["train", "--config"], "--config"),
         (["train", "--config", "a", "--config", "b"], "--config is given twice"),
     ],
