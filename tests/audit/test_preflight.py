@@ -9,8 +9,8 @@ from tokenizers import processors
 
 from trl_cpo._trl.datasets import TOKENIZED_COLUMNS, tokenized
 from trl_cpo.audit.preflight import FINDINGS, digests, examine
-from trl_cpo.audit.quoting import escaped, quoted, trimmed
 from trl_cpo.data.models import ModelError, base_of_adapter, end_tokens
+from trl_cpo.quoting import escaped, quoted, trimmed
 from trl_cpo.scoring.scorer import ROW, Scorer
 from trl_cpo.scoring.token_pairs import TokenPairs, Truncation, answer_tokens
 

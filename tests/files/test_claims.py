@@ -144,3 +144,9 @@ def test_a_planted_claim_is_never_written_into(tmp_path, planted):
         assert (folder / CLAIM).is_file() and not (folder / CLAIM).is_symlink()
     assert list(folder.iterdir()) == []
     assert mine.read_bytes() == b"mine"
+
+
+def test_a_place_under_a_file_is_nobodys(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "x", tmp_path / ("long" * 100)):
+        assert not is_claimed(folder)

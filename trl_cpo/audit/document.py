@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..quoting import quoted
 from ..scoring.scored_pairs import ScoredPairs
 from .advice import advise
 from .measures import Settings, measure
-from .quoting import quoted
 from .slices import slices_of
 
 #: Raised when a field changes its meaning.

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..quoting import quoted
 from ..scoring.token_pairs import TokenPairs, Truncation
-from .quoting import quoted
 
 #: Rows named for each finding, and rows whose prompt is tokenized again.
 _ROWS_NAMED, _PROMPTS_LOOKED_AT = 5, 2000

@@ -2,9 +2,9 @@
 
 import textwrap
 
+from ..quoting import trimmed
 from ..units import UNITS
 from .advice import interval, percent, times
-from .quoting import trimmed
 
 _WIDTH = 112
 _MOST_SLICES = 12

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.schema import shown
+from ..quoting import escaped
 from .errors import CertificateError, is_number, read_json, refuse_faults
 from .evidence import evidence_of
 from .statement import FORMAT, KINDS, check_kind, document
@@ -69,7 +70,7 @@ def check(found: Any, folder: str | Path | None = None) -> list[str]:
 def _differences(found: Any, recomputed: Any, path: str) -> Iterator[str]:
     if isinstance(found, dict) and isinstance(recomputed, dict):
         for name in found.keys() | recomputed.keys():
-            inner = f"{path}.{name}" if path else str(name)
+            inner = f"{path}.{escaped(name)}" if path else escaped(name)
             if name not in recomputed or name not in found:
                 yield f"{inner}: {'there should be none' if name not in recomputed else 'missing'}"
             else:

@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..quoting import as_json, harmless
 from .errors import UserError, user_errors
 
 HELP = "look before you train: where the reference is misaligned on your pairs, and what the model sees"
@@ -86,7 +87,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import json
     import sys
     from contextlib import redirect_stdout
 
@@ -101,9 +101,9 @@ def run(options: argparse.Namespace) -> int:
         from ..audit.text import render
 
         speaks = PartialState().is_main_process
-        document = audit(_request(options), lambda line: print(line, file=sys.stderr, flush=True) if speaks else None)
+        document = audit(_request(options), lambda line: print(harmless(line), file=sys.stderr, flush=True) if speaks else None)
         faulty = any(found["fault"] for one in document["sets"] for found in one["preflight"]["findings"])
-        answer = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) if options.json else render(document)
+        answer = as_json(document) if options.json else render(document)
     if speaks:
         print(answer)
     return 1 if faulty else 0

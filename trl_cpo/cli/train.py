@@ -3,9 +3,15 @@
 import argparse
 import re
 import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..constraint_names import FORM_NAMES
 from .errors import UserError, user_errors
+from .output import patient_output
+
+if TYPE_CHECKING:
+    from ..run.arguments import RunConfig
 
 HELP = "Train with a constraint on the preference gap, from a recipe or from TRL's options."
 #: TRL parses the options of its DPOConfig, ModelConfig and ScriptArguments.
@@ -65,14 +71,32 @@ def run(options: argparse.Namespace) -> int:
 
         raise UserError(
             f"nothing to train was named. By default it would be {PolicyConfig.model_name_or_path} on "
-            f"{PairArguments.dataset_name}, downloaded from the hub, with constraint {RunConfig.constraint}: name any of them to "
-            "start.\nMinutes on a CPU, without a hub: trl-cpo train --config demo; the options: trl-cpo train --help"
+            f"{PairArguments.dataset_name}, downloaded from the hub, with constraint {RunConfig.constraint}: name any of them "
+            "to start.\nMinutes on a CPU, without a hub: trl-cpo train --config demo; the options: trl-cpo train --help"
         )
     from .options import parse_run
 
     parsed = parse_run(options.passed_on, options.config[0] if options.config else None)
     from ..run.training import train
 
-    with user_errors("All options: trl-cpo train --help"):
-        train(*parsed)
+    with user_errors("All options: trl-cpo train --help"), patient_output():
+        try:
+            train(*parsed)
+        except Exception as error:
+            _refuse_disk(error, parsed[1])
+            raise
     return 0
+
+
+def _refuse_disk(error: Exception, args: "RunConfig") -> None:
+    """Raises `UserError` where it was the disk that ended the run."""
+    from ..files.disk import CannotWrite, left_in, refusal
+
+    why = refusal(error)
+    if why is None or isinstance(error, UserError):
+        return
+    left, advice = "", "Write elsewhere: trl-cpo train … --output_dir FOLDER"
+    if not isinstance(error, CannotWrite) and args.output_dir:
+        left = f" {left_in(Path(args.output_dir))}"
+        advice = f"With room again, go on: trl-cpo train … --output_dir {args.output_dir} --resume_from_checkpoint latest"
+    raise UserError(f"{why}{left}\n{advice}") from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.cache import cache_root
+from ..quoting import harmless, names
 from . import hh
 from .demo import PAIR_FILES
 from .rows import refusal
@@ -187,7 +188,7 @@ def _check_split(split: str, known: list[str], name: str, slices: bool = True) -
         advice = "Give one of these."
         if len(known) == 1:
             advice = "For a test set, hold out a fraction of the rows, or give a second source."
-        raise NoSuchSplit(f"{name} has no split {split!r}; it has {', '.join(known)}. {advice}", known)
+        raise NoSuchSplit(f"{name} has no split {split!r}; it has {names(known)}. {advice}", known)
 
 
 @contextmanager
@@ -197,7 +198,7 @@ def _readable(name: str) -> Iterator[None]:
     except Exception as error:
         # datasets wraps the real error in a general one.
         cause = error.__cause__ or error
-        raise SourceError(f"Could not load {name}: {type(cause).__name__}: {cause}\n{_ALLOWED}") from error
+        raise SourceError(f"Could not load {name}: {type(cause).__name__}: {harmless(str(cause))}\n{_ALLOWED}") from error
 
 
 def _from_files(kind: str, files: dict[str, Path], name: str, split: str, streaming: bool):
@@ -298,7 +299,7 @@ def _kind(value: Any) -> str:
 def _is_hh(rows: list[dict[str, Any]]) -> bool:
     missing = [column for column in ("chosen", "rejected") if column not in rows[0]]
     if missing:
-        got = f"The rows lack {' and '.join(missing)}; their columns are {', '.join(rows[0])}."
+        got = f"The rows lack {' and '.join(missing)}; their columns are {names(rows[0])}."
         raise SourceError(f"{got} {_FORMS} Rename the columns.")
     kinds = {column: _kind(rows[0][column]) for column in ("prompt", "chosen", "rejected") if column in rows[0]}
     got = "In the first row " + ", ".join(f"{column} is {kind}" for column, kind in kinds.items())

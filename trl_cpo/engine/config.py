@@ -11,6 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 from .._trl.loss import LOSS_READS
 from .._trl.loss_options import idle_options
 from ..faults import is_finite, is_true_or_false, one_of
+from ..files.masking import masked
 
 logger = logging.get_logger(__name__)
 
@@ -99,6 +100,10 @@ class DPOConfig(trl.DPOConfig):
             "otherwise stop before the first step and list likely causes."
         },
     )
+
+    def to_dict(self):
+        """As TRL's, with secrets masked wherever they stand: trackers, checkpoints and records are written from it."""
+        return masked(super().to_dict())
 
     def __post_init__(self):
         if isinstance(self.loss_type, str):

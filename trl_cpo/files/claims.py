@@ -61,10 +61,8 @@ def is_claimed(folder: str | Path) -> bool:
         return True
     try:
         descriptor = _open(file, os.O_RDWR)
-    except FileNotFoundError:
-        return False
     except OSError:
-        return not file.is_symlink()  # a claim that this user may not touch
+        return os.path.lexists(file) and not os.path.islink(file)  # a claim that this user may not touch
     try:
         return not _is_stale(descriptor)
     finally:

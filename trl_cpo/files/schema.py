@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..quoting import escaped
+
 #: No log-probability is so large; arithmetic on larger numbers could overflow.
 BEYOND = 1e15
 #: No document of a run is nested so deeply.
@@ -92,7 +94,7 @@ def fault(name: str, value: Any) -> str | None:
         known = FINITE
     if name == "gamma" and isinstance(value, str):  # an infinite option, as text
         return None
-    return None if known.holds(value) else f"{name} must be {known.told}; got {shown(value)}"
+    return None if known.holds(value) else f"{escaped(name)} must be {known.told}; got {shown(value)}"
 
 
 def shown(value: Any) -> str:
@@ -119,7 +121,7 @@ def faults(document: Any, path: str = "", *, finite: bool = True, depth: int = 0
     for name, inner in _items(document):
         if name == "rows":
             continue
-        here = f"{path}{name}"
+        here = f"{path}{escaped(str(name))}"
         wrong = None if not finite and isinstance(inner, float) and not math.isfinite(inner) else fault(str(name), inner)
         if wrong is not None:
             yield wrong if not path else f"{path}{wrong}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import schema
+from ..files.masking import masked
 from ..files.run_files import KNOWN_COLUMNS, LOG, METRICS, PAIR_COLUMNS, PAIRS, PRICE
 from ..logs.log_file import read_log
 from .numbers import number
@@ -98,7 +99,7 @@ def _sound(run: Run, name: str, got: dict) -> dict:
     wrong = list(schema.faults(got))
     if wrong:
         run.notes.append(f"{name} holds {len(wrong)} numbers that cannot be, which are left out. The first: {wrong[0]}.")
-    return schema.sound(got)
+    return masked(schema.sound(got))
 
 
 def _read_pairs(run: Run) -> None:
@@ -157,6 +158,9 @@ def _read_price(run: Run) -> None:
         run.prices = [measurement.filled_from(logged.get(measurement.step)) for measurement in run.prices]
     else:
         run.prices = [measurement for measurement in logged.values() if measurement]
+        told = run.record.get("price")
+        if run.prices and isinstance(told, dict):
+            run.prices[-1] = run.prices[-1].told(told, METRICS)
 
 
 def _read_log(run: Run) -> None:
