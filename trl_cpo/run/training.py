@@ -135,7 +135,7 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
     if not options.dataset_streaming:
         say_reports(reports, say)
     if held_out is not None:
-        say(f"      no test split: held {held_out} of {held_out + len(train_set)} pairs out")
+        say(f"      no test split: held {held_out} pairs out")
     left_out = learned["trained_on_left_out"]
     if left_out:
         say(f"      left {left_out} evaluation pairs out, which are trained on too")
