@@ -97,6 +97,8 @@ def _refuse_disk(error: Exception, args: "RunConfig") -> None:
         return
     left, advice = "", "Write elsewhere: trl-cpo train … --output_dir FOLDER"
     if not isinstance(error, CannotWrite) and args.output_dir:
-        left = f" {left_in(Path(args.output_dir))}"
-        advice = f"With room again, go on: trl-cpo train … --output_dir {args.output_dir} --resume_from_checkpoint latest"
+        names = left_in(Path(args.output_dir))
+        left = f" Left in {args.output_dir}: {', '.join(names)}." if names else " Nothing is left of the run."
+        if names:
+            advice = f"With room again, go on: trl-cpo train … --output_dir {args.output_dir} --resume_from_checkpoint latest"
     raise UserError(f"{why}{left}\n{advice}") from error

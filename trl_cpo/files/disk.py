@@ -53,10 +53,9 @@ def make_folder(folder: Path) -> None:
         raise CannotWrite(f"The folder {folder} cannot be made: {why}. Nothing was written.") from error
 
 
-def left_in(folder: Path) -> str:
-    """What a run that could not write on has left, in words."""
+def left_in(folder: Path) -> list[str]:
+    """The names of what a run that could not write on has left."""
     try:
-        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(("_", ".")))
+        return sorted(path.name for path in folder.iterdir() if not path.name.startswith(("_", ".")))
     except OSError:
-        names = []
-    return f"Left in {folder}: {', '.join(names)}." if names else "Nothing is left of the run."
+        return []
