@@ -42,7 +42,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("step", "held_out_pairs", "left_out", "trained_on_left_out", "bytes", "pairs", "meeting"), COUNT),
     **dict.fromkeys(("total", "kept", "seed", "format"), COUNT),
     **dict.fromkeys(("cpo/pairs", "cpo/incomparable_pairs", "cpo/nonfinite_pairs"), COUNT),
-    **dict.fromkeys(("at_least", "confidence", "certified_share"), SHARE),
+    **dict.fromkeys(("prefers_chosen", "at_least", "confidence", "certified_share"), SHARE),
     **{
         f"cpo/{name}": SHARE
         for name in (

@@ -12,6 +12,8 @@ from ..files.masking import masked
 from ..files.run_files import METRICS, PAIRS
 from ..logs.summary import before_after, gain_and_price
 from .card import add_results
+from .length import by_length
+from .length import in_words as length_in_words
 from .pair_columns import answer_tokens, slice_columns
 from .record import pairs_document, versions
 
@@ -61,7 +63,11 @@ class Finished:
         )
         if self.decisions is not None:
             table += f"\n\n{in_words(self.decisions)}"
-        write_json(folder / PAIRS, self._pairs())
+        pairs = self._pairs()
+        write_json(folder / PAIRS, pairs)
+        length = by_length(pairs)
+        if length is not None:
+            table += f"\n{length_in_words(length)}"
         loss = {name: getattr(args, name) for name in ("gamma", "beta", "logps_reduction", "learning_rate")}
         about = {
             "base model": self.policy.model_name_or_path,
@@ -71,7 +77,7 @@ class Finished:
         }
         add_results(folder / "README.md", settings=masked(about), table=table, sentence=sentence)
         # Last, so that a folder with a metrics.json is a finished run.
-        write_json(folder / METRICS, masked(self._record(price, seconds)))
+        write_json(folder / METRICS, masked(self._record(price, length, seconds)))
         left_out = self.learned["trained_on_left_out"]
         return "\n".join(
             [
@@ -98,12 +104,13 @@ class Finished:
             slices=slice_columns(trainer.eval_dataset),
         )
 
-    def _record(self, price: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
+    def _record(self, price: Mapping[str, Any] | None, length: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
         return {
             "held_out_pairs": self.after["eval_cpo/pairs"],
             "before": self.before,
             "after": self.after,
             **({} if price is None else {"price": price}),
+            **({} if length is None else {"length": length}),
             **({} if self.decisions is None else {"decisions": self.decisions}),
             "seconds": round(seconds, 1),
             "data": {split: report.to_dict() for split, report in self.data.items() if report is not None},
