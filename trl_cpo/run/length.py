@@ -9,7 +9,7 @@ from ..files.run_files import PAIR_COLUMNS, TOKEN_COLUMNS
 
 
 def by_length(pairs: Mapping[str, Any]) -> dict[str, dict[str, float | None]] | None:
-    """Of "sum" and "mean": the share of pairs whose chosen answer the policy prefers, and the gap's rank correlation with length.
+    """Of "sum" and "mean": the share of pairs where the policy prefers chosen, and the gap's rank correlation with length.
 
     The correlation is Spearman's, of δ_θ with `tokens(chosen) − tokens(rejected)`; None where one of them is constant.
 
