@@ -19,9 +19,7 @@ def test_by_hand():
     found = by_length(document(rows))
     assert found["sum"] == {"prefers_chosen": pytest.approx(2 / 3), "correlation": pytest.approx(-1.0)}
     assert found["mean"]["prefers_chosen"] == pytest.approx(2 / 3)
-    assert in_words(found).startswith(
-        "by sums the policy prefers chosen on 67 % (rank correlation of the gap with the difference"
-    )
+    assert in_words(found).startswith("by sums the policy prefers chosen on 67 % (its gap's rank correlation with")
 
 
 def test_sums_and_means_are_the_same_pairs_however_they_are_stored():

@@ -37,7 +37,7 @@ def in_words(found: Mapping[str, Mapping[str, float | None]]) -> str:
     for reduction, values in found.items():
         correlation = values["correlation"]
         follows = (
-            "" if correlation is None else f" (rank correlation of the gap with the difference in length {correlation:+.2f})"
+            "" if correlation is None else f" (its gap's rank correlation with the difference in length: {correlation:+.2f})"
         )
         parts.append(f"by {reduction}s the policy prefers chosen on {100 * (values['prefers_chosen'] or 0):.0f} %{follows}")
     return "; ".join(parts)
