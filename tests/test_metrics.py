@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo.config import DIRECTIONS
 from trl_cpo.metrics import METRICS, MetricLedger, PairView, per_pair
 from trl_cpo.pairs import PairLogps
 
@@ -201,3 +202,77 @@ def test_no_metric_is_lost_between_two_trainers(tmp_path, tokenizer):
     first = trainers[0].evaluate()["eval_cpo/gap"]
     assert trainers[1].evaluate()["eval_cpo/gap"] != first
     assert trainers[0].evaluate()["eval_cpo/gap"] == first
+
+
+# --- which checkpoint is best -----------------------------------------------------------------------------------------
+
+
+def test_the_direction_of_every_metric_of_ours_is_known(tmp_path, tokenizer):
+    args = CPOConstrainedConfig(
+        **training_options(tmp_path, constraint="lagrangian", gamma=1.0, epsilon=0.1)
+        | dict(price=True, price_prompts=2, price_tokens=4)
+    )
+    trainer = CPOConstrainedTrainer(
+        make_model(),
+        make_model(1),
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
+        eval_dataset={"held_out": pairs_dataset(6)},
+    )
+    logged = {name.rpartition("cpo/")[2] for name in trainer.evaluate() if "cpo/" in name}
+    assert logged <= DIRECTIONS.keys() and METRICS.keys() | {"kl", "kl_general", "chosen_nll"} <= logged
+    assert {"incomparable_pairs", "nonfinite_pairs"} <= DIRECTIONS.keys()  # logged only where there are any
+
+
+@pytest.mark.parametrize("prefix", ["", "eval_", "eval_held_out_"])
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_greater_is_better_follows_the_metric_and_the_opposite_is_warned_of(tmp_path, name, prefix):
+    def config(**given):
+        return CPOConstrainedConfig(**training_options(tmp_path, metric_for_best_model=f"{prefix}cpo/{name}", **given))
+
+    def notes(args):
+        return [note for note in args.cautions() if "metric_for_best_model" in note]
+
+    better = DIRECTIONS[name]
+    assert config().greater_is_better is (True if better is None else better)  # transformers' own default
+    if better is None:
+        assert "finds no best checkpoint" in notes(config())[0]
+        return
+    assert notes(config()) == [] and notes(config(greater_is_better=better)) == []
+    (note,) = notes(config(greater_is_better=not better))
+    assert f"Set greater_is_better={better}" in note
+
+
+@pytest.mark.parametrize("metric, greater", [("eval_loss", False), ("eval_rewards/margins", True), (None, None)])
+def test_other_metrics_keep_the_direction_that_transformers_gives_them(tmp_path, metric, greater):
+    args = CPOConstrainedConfig(**training_options(tmp_path, metric_for_best_model=metric))
+    assert args.greater_is_better is greater
+    assert not [note for note in args.cautions() if "metric_for_best_model" in note]
+
+
+def test_the_checkpoint_with_the_least_violation_is_kept(tmp_path, tokenizer):
+    args = CPOConstrainedConfig(
+        **training_options(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, constraint="clip", gamma=3.0)
+        | dict(save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="cpo/violation")
+    )
+    trainer = CPOConstrainedTrainer(
+        make_model(),
+        make_model(1),
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(),
+        eval_dataset=pairs_dataset(6),
+    )
+    trainer.train()
+    seen = {log["step"]: log["eval_cpo/violation"] for log in trainer.state.log_history if "eval_cpo/violation" in log}
+    assert len(set(seen.values())) == 4 and trainer.state.best_metric == min(seen.values())
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{min(seen, key=seen.get)}")
+
+
+def test_the_trainer_warns_of_the_opposite(tmp_path, tokenizer):
+    args = CPOConstrainedConfig(
+        **training_options(tmp_path, metric_for_best_model="eval_cpo/violation", greater_is_better=True)
+    )
+    with pytest.warns(UserWarning, match="keeps the worst checkpoint: less of it is better"):
+        CPOConstrainedTrainer(make_model(), make_model(1), args=args, processing_class=tokenizer, train_dataset=pairs_dataset())

@@ -9,8 +9,17 @@ from .constraints import CONSTRAINTS, Constraint
 from .engine.config import DPOConfig, documented
 from .faults import is_finite, is_true_or_false, one_of
 from .hyperparameters import fault
+from .metrics import MORE_IS_BETTER
 from .pairs import REDUCTIONS
-from .price.fields import PriceFields
+from .price.fields import PRICE_IS_BETTER, PriceFields, prepare_price, price_faults
+
+#: Of every `cpo/*` name that an evaluation logs, the price's too: whether more is better, or None.
+DIRECTIONS = {**MORE_IS_BETTER, **PRICE_IS_BETTER}
+
+
+def _own(metric: str | None) -> str | None:
+    """Of `eval_cpo/<name>`, or with a set's name in front, the name; None of a metric that is not ours."""
+    return str(metric).rpartition("cpo/")[2] if "cpo/" in str(metric) else None
 
 
 @documented
@@ -42,8 +51,11 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
     )
 
     def __post_init__(self):
-        if not self.price_faults():
-            self.prepare_price()
+        if not price_faults(self):
+            prepare_price(self)
+        if self.greater_is_better is None:
+            # transformers takes less to be better only of names that end with "loss".
+            self.greater_is_better = DIRECTIONS.get(_own(self.metric_for_best_model))
         super().__post_init__()
         if self.logps_reduction == "mean":
             self.loss_type = [MEAN_OF.get(loss_type, loss_type) for loss_type in self.loss_type]
@@ -61,7 +73,7 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
             faults.append(one_of("logps_reduction", self.logps_reduction, REDUCTIONS))
         known, out_of_range = not faults, self._out_of_range()
         faults += [*out_of_range.values(), *is_true_or_false("narrate", self.narrate), *super().faults()]
-        faults += self.price_faults()
+        faults += price_faults(self)
         if known and set(self.loss_type) <= set(LOSS_READS):
             faults += self._combination_faults(out_of_range)
         return faults
@@ -69,6 +81,10 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
     @property
     def is_plain_dpo(self) -> bool:
         return self.constraint == "none"
+
+    @property
+    def adds_loss(self) -> bool:
+        return self.form.adds_loss
 
     @property
     def form(self) -> Constraint:
@@ -85,7 +101,23 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
             if name not in reads and getattr(self, name) != declared.default
         ]
         notes = [f"constraint={self.constraint!r} does not use {', '.join(unused)}."] if unused else []
-        return notes + self.form.cautions()
+        return notes + super().cautions() + self._best_model_cautions() + self.form.cautions()
+
+    def _best_model_cautions(self) -> list[str]:
+        name, said = self.metric_for_best_model, self.greater_is_better
+        own = _own(name)
+        better = DIRECTIONS.get(own)
+        if better is not None and said is not better:
+            return [
+                f"metric_for_best_model={name!r} with greater_is_better={said} keeps the worst checkpoint: "
+                f"{'more' if better else 'less'} of it is better. Set greater_is_better={better}, or leave it out."
+            ]
+        if own in DIRECTIONS and better is None:
+            return [
+                f"metric_for_best_model={name!r} says nothing of the policy, so it finds no best checkpoint. Use "
+                "'eval_loss', 'eval_cpo/violation' or 'eval_cpo/gap'."
+            ]
+        return []
 
     def _out_of_range(self) -> dict[str, str]:
         faults = {name: fault(declared, getattr(self, name)) for name, declared in HYPERPARAMETERS.items()}

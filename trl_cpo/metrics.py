@@ -50,6 +50,27 @@ METRICS: dict[str, tuple[str, Callable[[PairView], Tensor]]] = {
     ),
 }
 
+#: Of every `cpo/*` name that an evaluation logs: whether more of it is better; None where it says nothing of the policy.
+MORE_IS_BETTER: dict[str, bool | None] = {
+    "gap": True,
+    "ref_gap": None,
+    "target": None,
+    "prefers_chosen": True,
+    "beats_reference": True,
+    "in_undesirable_region": False,
+    "violation": False,
+    "violation_rate": False,
+    "reference_misaligned": None,
+    "escaped": True,
+    "chosen_logps_shift": True,
+    "rejected_logps_shift": False,
+    "slack": True,
+    "holds": True,
+    "pairs": None,
+    "incomparable_pairs": None,
+    "nonfinite_pairs": False,
+}
+
 #: The column of each metric in the result of `per_pair`.
 COLUMNS = {name: column for column, name in enumerate(METRICS)}
 

@@ -1,7 +1,6 @@
 """CPOConstrainedTrainer: DPOTrainer with a constraint on the preference gap."""
 
 import textwrap
-import warnings
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -13,7 +12,7 @@ from .logs.narration import Narrator
 from .metrics import COLUMNS, MetricLedger, PairView, per_pair
 from .multiplier import DualAscent, Multiplier
 from .pairs import PairLogps
-from .price import Limit, PriceTracker
+from .price import Limit, PriceTracker, keeps_last_within
 
 
 class CPOConstrainedTrainer(DPOTrainer):
@@ -75,9 +74,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         #: What training did to the model, by evaluation; None unless `args.price`.
         self.price: PriceTracker | None = None
         self.leaves_out_degenerate = f"The {'' if args.is_plain_dpo else 'constraint and the '}cpo/ metrics leave"
-        if args.process_index == 0:
-            for note in args.cautions():
-                warnings.warn(note, stacklevel=3)
+        self.warn_of(args.cautions(), args)
         callbacks = [] if self._dual is None else [DualAscent(self._dual)]
         return callbacks + ([Narrator(args.logps_reduction)] if args.narrate else [])
 
@@ -144,7 +141,7 @@ class CPOConstrainedTrainer(DPOTrainer):
     def _determine_best_metric(self, metrics, trial):
         if self.price is not None and not self.price.within(metrics):
             return False
-        if not self.args.keeps_last_within:
+        if not keeps_last_within(self.args):
             return super()._determine_best_metric(metrics, trial)
         self.state.best_global_step = self.state.global_step
         return True

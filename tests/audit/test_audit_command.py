@@ -26,10 +26,12 @@ from trl_cpo.engine.reference.digests import text_digest
 from trl_cpo.scoring.token_pairs import TokenPairs, Truncation, answer_tokens
 
 from helpers.paths import ROOT, TESTS
-from helpers.tiny import make_model, pair_rows, training_options
+from helpers.tiny import make_model, pair_rows, pairs_dataset, training_options
 
 GOLDEN = TESTS / "golden"
 N = 24
+#: The exit code of an audit that found faults, as in row 7 of `pairs_file`.
+FAULTY = 1
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def audit(capsys, pairs_file, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
     def run(*more, model=model_folder, dataset=pairs_file):
-        code = main(["audit", "--model", model, "--dataset", dataset, "--max-length", "64", *map(str, more)])
+        code = main(["audit", "--model", model, "--dataset", str(dataset), "--max-length", "64", *map(str, more)])
         return code, *capsys.readouterr()
 
     return run
@@ -74,7 +76,7 @@ def counted(document, *path):
 
 def test_the_numbers_are_those_of_a_plain_forward(audit, pairs_file, model_folder, ref_model_folder, tokenizer):
     code, out, err = audit("--json", "--ref-model", ref_model_folder, "--slice", "kind", "--worst", 2, "--beta", 0.5)
-    assert code == 0, err
+    assert code == FAULTY, err
     document = json.loads(out)
     (one,) = document["sets"]
     with open(pairs_file) as lines:
@@ -115,20 +117,20 @@ def test_the_numbers_are_those_of_a_plain_forward(audit, pairs_file, model_folde
 
 def test_text_and_a_second_run_that_scores_nothing(audit, monkeypatch):
     code, first, _ = audit()
-    assert code == 0 and "Where the reference stands (22 pairs scored)" in first and "- First mend the pairs" in first
+    assert code == FAULTY and "Where the reference stands (22 pairs scored)" in first and "- First mend the pairs" in first
 
     def refuse(*_, **__):
         raise AssertionError("scored again")
 
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", refuse)
-    assert audit()[:2] == (0, first)
+    assert audit()[:2] == (FAULTY, first)
     # Another max_length is another table, so that the patch is seen to be where scoring goes through.
     code, _, err = audit("--max-length", 48)
     assert code == 3 and "scored again" in err
 
 
 def test_training_finds_the_audits_table(audit, pairs_file, model_folder, tmp_path, tokenizer, monkeypatch):
-    assert audit()[0] == 0
+    assert audit()[0] == FAULTY
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("scored again"))
     args = CPOConstrainedConfig(**training_options(tmp_path / "run", constraint="softplus", precompute_ref_log_probs=True))
     pairs = load_dataset("json", data_files=pairs_file, split="train", cache_dir=str(tmp_path / "data"))
@@ -155,7 +157,7 @@ def test_preflight_alone_loads_no_model(audit, tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer_only")
     make_model().config.save_pretrained(tmp_path / "tokenizer_only")
     code, out, err = audit("--preflight-only", model=str(tmp_path / "tokenizer_only"))
-    assert code == 0, err
+    assert code == FAULTY, err
     assert "FAULT: 1 of 23 (4.3 %) have the same chosen and rejected answer" in out and "Where the reference" not in out
 
 
@@ -175,7 +177,7 @@ def test_no_trainer_is_made_and_every_text_is_tokenized_once(audit, ref_model_fo
 
     monkeypatch.setattr(DPOTrainer, "_prepare_dataset", counted)
     code, out, err = audit("--json", "--ref-model", ref_model_folder)
-    assert code == 0, err
+    assert code == FAULTY, err
     assert len(prepared) == 1 and len(prepared[0]) == json.loads(out)["sets"][0]["rows"] == N
 
 
@@ -190,7 +192,7 @@ def test_a_model_is_let_go_before_the_next_is_loaded(audit, ref_model_folder, mo
 
     monkeypatch.setattr(seam, "load_model", watched)
     code, _, err = audit("--ref-model", ref_model_folder)
-    assert code == 0, err
+    assert code == FAULTY, err
     assert len(loaded) == 2
 
 
@@ -207,12 +209,12 @@ def test_a_table_of_version_0_1_is_found_and_read(audit, pairs_file, model_folde
     folder.mkdir(parents=True)
     shutil.copy(GOLDEN / "reference_table" / "000000.safetensors", folder)
     code, out, err = audit("--json")
-    assert code == 0, err
+    assert code == FAULTY, err
     assert json.loads((folder / "manifest.json").read_text())["key"] == key | {"versions": installed}
     monkeypatch.undo()
     monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path / "another"))
     code, scored, err = audit("--json")
-    assert code == 0, err
+    assert code == FAULTY, err
     found, again = (json.loads(text)["sets"][0]["all"]["ref_gap"]["sum"] for text in (out, scored))
     assert found == pytest.approx(again, abs=1e-3)
 
@@ -237,7 +239,7 @@ def test_an_adapter_is_scored_as_it_stands(audit, model_folder, tmp_path, tokeni
     numbers = []
     for model in ("adapter", "merged"):
         code, out, err = audit("--json", "--ref-model", model_folder, model=str(tmp_path / model))
-        assert code == 0, err
+        assert code == FAULTY, err
         numbers.append(json.loads(out)["sets"][0]["all"])
     assert numbers[0]["policy"]["gap"] == pytest.approx(numbers[1]["policy"]["gap"], abs=1e-3)
     assert numbers[0]["ref_gap"] == numbers[1]["ref_gap"]
@@ -250,7 +252,7 @@ def test_training_on_an_adapter_finds_the_audits_table(audit, pairs_file, model_
     get_peft_model(base, ADAPTERS["lora"]).save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     code, _, err = audit(model=str(tmp_path / "adapter"))
-    assert code == 0, err
+    assert code == FAULTY, err
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("scored again"))
     args = CPOConstrainedConfig(**training_options(tmp_path / "run", constraint="clip", precompute_ref_log_probs=True))
     pairs = load_dataset("json", data_files=pairs_file, split="train", cache_dir=str(tmp_path / "data"))
@@ -272,7 +274,7 @@ def test_an_adapter_on_the_head_is_refused(audit, model_folder, tmp_path, tokeni
 def test_two_processes_share_the_work_and_are_one(audit, pairs_file, model_folder, tmp_path):
     """One document, and the table of one process, to the bit."""
     code, alone, err = audit("--json")
-    assert code == 0, err
+    assert code == FAULTY, err
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRL_CPO_CACHE": str(tmp_path / "two")}
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
@@ -280,7 +282,7 @@ def test_two_processes_share_the_work_and_are_one(audit, pairs_file, model_folde
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "-m", "trl_cpo", "audit"]
     command += ["--model", model_folder, "--dataset", pairs_file, "--max-length", "64", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == FAULTY, done.stderr[-3000:]
     assert json.loads(done.stdout) == json.loads(alone)
     (one,), (two,) = ((tmp_path / name / "scores").glob("*/000000.safetensors") for name in ("cache", "two"))
     assert one.parent.name == two.parent.name and one.read_bytes() == two.read_bytes()
@@ -332,3 +334,50 @@ def test_refusals_say_what_to_do_and_exit_with_2(audit, tmp_path, model_folder, 
     make_model(vocab_size=384).save_pretrained(other)
     assert "vocabulary of 400 tokens, but ref_model one of 384" in refused("--ref-model", str(other))
     assert "every prompt alone fills max_length=1 tokens" in refused("--max-length", 1)
+
+
+CARRIED = [" Rain.<|im_end|>\n", " Rain.<|im_end|>", " Rain.<|im_end|>\n\n "]
+
+
+@pytest.mark.parametrize("answer", CARRIED, ids=["end and line", "end alone", "end and blanks"])
+def test_text_that_carries_its_template_is_a_fault_and_exits_with_1(audit, tmp_path, answer):
+    """The tokenizer's end token is appended, unless the text ends in it to the last character."""
+    rows = pair_rows(6)
+    for row in rows:
+        row |= {"chosen": answer}
+    Dataset.from_list(rows).to_json(tmp_path / "carried.jsonl")
+    code, out, _ = audit("--json", "--preflight-only", dataset=tmp_path / "carried.jsonl")
+    found = {one["finding"]: one for one in json.loads(out)["sets"][0]["preflight"]["findings"]}
+    if answer.endswith("<|im_end|>"):
+        assert code == 0 and "double_end" not in found
+    else:
+        assert code == FAULTY and found["double_end"]["count"] == 6
+    code, out, _ = audit("--preflight-only", dataset=tmp_path / "carried.jsonl")
+    assert ("FAULT: 6 of 6" in out) == (code == FAULTY)
+
+
+def test_turns_of_others_in_an_answer_are_counted_in_tokens(audit, tmp_path, tokenizer):
+    """Whole conversations that part at an earlier turn: the user's words behind that turn are scored as well."""
+    rows = list(pairs_dataset(6, conversational=True))
+    more = [{"role": "user", "content": "why do you like tea?"}, {"role": "assistant", "content": "maybe"}]
+    rows[2]["chosen"] += more
+    rows[4] = {
+        "chosen": rows[4]["prompt"] + rows[4]["chosen"] + more,
+        "rejected": rows[4]["prompt"] + rows[4]["rejected"] + more,
+    }
+    rows[4] |= {"prompt": rows[4]["chosen"][:1], "chosen": rows[4]["chosen"][1:], "rejected": rows[4]["rejected"][1:]}
+    Dataset.from_list(rows).to_json(tmp_path / "turns.jsonl")
+    code, out, _ = audit("--json", "--preflight-only", "--max-length", "0", dataset=tmp_path / "turns.jsonl")
+    found = {one["finding"]: one for one in json.loads(out)["sets"][0]["preflight"]["findings"]}["other_turns"]
+    turn = len(tokenizer("<|im_start|>user\nwhy do you like tea?<|im_end|>\n")["input_ids"])
+    assert code == FAULTY and found["fault"] and found["rows"] == [2, 4] and found["tokens"] == 3 * turn
+    whole = sum(
+        len(tokenizer(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n")["input_ids"]) - 3 * (at == 0)
+        for row in (rows[2], rows[4])
+        for side in ("chosen", "rejected")
+        for at, one in enumerate(row[side])
+    )
+    heads = len(tokenizer("<|im_start|>assistant\n")["input_ids"])
+    assert found["of_tokens"] == whole + 4 * (3 - heads)
+    _, out, _ = audit("--preflight-only", "--max-length", "0", dataset=tmp_path / "turns.jsonl")
+    assert f"{3 * turn} of their {found['of_tokens']} tokens" in " ".join(out.split())

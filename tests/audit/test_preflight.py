@@ -9,8 +9,8 @@ from tokenizers import processors
 
 from trl_cpo._trl.datasets import TOKENIZED_COLUMNS, tokenized
 from trl_cpo.audit.preflight import FINDINGS, digests, examine
-from trl_cpo.audit.quoting import escaped, quoted, trimmed
 from trl_cpo.data.models import ModelError, base_of_adapter, end_tokens
+from trl_cpo.quoting import escaped, quoted, trimmed
 from trl_cpo.scoring.scorer import ROW, Scorer
 from trl_cpo.scoring.token_pairs import TokenPairs, Truncation, answer_tokens
 
@@ -56,7 +56,7 @@ def test_every_planted_fault_is_found_and_its_row_named(tokenizer, ids):
     planted = {
         "double_bos": ([bos, *prompt], chosen, rejected),
         "no_end": ([*prompt, 51], chosen[:-1], rejected),
-        "double_end": ([*prompt, 52], chosen, [*rejected, end]),
+        "double_end": ([*prompt, 52], chosen, [*rejected, *blank, end]),
         "empty_chosen": ([*prompt, 53], [*blank, end], rejected),
         "empty_rejected": ([*prompt, 54], chosen, [end]),
         "identical": ([*prompt, 55], chosen, chosen),

@@ -510,7 +510,7 @@ def test_pairs_left_out_do_not_meet_gamma(run):
     (run / "pairs.json").write_text(json.dumps({**made, "left_out": 6}))
     assert certify_run(run)["evidence"]["numbers"] == {"pairs": 10, "meeting": 2}
     (run / "pairs.json").write_text(json.dumps({**made, "left_out": -1}))
-    with pytest.raises(CertificateError, match="left_out must be a count"):
+    with pytest.raises(CertificateError, match="left_out must be a whole number"):
         certify_run(run)
 
 
@@ -537,7 +537,7 @@ def test_pairs_that_were_trained_on_are_not_held_out(run):
     assert [line.partition(":")[0] for line in check(made)] == ["statement"]
     for pairs, metrics, message in (
         (3, 2, "disagree on trained_on_left_out"),
-        (-1, 0, "must be a count"),
+        (-1, 0, "must be a whole number"),
         (0, 1.0, "must be a count"),
     ):
         with pytest.raises(CertificateError, match=message):

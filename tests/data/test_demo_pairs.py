@@ -16,7 +16,7 @@ def rows():
 
 
 def message(row) -> str:
-    return row["prompt"][-1]["content"].removeprefix("Message: ").removesuffix("\nTeam:")
+    return row["prompt"].splitlines()[-1].removesuffix(" ->")
 
 
 def sentences(text: str) -> set[str]:
@@ -47,13 +47,10 @@ def test_every_row_can_be_counted(rows, split):
     for row in rows[split]:
         options = row["options"]
         assert options == rows["train"][0]["options"] and 4 <= len(set(options)) == len(options) <= 6
-        (chosen,), (rejected,) = row["chosen"], row["rejected"]
-        assert chosen == {"role": "assistant", "content": row["team"]} and row["team"] in options
-        assert rejected == {"role": "assistant", "content": row["confused_with"]} and row["confused_with"] in options
+        assert row["chosen"] == f" {row['team']}" in options and row["rejected"] == f" {row['confused_with']}" in options
         assert row["team"] != row["confused_with"]
-        # The instruction names all options, so that a model can answer with one of them.
-        assert ", ".join(options) in row["prompt"][0]["content"]
-        assert message(row) and row["prompt"][-1]["role"] == "user"
+        # The prompt begins with all options, so that a model can answer with one of them.
+        assert row["prompt"].startswith(f"Teams:{','.join(options)}.\n") and message(row)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -65,10 +62,10 @@ def test_teams_are_equally_frequent(rows, split):
 
 
 def test_examples_in_the_prompt_are_no_messages_of_the_set(rows):
-    examples = {
-        turn["content"] for split in SPLITS for row in rows[split] for turn in row["prompt"][:-1] if turn["role"] == "user"
-    }
-    assert examples.isdisjoint(row["prompt"][-1]["content"] for split in SPLITS for row in rows[split])
+    every = [row for split in SPLITS for row in rows[split]]
+    (beginning,) = {row["prompt"].rsplit("\n", 1)[0] for row in every}
+    examples = {line.partition(" ->")[0] for line in beginning.splitlines()[1:]}
+    assert examples and examples.isdisjoint(map(message, every))
 
 
 def test_the_long_answers_are_still_there():

@@ -6,9 +6,12 @@ import warnings
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo.cli import main
 
 from helpers.tiny import make_model, pairs_dataset, training_options
 
@@ -163,3 +166,94 @@ def test_nothing_is_said_where_all_is_well(make):
         warnings.simplefilter("always")
         make({"constraint": "softplus", "gamma": 0.5, "alpha": 0.25, "tau": 1.0})
     assert not [w for w in caught if issubclass(w.category, UserWarning) and "trl_cpo" in w.filename]
+
+
+# --- a tokenizer with more tokens than the model ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def grown(tokenizer):
+    """The tokenizer with one token more than the model has embeddings."""
+    tokenizer.add_tokens(["<note>"])
+    assert len(tokenizer) == 401
+    return tokenizer
+
+
+def noted(at, streamed=False):
+    rows = list(pairs_dataset())
+    rows[at]["rejected"] += "<note>"
+    return IterableDataset.from_generator(lambda: iter(rows)) if streamed else Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("constraint", ["none", "clip"])
+def test_a_token_that_the_model_lacks_names_both_sizes_and_the_call(make, grown, constraint):
+    with pytest.raises(ValueError, match="Row 7 of the train dataset has the token '<note>' with the id 400.*401 tokens, but"):
+        make({"constraint": constraint}, processing_class=grown, train_dataset=noted(7))
+    with pytest.raises(ValueError, match=r"embeds 400.*resize_token_embeddings\(401\)"):
+        list(make({"constraint": constraint}, processing_class=grown, train_dataset=noted(7, True)).train_dataset)
+    trainer = make({"constraint": constraint}, processing_class=grown)  # nothing uses the new token
+    with pytest.raises(ValueError, match="Row 2 of the eval dataset"):
+        trainer.evaluate(noted(2))
+
+
+def test_a_pad_token_that_the_model_lacks_is_refused_before_it_is_loaded(make, grown, model_folder):
+    grown.pad_token = "<note>"
+    with pytest.raises(ValueError, match=r"The pad token '<note>' has the id 400.*resize_token_embeddings\(401\)"):
+        make(processing_class=grown, model=model_folder, ref_model=None)
+
+
+def test_a_resized_model_takes_them(make, grown):
+    grown.pad_token = "<note>"
+    models = [make_model(seed) for seed in (0, 1)]
+    for model in models:
+        model.resize_token_embeddings(401)
+    make(processing_class=grown, model=models[0], ref_model=models[1], train_dataset=noted(7)).train()
+
+
+def test_an_audit_says_the_same_before_the_model_is_loaded(tmp_path, grown, capsys):
+    for part in (make_model(), grown):
+        part.save_pretrained(tmp_path / "grown")
+    noted(7).to_json(tmp_path / "pairs.jsonl")
+    assert main(["audit", "--model", str(tmp_path / "grown"), "--dataset", str(tmp_path / "pairs.jsonl")]) == 2
+    assert "resize_token_embeddings(401)" in capsys.readouterr().err
+
+
+# --- models that cannot be trained as they are ------------------------------------------------------------------------
+
+
+def test_a_model_without_a_name_says_what_cannot_be_loaded(make, tmp_path):
+    with pytest.raises(ValueError, match=r"made in memory.*ref_model=copy.deepcopy\(model\).*processing_class=tokenizer"):
+        make(ref_model=None, processing_class=None)
+    with pytest.raises(ValueError, match="made in memory.*copy as its reference") as error:
+        make(ref_model=None)
+    assert "processing_class" not in str(error.value)
+    model = make_model()
+    make(model=model, ref_model=copy.deepcopy(model)).train()
+    make(ref_model=None, peft_config=LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    make(ref_model=None, args=CPOConstrainedConfig(**training_options(tmp_path, precompute_ref_log_probs=True)))
+
+
+@pytest.fixture
+def adapter_folder(tmp_path, model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter")
+
+
+def test_nothing_trainable_is_said_before_training(make, model_folder, adapter_folder):
+    frozen = make_model().requires_grad_(False)
+    unasked = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter_folder)
+    for given in ({"model": frozen}, {"model": unasked, "ref_model": None}):
+        trainer = make(**given)
+        with pytest.raises(ValueError, match="No parameter is trained.*is_trainable=True"):
+            trainer.train()
+    asked = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter_folder, is_trainable=True)
+    make(model=asked, ref_model=None).train()
+
+
+def test_an_adapters_folder_is_no_model_to_train(make, tmp_path, adapter_folder, model_folder, capsys):
+    with pytest.raises(ValueError, match=f"is an adapter on {model_folder}, not a model.*merge_and_unload"):
+        make(model=adapter_folder, ref_model=None)
+    out = ["--output_dir", str(tmp_path / "out")]
+    assert main(["train", "--model_name_or_path", adapter_folder, "--dataset_name", "demo", *out]) == 2
+    assert "merge_and_unload" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Bad data in the middle of a run: NaN, answers that are equal or gone after truncation. Never silent, one behaviour each."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl.data_utils import is_conversational
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo._trl.datasets import without_padding
 from trl_cpo.data import validation as checks
 from trl_cpo.engine import guards
 from trl_cpo.pairs import PairLogps, degenerate_pairs
+from trl_cpo.scoring.scorer import ROW, Scorer
 
 from helpers.tiny import make_model, pair_rows, pairs_dataset, training_options
 
@@ -380,3 +385,116 @@ def test_a_streamed_set_is_counted_as_it_comes(make, tokenizer):
     trainer.train()
     (logged,) = [log for log in trainer.state.log_history if "cpo/gap" in log]
     assert logged["cpo/incomparable_pairs"] == 2
+
+
+# --- columns that are not the pair's ----------------------------------------------------------------------------------
+
+TURNS = [{"role": "user", "content": "why?"}]
+
+
+def asks_first(column):
+    """TRL's is_conversational in a process whose hash seed puts `column` first."""
+
+    def asked(example):
+        return is_conversational({column: example[column]} if column in example else example)
+
+    return asked
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("column, value", [("messages", TURNS), ("completion", TURNS), ("completion", "rain")])
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_helper_column_changes_no_token_under_any_hash_seed(make, monkeypatch, column, value, conversational, streamed):
+    """TRL asks one column of a row whether it is messages, and which one depends on PYTHONHASHSEED."""
+    plain = pairs_dataset(6, conversational=conversational)
+    rows = [{**row, column: value, "note": n} for n, row in enumerate(plain)]
+    helped = IterableDataset.from_generator(lambda: iter(copy.deepcopy(rows))) if streamed else Dataset.from_list(rows)
+    wanted = list(make(train_dataset=plain).train_dataset)
+    for first in (column, "prompt"):
+        monkeypatch.setattr(dpo_trainer, "is_conversational", asks_first(first))
+        got = list(make(train_dataset=helped).train_dataset)
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        assert [[row[name] for name in names] for row in got] == [[row[name] for name in names] for row in wanted]
+        assert [row[column] for row in got] == [value] * 6 and [row["note"] for row in got] == list(range(6))
+        assert not any("hidden" in name for row in got for name in row)
+
+
+@pytest.mark.parametrize("behind, warned", [("", False), ("\n", True), (" \n\n", True)])
+def test_text_that_carries_its_end_token_and_blanks_is_warned_of(make, tokenizer, behind, warned):
+    """TRL adds EOS to a text that does not end in it to the last character: `<|im_end|>` and a line get a second one."""
+    rows = pair_rows(6)
+    for at in (1, 4):
+        rows[at]["chosen"] += tokenizer.eos_token + behind
+    if not warned:
+        make(train_dataset=Dataset.from_list(rows))  # a warning is an error in these tests
+        return
+    with pytest.warns(UserWarning, match=r"2 of the 6 pairs of the train dataset \(rows 1, 4\) have an answer that ends in"):
+        trainer = make(train_dataset=Dataset.from_list(rows))
+    assert trainer.train_dataset[1]["chosen_ids"].count(tokenizer.eos_token_id) == 2
+
+
+# --- keys that only other rows have -----------------------------------------------------------------------------------
+
+WITH_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{{ mood }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>{% endfor %}"
+)
+
+
+def tool(name, **parameters):
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def tool_rows(form):
+    """Two pairs whose tools, options of the template and calls have different keys."""
+    rows = list(pairs_dataset(2, conversational=True))
+    for row, key in zip(rows, ("red", "blue"), strict=True):
+        tools = [tool("fox", **{key: {"type": "string"}})]
+        row |= {
+            "tools": {"lists": tools, "text": json.dumps(tools)}[form],
+            "chat_template_kwargs": {"mood": "calm"} if key == "red" else {"other": 1},
+        }
+        row["chosen"][0]["tool_calls"] = [{"type": "function", "function": {"name": "fox", "arguments": {key: "x"}}}]
+    return rows
+
+
+@pytest.mark.parametrize("form", ["lists", "text"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_keys_that_arrow_pads_are_not_seen(make, tokenizer, form, streamed):
+    """Each pair by itself has nothing padded; beside the other, Arrow gives each the other's keys as null."""
+    tokenizer.chat_template = WITH_TOOLS
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+    def tokens(rows):
+        dataset = Dataset.from_list(rows)
+        dataset = dataset.to_iterable_dataset() if streamed else dataset
+        return [[row[name] for name in names] for row in make({"max_length": None}, train_dataset=dataset).train_dataset]
+
+    rows = tool_rows(form)
+    together, alone = tokens(rows), [tokens([row])[0] for row in rows]
+    assert together == alone
+    text = tokenizer.decode(sum(together[0], []))
+    assert "red" in text and "blue" not in text and "null" not in text and "None" not in text and "calm" in text
+
+
+def test_an_audit_sees_them_as_training_does(make, tokenizer):
+    tokenizer.chat_template = WITH_TOOLS
+    pairs = Dataset.from_list(tool_rows("lists"))
+    trained = make({"max_length": None}, train_dataset=pairs).train_dataset
+    prepared = Scorer(max_length=None).prepare(pairs.add_column(ROW, [0, 1]), tokenizer, "train")
+    assert prepared.tokens.prompt == trained["prompt_ids"][:] and prepared.tokens.chosen == trained["chosen_ids"][:]
+
+
+def test_a_set_without_padding_is_handed_on_as_it_is(tokenizer):
+    for rows in (pair_rows(3), tool_rows("text")[:1], [{**row, "tools": [tool("fox", red=1)]} for row in pair_rows(3)]):
+        dataset = Dataset.from_list(rows)
+        assert without_padding(dataset) is dataset
+
+
+def test_turns_of_others_in_an_answer_are_warned_of(make):
+    rows = list(pairs_dataset(6, conversational=True))
+    rows[3]["rejected"] += [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "no"}]
+    inside = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
+    for form in (rows, inside):
+        with pytest.warns(UserWarning, match=r"1 of the 6 pairs of the train dataset \(rows 3\) have an answer with turns"):
+            make(train_dataset=Dataset.from_list(form))

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from trl_cpo import CPOConstrainedConfig
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.cli import main
 from trl_cpo.engine import DPOConfig
 
-from helpers.tiny import training_options
+from helpers.tiny import make_model, pairs_dataset, training_options
 
 IMPOSSIBLE = [
     ("gradient_accumulation_steps", -3),
@@ -79,3 +79,22 @@ def test_the_command_line_says_so_and_leaves_no_folder(tmp_path, capsys, monkeyp
     code = main(["train", "--config", "demo", "--num_train_epochs", "0", "--output_dir", str(tmp_path / "out")])
     assert code == 2
     assert "num_train_epochs must be" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_orders_by_length_are_refused_in_words_or_work(tmp_path, tokenizer, strategy):
+    """transformers fails on them at the start of training: DPOTrainer removes the column with the lengths."""
+    options = training_options(tmp_path, train_sampling_strategy=strategy)
+    for kind in (DPOConfig, CPOConstrainedConfig):
+        with pytest.raises(ValueError, match=rf"train_sampling_strategy='{strategy}' needs .*Set balance_tokens=True"):
+            kind(**options)
+    with_lengths = pairs_dataset().map(lambda row: {"length": len(row["chosen"])})
+    trainer = CPOConstrainedTrainer(
+        make_model(),
+        make_model(1),
+        args=CPOConstrainedConfig(**options, remove_unused_columns=False),
+        processing_class=tokenizer,
+        train_dataset=with_lengths,
+    )
+    trainer.train()
+    assert trainer.state.global_step == options["max_steps"]

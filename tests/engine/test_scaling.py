@@ -27,6 +27,7 @@ STEPS, TRAIN_PAIRS, EVAL_PAIRS, BATCH = 4, 16, 7, 4
 # would otherwise move a weight by the whole learning rate, up or down.
 ADAMW = dict(optim="adamw_torch", adam_epsilon=1e-3)
 LAGRANGIAN = dict(constraint="lagrangian", dual_lr=0.01, dual_max=5.0, **ADAMW)
+PRICE = dict(price=True, price_prompts=3, price_tokens=6)
 TOKEN_MEANS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 REFERENCE = object()  # stands for the folder of the reference model
 
@@ -35,7 +36,7 @@ REFERENCE = object()  # stands for the folder of the reference model
 RUNS = {
     "full none explicit": {"ref_model": REFERENCE},
     "full softplus precomputed": {"options": {"constraint": "softplus", "precompute_ref_log_probs": True}},
-    "full penalty adamw": {"options": {"constraint": "penalty", "max_grad_norm": 1.0, **ADAMW}, "accumulate": 2},
+    "full penalty adamw": {"options": {"constraint": "penalty", "max_grad_norm": 1.0, **ADAMW, **PRICE}, "accumulate": 2},
     "full lagrangian explicit resumed": {"ref_model": REFERENCE, "resume": True, "options": LAGRANGIAN},
     "full clip tokens resumed": {
         "rounds": 2,
@@ -48,7 +49,7 @@ RUNS = {
     },
     "lora inverse_logp precomputed": {
         "lora": True,
-        "options": {"constraint": "inverse_logp", "precompute_ref_log_probs": True},
+        "options": {"constraint": "inverse_logp", "precompute_ref_log_probs": True, **PRICE},
     },
     "lora lagrangian precomputed resumed": {
         "lora": True,
@@ -189,6 +190,16 @@ def assert_resumed(whole: dict, resumed: dict) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def assert_priced(price: dict, single: dict, kind: str, run: dict) -> None:
+    """Likelihoods are those of one process; samples are others. Sharded models are not measured, and trained all the same."""
+    if not run.get("options", {}).get("price") or kind in ("zero3", "fsdp2"):
+        assert not price
+        return
+    assert price.keys() == single.keys()
+    assert price["eval_cpo/chosen_nll"] == pytest.approx(single["eval_cpo/chosen_nll"], rel=1e-4)
+    assert price["eval_cpo/kl"] > 0 and price["eval_cpo/answer_tokens"] == single["eval_cpo/answer_tokens"]
+
+
 def offload_without_compiling(folder: Path) -> str:
     """zero3_offload.json with the one key that leaves Adam to the trainer: DeepSpeed's is compiled for minutes."""
     config = json.loads((ROOT / "deepspeed_configs" / "zero3_offload.json").read_text())
@@ -237,13 +248,14 @@ def test_two_processes_give_what_one_gives(launched, one_process, tmp_path, kind
             # TRL's means over tokens are over those of all processes, and then over micro-batches.
             apart = TOKEN_MEANS if run.get("rounds") else ()
             assert_as_exact(results[0], *one_process[name], at_reference, apart)
+            assert_priced(results[0]["price"], one_process[name][0]["price"], kind, run)
             if run.get("resume"):
                 assert_resumed(*results)
     # λ and every other number that is not a process's own is the same on both, to the last bit.
     for first, second in zip(*ranks, strict=True):
         for ours, theirs in zip(first, second, strict=True):
             assert [log["cpo/gap"] for log in ours["logs"]] == [log["cpo/gap"] for log in theirs["logs"]]
-            assert ours["evaluated"] == theirs["evaluated"]
+            assert ours["evaluated"] == theirs["evaluated"] and ours["price"] == theirs["price"]
             lambdas = [log.get("cpo/lambda") for log in ours["logs"]]
             assert lambdas == [log.get("cpo/lambda") for log in theirs["logs"]]
             if lambdas[0] is not None:

@@ -102,6 +102,17 @@ def test_a_run_of_the_same_process_is_another_run(tmp_path, start):
         ended(process)
 
 
+def test_a_lost_lock_frees_no_folder_of_a_live_process(tmp_path, start):
+    """Whatever opens and closes the claim within the run, such as an upload of its folder, has the system drop the lock."""
+    lose = f"open({str(tmp_path / 'run' / CLAIM)!r}).close()"
+    run = start("claimed", tmp_path / "run", lose)
+    run.stdout.readline()
+    other = start("claimed", tmp_path / "run")
+    assert "in use by another run" in other.stdout.readline()
+    ended(run)
+    ended(other)
+
+
 @pytest.mark.parametrize(
     "note, lives",
     [
@@ -144,3 +155,9 @@ def test_a_planted_claim_is_never_written_into(tmp_path, planted):
         assert (folder / CLAIM).is_file() and not (folder / CLAIM).is_symlink()
     assert list(folder.iterdir()) == []
     assert mine.read_bytes() == b"mine"
+
+
+def test_a_place_under_a_file_is_nobodys(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "x", tmp_path / ("long" * 100)):
+        assert not is_claimed(folder)

@@ -36,6 +36,9 @@ from helpers.tiny import make_lora, make_tokenizer, training_options
 # Plain gradient descent without clipping: its weights tell the size of the gradients, which Adam hides.
 OPTIONS = dict(optim="sgd", learning_rate=0.01, max_grad_norm=0.0, gamma=0.3, max_steps=4)
 
+#: Metrics of the price, whose samples depend on how prompts are dealt to processes.
+PRICE = tuple(f"eval_cpo/{name}" for name in ("kl", "repetition", "answer", "chosen_nll"))
+
 
 def data_of(place: Path):
     # A cache of its own: TRL keeps precomputed log-probabilities beside the data and would take them up again.
@@ -108,7 +111,8 @@ def seen_of(trainer: CPOConstrainedTrainer, evaluated: dict, trained: Path, sinc
     return {
         "logs": [{key: value for key, value in step.items() if isinstance(value, float)} for step in steps],
         # Over pairs: the other numbers of an evaluation count the pairs that fill up the last batch.
-        "evaluated": {key: value for key, value in evaluated.items() if "cpo/" in key},
+        "evaluated": {key: value for key, value in evaluated.items() if "cpo/" in key and not key.startswith(PRICE)},
+        "price": {key: value for key, value in evaluated.items() if key.startswith(PRICE)},
         "trained": str(trained),
         **deepspeed_of(trainer.model_wrapped),
         **wrapping(trainer),

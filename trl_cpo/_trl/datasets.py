@@ -1,15 +1,20 @@
 """How DPOTrainer tokenizes datasets and loads training pairs."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import seed_worker
 from trl import DPOTrainer
+from trl.data_utils import extract_prompt, is_conversational
+
+from ..data.rows import damage_message, other_turns
 
 #: Columns that DPOTrainer adds to a text dataset when it prepares it.
 TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -34,15 +39,122 @@ def is_its_collator(collator: Any) -> bool:
     return type(collator) is DataCollatorForPreference
 
 
+#: The columns of a pair that hold its text.
+TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+_HIDDEN = "trl_cpo_hidden_"
+
+
+def holds_messages(row: dict[str, Any]) -> bool:
+    """Whether a pair's text is messages: asked of the pair's own columns alone."""
+    return is_conversational({name: row[name] for name in TEXT_COLUMNS if name in row})
+
+
+def hide_helper_columns(dataset: Any) -> tuple[Any, dict[str, str]]:
+    """Renames the columns that DPOTrainer would take for a pair's text, such as `messages`; for `show_helper_columns`.
+
+    DPOTrainer asks one column whether a row is messages or text, and which one depends on the hash seed of the process: with
+    a column `messages` beside text, EOS is appended in one process and not in another.
+
+    Returns:
+        The dataset, itself where there is no such column; and the new names, by the old ones.
+    """
+    sniffed = [{"role": "user", "content": ""}]
+    # A streamed dataset may not know its columns before it is read.
+    columns = dataset.column_names or next(iter(dataset), {})
+    new = {name: _HIDDEN + name for name in columns if name not in TEXT_COLUMNS and is_conversational({name: sniffed})}
+    return (dataset.rename_columns(new) if new else dataset), new
+
+
+def show_helper_columns(dataset: Any, new: dict[str, str]) -> Any:
+    """Gives the columns that `hide_helper_columns` renamed their names back."""
+    return dataset.rename_columns({name: old for old, name in new.items()}) if new else dataset
+
+
+def without_padding(dataset: Any) -> Any:
+    """`dataset` without the nulls that Arrow puts where a row lacks a key that another row has.
+
+    In `tools`, `chat_template_kwargs` and the `tool_calls` of messages a chat template would render them. A null that stands
+    there on purpose looks the same, and goes too. Itself where there is none.
+    """
+    features = dataset.features or {}
+    # As objects, rows may differ in their keys.
+    changed = {name: Json() for name in ("tools", "chat_template_kwargs") if _is_nested(features.get(name))}
+    for name in TEXT_COLUMNS:
+        message = getattr(features.get(name), "feature", None)
+        if isinstance(message, dict) and _is_nested(message.get("tool_calls")):
+            changed[name] = List({**message, "tool_calls": Json()})
+    if not changed:
+        return dataset
+    if isinstance(dataset, Dataset):
+        columns = dataset.select_columns(list(changed))
+        if all(_unpadded(row) == row for row in columns):
+            return dataset
+    return dataset.map(_unpadded, features=Features({**features, **changed}))
+
+
+def _is_nested(feature: Any) -> bool:
+    return feature is not None and not isinstance(feature, (Value, Json))
+
+
+def _unpadded(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that may be padded, without the nulls inside."""
+    clean = {}
+    for name, value in row.items():
+        if name == "tools":
+            clean[name] = _without_nulls(value)
+        elif name == "chat_template_kwargs":
+            clean[name] = _without_nulls(value or {})
+        elif name in TEXT_COLUMNS and isinstance(value, list):
+            clean[name] = [
+                {**turn, "tool_calls": _without_nulls(turn["tool_calls"])} if "tool_calls" in turn else turn for turn in value
+            ]
+    return clean
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
 def tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args, name: str) -> Dataset:
     """`dataset` with the token ids that DPOTrainer would train on; needs no trainer and no model.
 
     Drops pairs whose prompt alone fills `args.max_length`, as DPOTrainer does.
     """
-    return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, args, name)
+    dataset = without_padding(dataset)
+    with naming_rows(dataset, tokenizer, name):
+        return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, args, name)
 
 
-def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+@contextmanager
+def naming_rows(dataset: Any, tokenizer: Any, name: str) -> Iterator[None]:
+    """Around DPOTrainer's preparation: where the chat template raises on some rows, a `ValueError` names them."""
+    try:
+        yield
+    except Exception as error:
+        total, found = (0, {}) if not isinstance(dataset, Dataset) else _untokenizable(dataset, tokenizer)
+        if not found:
+            raise
+        raise ValueError(damage_message(f"{name}, made into tokens", total, found)) from error
+
+
+def _untokenizable(dataset: Dataset, tokenizer: Any) -> tuple[int, dict[str, list[int]]]:
+    seen = ("tools", "chat_template_kwargs", *TEXT_COLUMNS)
+    found: dict[str, list[int]] = {}
+    for number, row in enumerate(dataset.select_columns([name for name in seen if name in dataset.column_names])):
+        try:
+            row = row if "prompt" in row else {**row, **extract_prompt(row)}
+            for answer in ("chosen", "rejected"):
+                prompt_alone(tokenizer, {**row, "prompt": row["prompt"] + row[answer]}, add_generation_prompt=False)
+            prompt_alone(tokenizer, row)
+        except Exception as error:
+            said = str(error).strip().splitlines() or [""]
+            found.setdefault(f"{type(error).__name__}: {said[0]}", []).append(number)
+    return len(dataset), found
+
+
+def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], *, add_generation_prompt: bool = True) -> list[int]:
     """The token ids of a row's prompt alone, as DPOTrainer tokenizes it to find where the answers begin."""
     from trl.data_utils import _tokenize
 
@@ -50,7 +162,19 @@ def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> lis
     if isinstance(prompt, str):
         return list(_tokenize(tokenizer, prompt)["input_ids"])
     options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
-    return list(_tokenize(tokenizer, prompt, add_generation_prompt=True, **options)["input_ids"])
+    return list(_tokenize(tokenizer, prompt, add_generation_prompt=add_generation_prompt, **options)["input_ids"])
+
+
+def tokens_of_other_turns(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], answer: str) -> int:
+    """How many tokens of a row's answer, "chosen" or "rejected", render turns that are not the assistant's."""
+    turns, count = row[answer], 0
+    for at in other_turns(turns):
+        before, behind = (
+            prompt_alone(tokenizer, {**row, "prompt": row["prompt"] + turns[:end]}, add_generation_prompt=False)
+            for end in (at, at + 1)
+        )
+        count += len(behind) - len(before)
+    return count
 
 
 def train_dataloader(trainer: DPOTrainer, batches: Sampler[list[int]]) -> DataLoader:

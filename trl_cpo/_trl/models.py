@@ -1,5 +1,6 @@
 """The models of a trainer: where they were loaded from, and which one is the reference."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,3 +93,30 @@ def release_reference_engine(trainer: DPOTrainer) -> None:
 def reference_origin(trainer: DPOTrainer) -> dict[str, Any]:
     """The reference's origin: precomputed or not, the policy's own PEFT model or not, and where the model was loaded from."""
     return dict(precomputed=trainer.precompute_ref_logps, is_peft=is_peft_model(trainer.model), source=model_id(trainer.model))
+
+
+def drifting_parameters(trainer: DPOTrainer) -> list[str]:
+    """Trained parameters that the live reference of an adapter would use too, so that it would follow the policy.
+
+    The reference is the trainer's own model in PEFT's hands: with its adapters off, or with the adapter "ref". There PEFT
+    freezes what it switches off. Empty where the reference is another model or comes from a table.
+    """
+    from trl.trainer.utils import use_adapter
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.ref_model is not None or trainer.precompute_ref_logps or not is_peft_model(model):
+        return []
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        return []
+    # Prompts of prompt learning stay trainable, but leave the forward.
+    prompts = {id(parameter) for parameter in getattr(model, "prompt_encoder", torch.nn.Module()).parameters()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of what is refused here
+            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+                return [name for name, parameter in trained.items() if parameter.requires_grad and id(parameter) not in prompts]
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

@@ -10,6 +10,7 @@ from ..scoring.scored_pairs import ScoredPairs
 from ..scoring.scorer import ROW, PreparedPairs, Scorer
 from ..scoring.steps import PairSet, read_set, score_roles
 from ..scoring.token_pairs import answer_tokens
+from .command import train_command
 from .document import FORMAT, audited_set
 from .measures import Settings
 from .preflight import digests, examine
@@ -76,6 +77,7 @@ def audit(request: AuditRequest, say: Callable[[str], None] = lambda _: None) ->
             scorer.truncation,
             ends=ends,
             prompt_alone=prepared[name].prompt_alone,
+            tokens_of_others=prepared[name].tokens_of_others,
             given=prepared[name].given,
         )
         faults = [found for found in preflights[name]["findings"] if found["fault"]]
@@ -136,7 +138,16 @@ def _numbers(request: AuditRequest, one: PairSet, prepared: PreparedPairs, entry
         text_of=lambda at: prepared.dataset[int(kept[at])],
         worst=request.worst,
     )
-    return audited
+    options = {
+        "model_name_or_path": request.ref_model or request.model,
+        "dataset_name": request.dataset,
+        "dataset_config": request.dataset_config,
+        "dataset_data_dir": request.dataset_data_dir,
+        "dataset_train_split": entry["set"],
+        "max_length": request.scorer.max_length,
+        "truncation_mode": request.scorer.truncation_mode,
+    }
+    return {**audited, "command": train_command(audited["advice"], vars(request.settings), options)}
 
 
 def _reward_gap(request: AuditRequest, one: PairSet, column: Callable) -> np.ndarray | None:

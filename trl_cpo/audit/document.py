@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..quoting import quoted
 from ..scoring.scored_pairs import ScoredPairs
 from ..slices import slices_of
 from .advice import advise
 from .measures import Settings, measure
-from .quoting import quoted
 
 #: Raised when a field changes its meaning.
 FORMAT = 1

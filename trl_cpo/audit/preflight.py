@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..quoting import quoted
 from ..scoring.token_pairs import TokenPairs, Truncation
-from .quoting import quoted
 
 #: Rows named for each finding, and rows whose prompt is tokenized again.
 _ROWS_NAMED, _PROMPTS_LOOKED_AT = 5, 2000
@@ -22,7 +22,11 @@ FINDINGS = {
     "double_bos": (True, "begin with more than one BOS token: the template and the tokenizer both add one"),
     "missing_bos": (False, "begin without BOS, which this tokenizer puts in front of a plain text"),
     "no_end": (True, "have an answer without an end token: the model does not learn to stop there"),
-    "double_end": (True, "have an answer with two end tokens in a row: text or template adds one that the other has"),
+    "double_end": (
+        True,
+        "have an answer with two end tokens in a row, or with only blanks between: text or template adds one that the other "
+        "has. Give text without its template, or messages",
+    ),
     "prompt_not_prefix": (
         True,
         "have a prompt that is not the beginning of prompt + answer in tokens: its end is left out of training, and at "
@@ -33,6 +37,7 @@ FINDINGS = {
     "identical": (True, "have the same chosen and rejected answer: nothing can be learnt from them; left out below"),
     "identical_when_cut": (True, "have answers that max_length makes the same; left out below"),
     "nothing_scored": (True, "have an answer of which max_length leaves nothing to score; left out below"),
+    "other_turns": (True, "have an answer with turns that are not the assistant's, which are scored and trained on too"),
     "contradicted": (True, "are also there with chosen and rejected exchanged"),
     "duplicate": (False, "repeat an earlier pair"),
     "prompt_cut": (False, "have a prompt cut by max_length (keep_end): the answers are scored without its beginning"),
@@ -59,6 +64,7 @@ def examine(
     *,
     ends: set[int],
     prompt_alone: Callable[[int], list[int]],
+    tokens_of_others: Callable[[int], tuple[int, int]] = lambda at: (0, 0),
     given: int,
     shown: int = 2,
 ) -> dict:
@@ -70,6 +76,7 @@ def examine(
         truncation: how training cuts them.
         ends: ids of the tokens that end an answer.
         prompt_alone: position of a pair to the ids of its prompt by itself.
+        tokens_of_others: position of a pair to the tokens of its two answers in turns that are not the assistant's.
         given: pairs before preparation; those missing were dropped for a prompt that fills max_length.
         shown: pairs decoded: the first, then the longest.
     """
@@ -77,6 +84,8 @@ def examine(
     looked_at = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), _PROMPTS_LOOKED_AT)).round().astype(int)).tolist()
     tails = {at: prompt_alone(at)[len(pairs.prompt[at]) :] for at in looked_at}
     found["prompt_not_prefix"] = [at for at, tail in tails.items() if tail]
+    others = {at: sum(tokens_of_others(at)) for at in range(len(pairs))}
+    found["other_turns"] = [at for at, count in others.items() if count]
     findings = []
     for name, (is_fault, says) in FINDINGS.items():
         if places := found.get(name):
@@ -85,6 +94,9 @@ def examine(
             finding = {"finding": name, "fault": is_fault, "count": len(places), "of": of, "rows": rows, "says": says}
             if name == "prompt_not_prefix":
                 finding["left_out"] = quoted(tokenizer.decode(tails[places[0]]), 80)
+            if name == "other_turns":
+                finding["tokens"] = sum(others[at] for at in places)
+                finding["of_tokens"] = sum(len(pairs.chosen[at]) + len(pairs.rejected[at]) for at in places)
             findings.append(finding)
     return {
         "given": given,
@@ -147,7 +159,7 @@ def _found(pairs: TokenPairs, tokenizer: Any, truncation: Truncation, ends: set[
             "double_bos": leading > 1,
             "missing_bos": adds_bos and leading == 0,
             "no_end": bool(ends) and any(ends.isdisjoint(ids) for ids in (chosen, rejected)),
-            "double_end": any(a in ends and b in ends for ids in (chosen, rejected) for a, b in pairwise(ids)),
+            "double_end": any(_ends_twice(ids, ends, tokenizer) for ids in (chosen, rejected)),
             "empty_chosen": is_empty(chosen),
             "empty_rejected": is_empty(rejected),
             "identical": same,
@@ -164,6 +176,12 @@ def _found(pairs: TokenPairs, tokenizer: Any, truncation: Truncation, ends: set[
             if it_holds:
                 found[name].append(at)
     return found
+
+
+def _ends_twice(ids: list[int], ends: set[int], tokenizer: Any) -> bool:
+    """Whether two end tokens stand in a row, or with nothing but blanks between them."""
+    places = [at for at, token in enumerate(ids) if token in ends]
+    return any(b - a <= _MAY_BE_BLANK and not tokenizer.decode(ids[a + 1 : b]).strip() for a, b in pairwise(places))
 
 
 def _to_show(pairs: TokenPairs, count: int) -> list[int]:

@@ -2,9 +2,9 @@
 
 import textwrap
 
+from ..quoting import trimmed
 from ..units import UNITS
 from .advice import interval, percent, times
-from .quoting import trimmed
 
 _WIDTH = 112
 _MOST_SLICES = 12
@@ -30,6 +30,10 @@ def render(document: dict) -> str:
             lines += ["", "Advice"]
             for piece in audited["advice"]:
                 lines += _wrapped(piece["says"], "  - ", "    ")
+            if audited.get("command"):
+                # In one line, so that it can be copied.
+                lines += ["", "To train as advised (add --use_peft for LoRA; the summary tells gain and price):"]
+                lines.append(f"  {audited['command']}")
     return "\n".join(lines)
 
 
@@ -65,6 +69,8 @@ def _preflight(seen: dict) -> list[str]:
     for found in told:
         mark, share = "FAULT" if found["fault"] else "note", percent(found["count"] / found["of"])
         tail = f", such as {found['left_out']!r}" if "left_out" in found else ""
+        if "tokens" in found:
+            tail = f": {found['tokens']} of their {found['of_tokens']} tokens ({percent(found['tokens'] / found['of_tokens'])})"
         rows = ", ".join(map(str, found["rows"]))
         lines += _wrapped(f"{mark}: {found['count']} of {found['of']} ({share}) {found['says']}{tail} (rows {rows})")
     if not any(found["fault"] for found in told):

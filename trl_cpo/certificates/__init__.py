@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import CertificateError, is_number, read_json
+from ..files.schema import shown
+from ..quoting import escaped
+from .errors import CertificateError, is_number, read_json, refuse_faults
 from .evidence import evidence_of
 from .statement import FORMAT, KINDS, check_kind, document
 
@@ -48,9 +50,10 @@ def check(found: Any, folder: str | Path | None = None) -> list[str]:
     """
     if not isinstance(found, dict) or found.get("certificate") != "trl-cpo":
         raise CertificateError('This is no certificate of trl-cpo: it lacks "certificate": "trl-cpo".')
+    refuse_faults(found, "This certificate")
     version = found.get("format")
-    if version not in (1, FORMAT):
-        raise CertificateError(f"This certificate has format {version!r}; this version reads formats 1 and {FORMAT}.")
+    if type(version) is not int or version not in (1, FORMAT):
+        raise CertificateError(f"This certificate has format {shown(version)}; this version reads formats 1 and {FORMAT}.")
     asked, evidence = (found[name] if isinstance(found.get(name), dict) else {} for name in ("asked", "evidence"))
     parts: dict[str, Any] = {"subject": found.get("subject"), **{name: evidence.get(name) for name in ("numbers", "files")}}
     lacking = [name for name in ("gamma", "at_least", "confidence") if name not in asked]
@@ -67,7 +70,7 @@ def check(found: Any, folder: str | Path | None = None) -> list[str]:
 def _differences(found: Any, recomputed: Any, path: str) -> Iterator[str]:
     if isinstance(found, dict) and isinstance(recomputed, dict):
         for name in found.keys() | recomputed.keys():
-            inner = f"{path}.{name}" if path else str(name)
+            inner = f"{path}.{escaped(name)}" if path else escaped(name)
             if name not in recomputed or name not in found:
                 yield f"{inner}: {'there should be none' if name not in recomputed else 'missing'}"
             else:
@@ -75,6 +78,6 @@ def _differences(found: Any, recomputed: Any, path: str) -> Iterator[str]:
     elif is_number(found) and is_number(recomputed):
         # Versions of the libraries may differ in the last digits.
         if not math.isclose(found, recomputed, rel_tol=1e-9, abs_tol=1e-12):
-            yield f"{path}: {found!r} in the certificate, {recomputed!r} recomputed"
+            yield f"{path}: {shown(found)} in the certificate, {shown(recomputed)} recomputed"
     elif type(found) is not type(recomputed) or found != recomputed:
-        yield f"{path}: {found!r} in the certificate, {recomputed!r} recomputed"
+        yield f"{path}: {shown(found)} in the certificate, {shown(recomputed)} recomputed"

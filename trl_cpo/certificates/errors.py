@@ -1,18 +1,25 @@
 """What goes wrong with certificates, and reading JSON that cannot be read in two ways."""
 
 import json
-import math
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from ..files.schema import faults, is_number
+
+__all__ = ["CertificateError", "is_number", "read_json", "refuse_faults"]
 
 
 class CertificateError(ValueError):
     """A certificate cannot be made or read: the message says what was got, what is needed, and what to do next."""
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value out of JSON is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def refuse_faults(document: Any, where: str) -> None:
+    """Raises `CertificateError` where a number of the document cannot be what it is said to be."""
+    wrong = list(islice(faults(document), 4))
+    if wrong:
+        more = "; …" if len(wrong) > 3 else ""
+        raise CertificateError(f"{where} holds what cannot be: {'; '.join(wrong[:3])}{more}. It was changed, or is damaged.")
 
 
 def read_json(file: str | Path) -> Any:

@@ -8,12 +8,10 @@ from typing import Any
 from ..constraints import CONSTRAINTS, Constraint
 from ..data.identity import split_names
 from ..files.run_files import KNOWN_COLUMNS, METRICS, PAIRS
+from ..files.schema import COUNT, NATS, SHARE, shown
 from ..units import UNITS
-from .errors import CertificateError, is_number, read_json
+from .errors import CertificateError, is_number, read_json, refuse_faults
 from .statement import exact
-
-#: No log-probability is so large; arithmetic on larger numbers could overflow.
-_BEYOND = 1e15
 
 
 def evidence_of(folder: str | Path, gamma: float | None) -> dict[str, Any]:
@@ -43,10 +41,12 @@ def read_evidence(pairs: Any, metrics: Any, gamma: float | None) -> dict[str, An
     Raises:
         CertificateError: as `certify_run`.
     """
+    for name, content in ((PAIRS, pairs), (METRICS, metrics)):
+        refuse_faults(content, name)
     subject = _subject(pairs, metrics)
     gamma = subject["gamma"] if gamma is None else gamma
     if not is_number(gamma):
-        raise CertificateError(f"gamma must be a finite number; got {gamma!r}.")
+        raise CertificateError(f"gamma must be a finite number; got {shown(gamma)}.")
     if pairs is None:
         numbers = _numbers_of_metrics(metrics, subject, gamma)
     else:
@@ -74,7 +74,12 @@ def _subject(pairs: Any, metrics: Any) -> dict[str, Any]:
         subject[name] = first
     # Trainers of other losses have no β; neither have pairs that a model scored outside a run.
     known = subject["beta"] is None or is_number(subject["beta"])
-    if subject["reduction"] not in UNITS or not is_number(subject["gamma"]) or not known:
+    if (
+        not isinstance(subject["reduction"], str)
+        or subject["reduction"] not in UNITS
+        or not is_number(subject["gamma"])
+        or not known
+    ):
         raise CertificateError(f"The run's files do not say with what it was trained: {subject}.")
     subject["split"] = "held out" if pairs is None else _part(pairs, "split", "pairs.json", str)
     if metrics is not None:
@@ -112,8 +117,8 @@ def _trained_on(pairs: Any, metrics: Any) -> dict[str, int]:
     if pairs is not None:
         told[PAIRS] = pairs.get("trained_on_left_out", 0)
     for file, count in told.items():
-        if type(count) is not int or count < 0:
-            raise CertificateError(f"{file}: trained_on_left_out must be a count; got {count!r}.")
+        if type(count) is not int:
+            raise CertificateError(f"{file}: trained_on_left_out must be a count; got {shown(count)}.")
     if len(set(told.values())) > 1:
         raise CertificateError(f"The files of this run disagree on trained_on_left_out: {told}. Evaluate the run again.")
     count = next(iter(told.values()), 0)
@@ -123,17 +128,17 @@ def _trained_on(pairs: Any, metrics: Any) -> dict[str, int]:
 def _numbers_of_pairs(pairs, metrics, subject, gamma) -> dict[str, Any]:
     sides = KNOWN_COLUMNS[:2]
     columns, rows = _part(pairs, "columns", "pairs.json", list), _part(pairs, "rows", "pairs.json", list)
-    if not set(sides) <= set(columns) or any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
+    if not all(side in columns for side in sides) or any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
         raise CertificateError(f"pairs.json must have the columns {', '.join(sides)}, and a number for each in every row.")
     if not rows:
         raise CertificateError("pairs.json holds no pair: there is nothing to certify. Evaluate held-out pairs.")
     where = [columns.index(side) for side in sides]
     logps = [[row[column] for column in where] for row in rows]
-    bad = [index for index, row in enumerate(logps) if not all(is_number(value) and abs(value) < _BEYOND for value in row)]
+    bad = [index for index, row in enumerate(logps) if not all(map(NATS.holds, row))]
     if bad:
         raise CertificateError(
             f"pairs.json: {len(bad)} pairs have log-probabilities that are none, the first in row {bad[0]}: "
-            f"{logps[bad[0]]}. A pair without a gap cannot be counted; find out why the model gives none."
+            f"{shown(logps[bad[0]])}. A pair without a gap cannot be counted; find out why the model gives none."
         )
     if metrics is not None:
         _refuse_stale([chosen - rejected for chosen, rejected in logps], metrics)
@@ -141,8 +146,8 @@ def _numbers_of_pairs(pairs, metrics, subject, gamma) -> dict[str, Any]:
     # float can tell.
     meeting = sum(math.fsum((chosen, -rejected, -gamma)) >= 0.0 for chosen, rejected in logps)
     left_out = pairs.get("left_out", 0)
-    if type(left_out) is not int or left_out < 0:
-        raise CertificateError(f"pairs.json: left_out must be a count; got {left_out!r}.")
+    if type(left_out) is not int:
+        raise CertificateError(f"pairs.json: left_out must be a count; got {shown(left_out)}.")
     # A pair that could not be scored has no gap to meet γ with.
     return {"pairs": len(rows) + left_out, "meeting": meeting}
 
@@ -154,7 +159,7 @@ def _numbers_of_metrics(metrics, subject, gamma) -> dict[str, Any]:
         )
     after = _part(metrics, "after", "metrics.json")
     count, rate = (after.get(f"eval_cpo/{name}") for name in ("pairs", "violation_rate"))
-    if not is_number(count) or not is_number(rate) or not 0.0 <= rate <= 1.0 or count < 1 or count != int(count):
+    if not COUNT.holds(count) or not SHARE.holds(rate) or count < 1:
         raise CertificateError(
             f"metrics.json must say on how many pairs it evaluated and what fraction violates γ: eval_cpo/pairs is {count!r}, "
             f"eval_cpo/violation_rate {rate!r}."
@@ -171,13 +176,19 @@ def _numbers_of_metrics(metrics, subject, gamma) -> dict[str, Any]:
             "out why the model gives none."
         )
     # As in pairs.json, pairs that were left out do not meet γ.
-    left_out = after.get("eval_cpo/incomparable_pairs", 0)
+    left_out = after.get("eval_cpo/incomparable_pairs", 0) or 0
     return {"pairs": int(count) + int(left_out), "meeting": int(count) - round(violating)}
 
 
 def _refuse_stale(gaps, metrics) -> None:
-    """Raises where the mean gap of pairs.json is not about that of the last evaluation: it is of other weights or pairs."""
+    """Raises where number and mean gap of pairs.json are not those of the last evaluation: it is of other weights or pairs."""
     after = metrics.get("after")
+    counted = after.get("eval_cpo/pairs") if isinstance(after, dict) else None
+    if counted is not None and counted != len(gaps):
+        raise CertificateError(
+            f"The files of this run disagree: pairs.json has {len(gaps)} pairs, metrics.json {counted}. One of them is of "
+            "another evaluation; evaluate the run again."
+        )
     logged = after.get("eval_cpo/gap") if isinstance(after, dict) else None
     mean, size = math.fsum(gaps) / len(gaps), math.fsum(map(abs, gaps)) / len(gaps)
     # Another batch's padding moves a log-probability in half precision, and a mean over pairs by far less than this.

@@ -1,14 +1,14 @@
 """Evidence for a model that is no run of this trainer: its log-probabilities of held-out pairs, in a pairs.json."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..data.identity import digests_of, without
 from ..data.models import source_of
 from ..files.atomic import write_json
-from ..files.outputs import is_taken
+from ..files.outputs import is_taken, making
 from ..files.run_files import METRICS, PAIR_COLUMNS, PAIRS
 from ..scoring.scorer import Scorer
 from ..scoring.steps import read_set, score_roles
@@ -57,9 +57,27 @@ def score_to_folder(
         raise CertificateError(
             f"{folder} already holds files, and nothing in it is overwritten. Give a new folder for the scores."
         )
+    with making(folder):  # what cannot be written is not scored first
+        settings = dict(max_length=max_length, dtype=dtype, batch_size=batch_size)
+        scored = _scored(model, ref_model, dataset, split, gamma, max_pairs, reduction, settings)
+        write_json(folder / PAIRS, scored)
+    return folder
+
+
+def _scored(
+    model: str,
+    ref_model: str | None,
+    dataset: str,
+    split: str,
+    gamma: float,
+    max_pairs: int | None,
+    reduction: str,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """What pairs.json holds."""
     pairs = read_set(dataset, split, max_pairs=max_pairs).pairs
     pairs, trained_on = _not_trained_on(pairs, model)
-    scorer = Scorer(max_length=max_length, dtype=dtype, batch_size=batch_size)
+    scorer = Scorer(**settings)
     sources = {"policy": source_of(model)} | ({"ref": source_of(ref_model)} if ref_model is not None else {})
     tokenizer = scorer.tokenizer(sources["policy"])
     if ref_model is not None:
@@ -67,14 +85,14 @@ def score_to_folder(
     prepared = scorer.prepare(pairs, tokenizer, split)
     chosen_tokens, rejected_tokens, degenerate = answer_tokens(prepared.tokens, scorer.truncation)
     if degenerate.all():
-        raise CertificateError(f"max_length={max_length} leaves no pair with two answers that differ. Set a larger one.")
+        raise CertificateError(f"max_length={scorer.max_length} leaves no pair with two answers that differ. Set a larger one.")
     columns = score_roles(scorer, sources, {split: prepared}, tokenizer)[split]
     if reduction == "mean":
         tokens = {"chosen": np.maximum(chosen_tokens, 1), "rejected": np.maximum(rejected_tokens, 1)}
         columns = {name: logps / tokens[name.split("_")[1]] for name, logps in columns.items()}
     kept = np.flatnonzero(~degenerate)
     rows = [[float(columns[name][at]) if name in columns else None for name in PAIR_COLUMNS] for at in kept]
-    document = {
+    return {
         "reduction": reduction,
         "gamma": gamma,
         "beta": None,
@@ -88,9 +106,6 @@ def score_to_folder(
         "columns": list(PAIR_COLUMNS),
         "rows": rows,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / PAIRS, document)
-    return folder
 
 
 def _not_trained_on(pairs: "Dataset", model: str) -> "tuple[Dataset, int]":

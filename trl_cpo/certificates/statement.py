@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..files.schema import COUNT, shown
 from ..intervals import CONFIDENCE, lower_bound
 from ..units import UNITS
 from .errors import CertificateError, is_number
@@ -95,23 +96,23 @@ def check_kind(kind: Any) -> None:
 def _check_numbers(gamma, at_least, confidence, subject, numbers) -> None:
     faults = []
     if not is_number(gamma):
-        faults.append(f"gamma must be a finite number; got {gamma!r}")
+        faults.append(f"gamma must be a finite number; got {shown(gamma)}")
     if not is_number(at_least) or not 0.0 <= at_least <= 1.0:
-        faults.append(f"at_least must lie in [0, 1]; got {at_least!r}")
+        faults.append(f"at_least must lie in [0, 1]; got {shown(at_least)}")
     if not is_number(confidence) or not 0.0 < confidence < 1.0:
-        faults.append(f"confidence must lie between 0 and 1; got {confidence!r}")
-    if subject.get("reduction") not in UNITS:
-        faults.append(f"reduction must be sum or mean; got {subject.get('reduction')!r}")
+        faults.append(f"confidence must lie between 0 and 1; got {shown(confidence)}")
+    if not isinstance(subject.get("reduction"), str) or subject["reduction"] not in UNITS:
+        faults.append(f"reduction must be sum or mean; got {shown(subject.get('reduction'))}")
     count = numbers.get("pairs")
-    if type(count) is not int or count < 1:
-        faults.append(f"a certificate needs at least one pair; got {count!r}")
+    if type(count) is not int or count < 1 or not COUNT.holds(count):
+        faults.append(f"a certificate needs at least one pair; got {shown(count)}")
     else:
         meeting = numbers.get("meeting")
         if type(meeting) is not int or not 0 <= meeting <= count:
-            faults.append(f"meeting must be a count from 0 to {count}; got {meeting!r}")
+            faults.append(f"meeting must be a count from 0 to {count}; got {shown(meeting)}")
     trained = numbers.get("trained_on_left_out", 0)
     if type(trained) is not int or trained < 0:
-        faults.append(f"trained_on_left_out must be a count; got {trained!r}")
+        faults.append(f"trained_on_left_out must be a count; got {shown(trained)}")
     if faults:
         raise CertificateError("; ".join(faults) + ".")
 

@@ -10,14 +10,16 @@ Each command is a module of this package, named in `COMMANDS` and imported only 
 """
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 
+from ..quoting import harmless
 from .errors import UserError, nearest
+from .output import safe_output, silence
 from .parser import Parser
 
 #: Each command and its module in this package, in the order of `trl-cpo --help`.
@@ -103,21 +105,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 does not hold, 2 wrong use, 3 unexpected, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
     name = f"{PROGRAM} {argv[0]}" if argv and argv[0] in COMMANDS else PROGRAM
-    try:
-        code = _run(argv)
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return WRONG_USE
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) has closed the pipe. Python flushes stdout once more at exit; that must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except Exception:
-        traceback.print_exc()
-        print(f"{name}: unexpected error; the traceback is above", file=sys.stderr)
-        return UNEXPECTED
+
+    def tell(text: str) -> None:
+        with suppress(OSError, ValueError, AttributeError):  # stderr may be closed
+            print(harmless(text), file=sys.stderr)
+
+    with safe_output():
+        try:
+            code = _run(argv)
+            sys.stdout.flush()
+            return code
+        except UserError as error:
+            tell(f"{name}: {error}")
+            return WRONG_USE
+        except KeyboardInterrupt:
+            tell(f"{name}: interrupted")
+            return INTERRUPTED
+        except BrokenPipeError:
+            # The reader (head, less) has closed the pipe.
+            silence(sys.stdout)
+            return DONE
+        except Exception:
+            tell(f"{traceback.format_exc()}{name}: unexpected error; the traceback is above")
+            return UNEXPECTED

@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..quoting import as_json, harmless
 from .errors import UserError, user_errors
 
 HELP = "look before you train: where the reference is misaligned on your pairs, and what the model sees"
@@ -13,7 +14,10 @@ _EPILOG = """\
   trl-cpo audit --model outputs/run --ref-model M --dataset D  a trained policy (or adapter) against its reference
 
 docs/audit.md explains how to read the result, the formula of each number, and the limits. Scores are cached: later audits
-reuse them, and so does training with --precompute_ref_log_probs under a constraint."""
+reuse them, and so does training with --precompute_ref_log_probs under a constraint.
+
+exit codes: 0 no fault found; 1 a fault found in the pairs, the template or the tokens (FAULT in the text, "fault": true in
+the document), measured all the same; 2 cannot be audited"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="hub name, folder (also an adapter's) or 'demo'; the reference, unless --ref-model is given",
     )
-    add("--dataset", required=True, metavar="D", help="hub name, .jsonl[.gz], .json or .parquet file, folder, or 'demo'")
+    add(
+        "--dataset",
+        required=True,
+        metavar="D",
+        help="hub name, .jsonl[.gz], .json or .parquet file, folder, 'demo' or 'demo-answers'",
+    )
     add("--ref-model", metavar="R", help="use R as the reference; M is then the policy")
     add("--split", nargs="+", default=["train"], metavar="S", help="splits, audited separately (default: train)")
     add("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
@@ -78,7 +87,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import json
     import sys
     from contextlib import redirect_stdout
 
@@ -93,11 +101,12 @@ def run(options: argparse.Namespace) -> int:
         from ..audit.text import render
 
         speaks = PartialState().is_main_process
-        document = audit(_request(options), lambda line: print(line, file=sys.stderr, flush=True) if speaks else None)
-        answer = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) if options.json else render(document)
+        document = audit(_request(options), lambda line: print(harmless(line), file=sys.stderr, flush=True) if speaks else None)
+        faulty = any(found["fault"] for one in document["sets"] for found in one["preflight"]["findings"])
+        answer = as_json(document) if options.json else render(document)
     if speaks:
         print(answer)
-    return 0
+    return 1 if faulty else 0
 
 
 def _faults(options: argparse.Namespace) -> list[str]:

@@ -1,8 +1,13 @@
 """`trl-cpo certify`: certifies a run, or a model on held-out pairs, and checks certificates."""
 
 import argparse
+from typing import TYPE_CHECKING
 
+from ..quoting import as_json, escaped
 from .errors import UserError, user_errors
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HELP = "certify how many held-out pairs a run or model gets right, or check a certificate"
 
@@ -34,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--check", metavar="FILE", help="recompute this certificate and list the fields that differ")
     add("--evidence", metavar="RUN", help="with --check: recompute it from this run's files, not from its own numbers")
     add("--model", metavar="M", help="score this model: hub name, folder (also an adapter's) or 'demo'")
-    add("--dataset", metavar="D", help="with --model: pairs it was not trained on; hub name, file, folder, or 'demo'")
+    add(
+        "--dataset",
+        metavar="D",
+        help="with --model: pairs it was not trained on; hub name, file, folder, 'demo' or 'demo-answers'",
+    )
     add("--ref-model", metavar="R", help="with --model: its reference, scored too")
     add(
         "--scores",
@@ -134,17 +143,39 @@ def _certify(options: argparse.Namespace) -> int:
         document = certify_run(folder, kind=kind, gamma=options.gamma, at_least=options.at_least or 0.0)
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     if out is not None:
-        with out.open("x", encoding="utf-8") as stream:
-            stream.write(text + "\n")
-    print(text if options.json else _in_words(document, folder, options.out))
+        _write_new(out, text + "\n")
+    print(as_json(document) if options.json else _in_words(document, folder, options.out))
     return 0 if document["holds"] else 1
+
+
+def _write_new(out: "Path", text: str) -> None:
+    from contextlib import suppress
+
+    begun = False
+    try:
+        with out.open("x", encoding="utf-8") as stream:
+            begun = True
+            stream.write(text)
+    except OSError as error:
+        if begun:
+            with suppress(OSError):
+                out.unlink()
+        raise UserError(
+            f"{out} cannot be written: {error.strerror}. Nothing is left of it.\n"
+            "Write it elsewhere: trl-cpo certify … --out FILE"
+        ) from error
 
 
 def _in_words(document: dict, folder: str, out: str | None) -> str:
     share, least = document["certified_share"], document["asked"]["at_least"]
     verdict = "holds" if document["holds"] else "does NOT hold"
     asked = f", asked for at least {least:.4g}" if least else ""
-    lines = [document["statement"], "", f"{verdict}: certified share {share:.4f}{asked}, slack {document['slack']:+.4f}", ""]
+    lines = [
+        escaped(document["statement"]),
+        "",
+        f"{verdict}: certified share {share:.4f}{asked}, slack {document['slack']:+.4f}",
+        "",
+    ]
     lines += ["Assumptions:"] + [f"- {assumption}" for assumption in document["assumptions"]]
     lines += ["", f"evidence     {folder}: {', '.join(document['evidence']['files'])}"]
     if out is not None:
@@ -153,8 +184,6 @@ def _in_words(document: dict, folder: str, out: str | None) -> str:
 
 
 def _check(options: argparse.Namespace) -> int:
-    import json
-
     with user_errors("All options: trl-cpo certify --help"):
         from ..certificates import check, read_json
 
@@ -162,7 +191,7 @@ def _check(options: argparse.Namespace) -> int:
         differences = check(found, options.evidence)
     holds = not differences and found["holds"] is True
     if options.json:
-        print(json.dumps({"true": not differences, "holds": holds, "differences": differences}, indent=1, ensure_ascii=False))
+        print(as_json({"true": not differences, "holds": holds, "differences": differences}))
     elif differences:
         print(f"{options.check} does not follow from its evidence:\n" + "\n".join(f"- {line}" for line in differences))
     else:
@@ -171,5 +200,5 @@ def _check(options: argparse.Namespace) -> int:
             if options.evidence
             else "its own numbers (to check the run's files too: --evidence RUN)"
         )
-        print(f"{found['statement']}\n\nIt {'holds' if holds else 'does NOT hold'}, and follows from {source}.")
+        print(f"{escaped(found['statement'])}\n\nIt {'holds' if holds else 'does NOT hold'}, and follows from {source}.")
     return 0 if holds else 1

@@ -1,20 +1,21 @@
 """Reads a run's options from a recipe and the command line, with TRL's parser and option names; refuses unknown ones."""
 
 import argparse
-import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
 from trl import TrlParser
 
+from ..files.schema import shown
 from ..recipes import names, recipe
 from ..run.arguments import PairArguments, PolicyConfig, RunConfig
 from .errors import UserError, nearest
-from .parser import ClearErrors, option_strings, unknown_options
+from .parser import ClearErrors, hint, option_strings, unknown_options
+from .plain_yaml import YamlError, read_yaml
 
 GROUPS = (PairArguments, RunConfig, PolicyConfig)
 
@@ -44,21 +45,35 @@ def parse_run(
     parser = run_parser(program)
     if config is not None:
         values = read_config(config)
-        environment = values.pop("env", None) or {}
-        if not isinstance(environment, dict):
-            raise UserError(f"{config}: env must map names to values; got {environment!r}.\nAll options: {program} --help")
+        environment = _environment(values.pop("env", None), f"{config}: env", program)
         parser.set_defaults_with_config(**checked(values, parser, config))
-        os.environ.update({str(name): str(value) for name, value in environment.items()})
+        os.environ.update(environment)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             list(arguments), return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, OverflowError) as error:
         # The dataclasses check themselves; their messages say what is wrong.
         raise UserError(f"{error}\nAll options: {program} --help") from error
     if unknown:
         parser.error("\n".join(unknown_options(unknown, [*option_strings(parser), "--config"])))
     return tuple(parsed)
+
+
+def _environment(given: Any, where: str, program: str) -> dict[str, str]:
+    """Names and values that the environment takes. A value may be a secret: none is in the message."""
+    faults = []
+    if not isinstance(given or {}, dict):
+        faults.append(f"must map names to values; got a {type(given).__name__}")
+        given = {}
+    for name, value in (given or {}).items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            faults.append(f"names are letters, digits and _; got {shown(name)}")
+        elif not isinstance(value, (str, int, float)) or "\0" in str(value):
+            faults.append(f"value of {name} must be a text or a number; got a {type(value).__name__}")
+    if faults:
+        raise UserError(f"{where} {'; '.join(faults)}.\nAll options: {program} --help")
+    return {name: str(value) for name, value in (given or {}).items()}
 
 
 def config_file(name: str) -> Path:
@@ -74,26 +89,15 @@ def config_file(name: str) -> Path:
     )
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """YAML without code and without duplicate keys, of which plain YAML would silently take the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if isinstance(name, str) and name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
-            seen.add(name if isinstance(name, str) else id(key))
-        return super().construct_mapping(node, deep)
-
-
 def read_config(name: str) -> dict[str, Any]:
     """The keys and values of a YAML file or recipe. Raises `UserError` if it is not YAML, or not a mapping."""
     file = config_file(name)
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not YAML: {error}\nAn example: trl-cpo recipes copy demo") from error
+        values = read_yaml(file)
+    except YamlError as error:
+        raise UserError(f"{file} {error}.\nAn example: trl-cpo recipes copy demo") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.\nAn example: trl-cpo recipes copy demo") from error
     if not isinstance(values, dict):
         raise UserError(
             f"{file} must hold 'option: value' lines; got {type(values).__name__}.\nAn example: trl-cpo recipes copy demo"
@@ -113,7 +117,7 @@ def checked(values: dict[str, Any], parser: argparse.ArgumentParser, config: str
     taken, faults = {}, []
     for key, value in values.items():
         if key not in known:
-            faults.append(f"unknown key {key!r}.{nearest(key, known)}")
+            faults.append(f"unknown key {shown(key)}.{hint(str(key), known)}")
             continue
         try:
             taken[key] = _value(value, actions[key], hints[key])
@@ -132,15 +136,17 @@ def _value(value: Any, action: argparse.Action, hint: Any) -> Any:
         return None
     if isinstance(value, dict):
         if dict not in kinds and str not in kinds:
-            raise ValueError(f"must be one value; got {json.dumps(value, default=str)}")
+            raise ValueError(f"must be one value; got {shown(value)}")
         return value
     if isinstance(value, list):
         if action.nargs == "+":
             return [_scalar(each, action, kinds) for each in value]
         if list not in kinds:
-            raise ValueError(f"must be one value; got the list {value}")
+            raise ValueError(f"must be one value; got the list {shown(value)}")
         return value
     scalar = _scalar(value, action, kinds)
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("holds the character NUL, which no option takes")
     return [scalar] if action.nargs == "+" else scalar
 
 
@@ -150,13 +156,15 @@ def _scalar(value: Any, action: argparse.Action, kinds: set) -> Any:
     if isinstance(value, bool) and str in kinds:
         words = "no, off and False" if value is False else "yes, on and True"
         raise ValueError(f"must be text; YAML reads {words} as true or false: put the word in quotes")
+    if isinstance(value, int) and abs(value) > 2**64:
+        raise ValueError(f"is too large for any option; got {shown(value)}")
     try:
         converted = action.type(str(value)) if action.type else value
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
+    except (ValueError, TypeError, OverflowError, argparse.ArgumentTypeError):
         name = getattr(action.type, "__name__", "value")
         wanted = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}.get(name, name)
-        raise ValueError(f"must be {wanted}; got {value!r}") from None
+        raise ValueError(f"must be {wanted}; got {shown(value)}") from None
     if action.choices is not None and converted not in action.choices:
         choices = [str(choice) for choice in action.choices]
-        raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}.{nearest(value, choices)}")
+        raise ValueError(f"must be one of {', '.join(choices)}; got {shown(value)}.{nearest(value, choices)}")
     return converted

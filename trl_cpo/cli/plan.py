@@ -1,10 +1,10 @@
 """`trl-cpo plan`: estimates what a run holds on each GPU, and whether it fits, before anything is loaded."""
 
 import argparse
-import json
 import sys
 from contextlib import redirect_stdout
 
+from ..quoting import as_json
 from .errors import UserError
 
 HELP = "Estimate a run's memory on each GPU, and whether it fits, from the model's config alone."
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
             remedy = cheapest(request, memory) if memory is not None and found.peak > memory else None
         except ValueError as error:
             raise UserError(f"{error}\n{usage}") from error
-    print(json.dumps(as_document(found, memory, remedy), indent=1) if options.json else as_text(found, memory, remedy))
+    print(as_json(as_document(found, memory, remedy)) if options.json else as_text(found, memory, remedy))
     return 0 if memory is None or found.peak <= memory else 1
 
 

@@ -1,10 +1,10 @@
 """`trl-cpo report RUN …`: makes a page and pictures of training runs."""
 
 import argparse
-import json
 import sys
 from contextlib import redirect_stdout
 
+from ..quoting import as_json, escaped
 from .errors import UserError
 
 HELP = "Make an HTML page and pictures of one or several runs."
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..files.disk import refusal
     from ..report import NotARun, make_report
 
     try:
@@ -30,7 +31,8 @@ def run(options: argparse.Namespace) -> int:
     except FileExistsError as error:
         raise UserError(str(error)) from None
     except OSError as error:
-        raise UserError(f"cannot write the report: {error}.\nWrite it elsewhere: trl-cpo report --out FOLDER …") from None
+        why = refusal(error) or f"{error}."
+        raise UserError(f"cannot write the report: {why}\nWrite it elsewhere: trl-cpo report --out FOLDER …") from None
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "matplotlib":
             raise
@@ -42,8 +44,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _as_text(report) -> str:
-    from ..audit.quoting import escaped
-
     lines = [f"{run.letter}  {run.name}: {note}" for run in report.runs for note in run.notes]
     lines = [*report.notes, *lines, f"{len(report.pictures)} pictures beside it", f"report  {report.page}"]
     return "\n".join(map(escaped, lines))
@@ -103,4 +103,4 @@ def _as_json(report) -> str:
         "runs": runs,
         "differences": [difference(comparison) for comparison in comparisons(report.runs)],
     }
-    return json.dumps(made, indent=1, ensure_ascii=False)
+    return as_json(made)

@@ -3,9 +3,15 @@
 import argparse
 import re
 import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..constraint_names import FORM_NAMES
 from .errors import UserError, user_errors
+from .output import patient_output
+
+if TYPE_CHECKING:
+    from ..run.arguments import RunConfig
 
 HELP = "Train with a constraint on the preference gap, from a recipe or from TRL's options."
 #: TRL parses the options of its DPOConfig, ModelConfig and ScriptArguments.
@@ -16,7 +22,7 @@ _FORMS = textwrap.fill(", ".join(FORM_NAMES), 88, subsequent_indent=33 * " ").re
 _OFTEN = f"""\
 most used options (--help-all lists all of TRL's DPOConfig, ModelConfig and ScriptArguments, and ours):
   --model_name_or_path M         hub name or folder, or 'demo' (the embedded SmolLM2-135M-Instruct)
-  --dataset_name D               hub name, .jsonl[.gz], .json or .parquet file, folder, or 'demo'
+  --dataset_name D               hub name, .jsonl[.gz], .json or .parquet file, folder, 'demo' or 'demo-answers'
   --output_dir DIR               by default outputs/<dataset>-<constraint>, numbered if taken
   --constraint C                 {_FORMS}
   --gamma G                      the preference gap to reach, >= 0, in nats
@@ -60,11 +66,39 @@ def run(options: argparse.Namespace) -> int:
 
         run_parser("trl-cpo train").print_help()
         return 0
+    if not options.config and not options.passed_on:
+        from ..run.arguments import PairArguments, PolicyConfig, RunConfig
+
+        raise UserError(
+            f"nothing to train was named. By default it would be {PolicyConfig.model_name_or_path} on "
+            f"{PairArguments.dataset_name}, downloaded from the hub, with constraint {RunConfig.constraint}: name any of them "
+            "to start.\nMinutes on a CPU, without a hub: trl-cpo train --config demo; the options: trl-cpo train --help"
+        )
     from .options import parse_run
 
     parsed = parse_run(options.passed_on, options.config[0] if options.config else None)
     from ..run.training import train
 
-    with user_errors("All options: trl-cpo train --help"):
-        train(*parsed)
+    with user_errors("All options: trl-cpo train --help"), patient_output():
+        try:
+            train(*parsed)
+        except Exception as error:
+            _refuse_disk(error, parsed[1])
+            raise
     return 0
+
+
+def _refuse_disk(error: Exception, args: "RunConfig") -> None:
+    """Raises `UserError` where it was the disk that ended the run."""
+    from ..files.disk import CannotWrite, left_in, refusal
+
+    why = refusal(error)
+    if why is None or isinstance(error, UserError):
+        return
+    left, advice = "", "Write elsewhere: trl-cpo train … --output_dir FOLDER"
+    if not isinstance(error, CannotWrite) and args.output_dir:
+        names = left_in(Path(args.output_dir))
+        left = f" Left in {args.output_dir}: {', '.join(names)}." if names else " Nothing is left of the run."
+        if names:
+            advice = f"With room again, go on: trl-cpo train … --output_dir {args.output_dir} --resume_from_checkpoint latest"
+    raise UserError(f"{why}{left}\n{advice}") from error

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.cache import cache_root
+from ..quoting import harmless, names
 from . import hh
 from .demo import PAIR_FILES
+from .rows import refusal
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -107,20 +109,24 @@ def to_conversational(dataset: "Dataset | IterableDataset") -> "tuple[Dataset | 
 
     HH-RLHF text (strings, no `prompt`, beginning with a turn) becomes messages; its other columns are kept. Two forms pass
     unchanged: prompt, chosen and rejected, all strings or all messages; and chosen and rejected as messages that begin with
-    the prompt. Of these, rows without a text, or with a message without role or content, are refused.
+    the prompt.
 
     Returns:
-        The rows; and a report on refused rows, or None where all are whole and were no HH-RLHF text. The report on a streamed
-        dataset fills as rows are read, and restarts with each pass.
+        The rows; and for HH-RLHF text a report on refused rows, else None. The report on a streamed dataset fills as rows
+        are read, and restarts with each pass.
 
     Raises:
-        SourceError: the rows have none of these forms, or every row was refused.
+        SourceError: the rows have none of these forms, or every HH-RLHF row was refused, or one of the others is damaged.
     """
     rows = list(dataset.take(_INSPECTED))
     if not rows:
         raise SourceError("The dataset has no rows. Give another split or source.")
     if not _is_hh(rows):
-        return _whole_stream(dataset) if _is_streamed(dataset) else _whole_rows(dataset)
+        # Streamed rows are looked at as they come, by the trainer.
+        message = None if _is_streamed(dataset) else refusal(dataset, "the pairs")
+        if message is not None:
+            raise SourceError(f"{message} {_FORMS}")
+        return dataset, None
     split = _split_rows(dataset)
     kept, report = _kept_stream(split) if _is_streamed(dataset) else _kept_rows(split)
     others = [column for column in rows[0] if column not in ("chosen", "rejected")]
@@ -182,7 +188,7 @@ def _check_split(split: str, known: list[str], name: str, slices: bool = True) -
         advice = "Give one of these."
         if len(known) == 1:
             advice = "For a test set, hold out a fraction of the rows, or give a second source."
-        raise NoSuchSplit(f"{name} has no split {split!r}; it has {', '.join(known)}. {advice}", known)
+        raise NoSuchSplit(f"{name} has no split {split!r}; it has {names(known)}. {advice}", known)
 
 
 @contextmanager
@@ -192,7 +198,7 @@ def _readable(name: str) -> Iterator[None]:
     except Exception as error:
         # datasets wraps the real error in a general one.
         cause = error.__cause__ or error
-        raise SourceError(f"Could not load {name}: {type(cause).__name__}: {cause}\n{_ALLOWED}") from error
+        raise SourceError(f"Could not load {name}: {type(cause).__name__}: {harmless(str(cause))}\n{_ALLOWED}") from error
 
 
 def _from_files(kind: str, files: dict[str, Path], name: str, split: str, streaming: bool):
@@ -293,7 +299,7 @@ def _kind(value: Any) -> str:
 def _is_hh(rows: list[dict[str, Any]]) -> bool:
     missing = [column for column in ("chosen", "rejected") if column not in rows[0]]
     if missing:
-        got = f"The rows lack {' and '.join(missing)}; their columns are {', '.join(rows[0])}."
+        got = f"The rows lack {' and '.join(missing)}; their columns are {names(rows[0])}."
         raise SourceError(f"{got} {_FORMS} Rename the columns.")
     kinds = {column: _kind(rows[0][column]) for column in ("prompt", "chosen", "rejected") if column in rows[0]}
     got = "In the first row " + ", ".join(f"{column} is {kind}" for column, kind in kinds.items())
@@ -343,50 +349,6 @@ def _split_rows(dataset):
         fn_kwargs={"parser": hashlib.sha256(Path(hh.__file__).read_bytes()).hexdigest()},
         features=features,
     )
-
-
-def _damage(row: dict[str, Any]) -> str | None:
-    """Why a row of strings or messages is refused; None: it is whole."""
-    for column in ("prompt", "chosen", "rejected"):
-        value = row.get(column)
-        if isinstance(value, str) or column not in row:
-            continue
-        if not isinstance(value, list):
-            return hh.Reason.NOT_A_STRING.value
-        for message in value:
-            # Where an assistant calls a tool, it need not say anything.
-            said = isinstance(message, dict) and (message.get("content") is not None or message.get("tool_calls"))
-            if not said or not isinstance(message.get("role"), str):
-                return hh.Reason.EMPTY_MESSAGE.value
-    return None
-
-
-def _whole_rows(dataset) -> "tuple[Dataset, hh.RowReport | None]":
-    columns = [column for column in ("prompt", "chosen", "rejected") if column in dataset.column_names]
-    reasons = map(_damage, dataset.select_columns(columns))
-    report, kept = hh.RowReport(), []
-    for number, reason in enumerate(reasons):
-        report.count(number, reason)
-        if reason is None:
-            kept.append(number)
-    if not report.refused:
-        return dataset, None
-    if not kept:
-        raise SourceError(f"Every row was refused.\n{report}\n{_FORMS}")
-    return dataset.select(kept), report
-
-
-def _whole_stream(dataset) -> "tuple[IterableDataset, hh.RowReport]":
-    report = hh.RowReport()
-
-    def keep(row: dict[str, Any], number: int) -> bool:
-        if number == 0:
-            report.clear()
-        reason = _damage(row)
-        report.count(number, reason)
-        return reason is None
-
-    return dataset.filter(keep, with_indices=True), report
 
 
 def _kept_rows(dataset) -> "tuple[Dataset, hh.RowReport]":

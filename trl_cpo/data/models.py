@@ -32,10 +32,11 @@ def read_config(
         option: the command-line option that takes the model, for the message.
 
     Raises:
-        ModelError: there is no model of that name or in that folder.
+        ModelError: there is no model of that name or in that folder, or an adapter alone.
     """
     from transformers import AutoConfig
 
+    refuse_adapter(source)
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -58,6 +59,18 @@ def base_of_adapter(source: str) -> str | None:
     if not base:
         raise ModelError(f"{file} names no base model (base_model_name_or_path). Merge the adapter and give the merged model.")
     return base
+
+
+def refuse_adapter(source: str) -> None:
+    """Raises `ModelError` if a folder holds an adapter alone, which is no model to train or to measure."""
+    base = base_of_adapter(source)
+    if base is not None:
+        raise ModelError(
+            f"{source} is an adapter on {base}, not a model. Merge it into its base and give the folder of the merged model: "
+            f"AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload().save_pretrained(FOLDER), and the "
+            "tokenizer with it. To train the adapter itself further, pass the trainer a model in Python: "
+            f"AutoPeftModelForCausalLM.from_pretrained({source!r}, is_trainable=True)."
+        )
 
 
 def end_tokens(source: str, tokenizer: "PreTrainedTokenizerBase") -> set[int]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..quoting import names
 from .hh import RowReport
 from .loading import SourceError, load_pairs, to_conversational
 
@@ -37,7 +38,7 @@ def read_pairs(
     if missing:
         raise SourceError(
             f"{source}, split {split!r}, has no column {' and no column '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(loaded.column_names)}. Give some of these."
+            f"{names(loaded.column_names)}. Give some of these."
         )
     if number_as is not None:
         loaded = loaded.add_column(number_as, list(range(len(loaded))))

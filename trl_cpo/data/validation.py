@@ -1,8 +1,12 @@
 """Checks of the user's model, tokenizer and data, before anything expensive starts."""
 
+import warnings
+from functools import partial
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, List
+
+from .rows import keep_sound, other_turns, refusal, row_fault
 
 _FORMAT = (
     "A preference dataset has the columns prompt, chosen, rejected (or chosen and rejected that both begin with the "
@@ -10,14 +14,23 @@ _FORMAT = (
 )
 
 
-def check_preference_dataset(dataset: Any, name: str) -> None:
-    """Raises `ValueError` if the dataset, called `name` in the message, is empty or lacks preference columns.
+#: Fingerprints of sets whose rows were all looked at: the trainer checks a set before the model is loaded, and when it is
+#: prepared.
+_SOUND: set[str] = set()
 
-    Only the first row is read, so streamed datasets can be checked too.
+
+def check_preference_dataset(dataset: Any, name: str, *, prompt_needed: bool = True, warns: bool = True) -> None:
+    """Raises `ValueError` if the dataset, called `name` in the message, is empty, lacks columns or has damaged rows.
+
+    Of a streamed dataset only the first row is read; `sound_stream` looks at the others.
+
+    Args:
+        prompt_needed: whether strings without a column `prompt` are refused; otherwise they are warned of.
+        warns: whether this process is the one that warns.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
-            check_preference_dataset(part, f"{name}[{key!r}]")
+            check_preference_dataset(part, f"{name}[{key!r}]", prompt_needed=prompt_needed, warns=warns)
         return
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return  # DPOTrainer raises an error that names the allowed types.
@@ -30,6 +43,29 @@ def check_preference_dataset(dataset: Any, name: str) -> None:
             f"{name} has no column {' and no column '.join(map(repr, missing))}; its columns are {sorted(first)}. "
             f"{_FORMAT}. Rename yours with dataset.rename_column('yours', {missing[0]!r})."
         )
+    if isinstance(dataset, IterableDataset):
+        if fault := row_fault(first):
+            raise ValueError(f"{name}: row 0 cannot be used: {fault}. {_FORMAT}.")
+    elif dataset._fingerprint not in _SOUND:
+        if message := refusal(dataset, name):
+            raise ValueError(f"{message}\n{_FORMAT}.")
+        _SOUND.add(dataset._fingerprint)
+    if "prompt" not in first and isinstance(first["chosen"], str):
+        message = (
+            f"{name} has no column 'prompt'; its columns are {sorted(first)}. Two strings alone do not show where the prompt "
+            "ends: DPOTrainer takes what both begin with, which may be nothing, or run into answers that begin alike. Rename "
+            "yours with dataset.rename_column('yours', 'prompt'); HH-RLHF text becomes messages with "
+            "trl_cpo.data.loading.to_conversational(dataset)."
+        )
+        if prompt_needed:
+            raise ValueError(message)
+        if warns:
+            warnings.warn(message, stacklevel=3)
+
+
+def sound_stream(dataset: IterableDataset, name: str) -> IterableDataset:
+    """A streamed dataset that stops at a row which cannot be used."""
+    return dataset.filter(partial(keep_sound, name=name), with_indices=True)
 
 
 def check_tokenizer(tokenizer: Any, conversational: bool) -> None:
@@ -73,6 +109,116 @@ def check_vocabularies(config: Any, ref_model: Any) -> None:
             "tokens. Use a ref_model with the model's tokenizer, or leave ref_model out to use the initial model. If only "
             f"padding rows differ, call ref_model.resize_token_embeddings({ours})."
         )
+
+
+def check_has_name(name: str, *, reference_loaded: bool, precomputed: bool, tokenizer_loaded: bool) -> None:
+    """Raises `ValueError` if a model was made in memory and something has to be loaded from where it came from.
+
+    Args:
+        name: name or folder that the model was loaded from; empty for a model from a config.
+        reference_loaded: whether the reference is neither given nor the model without its adapter.
+        precomputed: whether the reference is scored with the model itself, before training.
+        tokenizer_loaded: whether none was given.
+    """
+    needs = []
+    if reference_loaded and not precomputed:
+        needs.append(
+            "a copy as its reference: pass ref_model=copy.deepcopy(model), or set precompute_ref_log_probs=True, or train an "
+            "adapter (peft_config)"
+        )
+    if tokenizer_loaded:
+        needs.append("its tokenizer: pass processing_class=tokenizer")
+    if needs and not name:
+        raise ValueError(
+            "The model was made in memory: it has no name or folder from which the trainer could load "
+            f"{', and '.join(needs)}. Or save model and tokenizer with save_pretrained and pass the folder."
+        )
+
+
+class VocabularyFit:
+    """Whether a model can embed every token that a tokenizer makes of the pairs; asked of the tokens that are there.
+
+    Args:
+        tokenizer: it may have been given tokens since the model was made.
+        config: the model's.
+    """
+
+    def __init__(self, tokenizer: Any, config: Any):
+        self._tokenizer, self._rows = tokenizer, config.get_text_config().vocab_size
+        self._tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+
+    def check_padding(self, pad_token: str | None = None) -> None:
+        """Raises `ValueError` if the token that fills up batches is not the model's; None: the tokenizer's, or its EOS."""
+        token = pad_token or self._tokenizer.pad_token or self._tokenizer.eos_token
+        number = self._tokenizer.convert_tokens_to_ids(token)
+        if self._tokens > self._rows and number is not None and number >= self._rows:
+            raise ValueError(f"The pad token {token!r} has the id {number}. {self._advice()}")
+
+    def checked(self, dataset: Any, name: str) -> Any:
+        """The tokenized dataset; raises `ValueError` if a row has a token that is not the model's, of a stream when read."""
+        if self._tokens <= self._rows:
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            return dataset.filter(partial(self._fits, name=name), with_indices=True)
+        columns = [column for column in ("prompt_ids", "chosen_ids", "rejected_ids") if column in dataset.column_names]
+        for number, row in enumerate(dataset.select_columns(columns)):
+            self._fits(row, number, name)
+        return dataset
+
+    def _fits(self, row: Any, number: int, name: str) -> bool:
+        largest = max((max(row[column], default=-1) for column in ("prompt_ids", "chosen_ids", "rejected_ids")), default=-1)
+        if largest >= self._rows:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"Row {number} of the {name} dataset has the token {token!r} with the id {largest}. {self._advice()}"
+            )
+        return True
+
+    def _advice(self) -> str:
+        return (
+            f"The tokenizer has {self._tokens} tokens, but the model embeds {self._rows}: its embeddings were not resized when "
+            f"tokens were added. Call model.resize_token_embeddings({self._tokens}) before training and save model and "
+            "tokenizer, or use the tokenizer that the model was trained with."
+        )
+
+
+def several_turns_message(dataset: Dataset, name: str) -> str | None:
+    """The warning about answers with turns that are not the assistant's; None if there are none."""
+    found = []
+    if all(isinstance(dataset.features.get(side), List) for side in ("chosen", "rejected")):
+        rows = dataset.select_columns(["chosen", "rejected"])
+        found = [number for number, row in enumerate(rows) if any(map(other_turns, row.values()))]
+    if not found:
+        return None
+    return (
+        f"{len(found)} of the {len(dataset)} pairs of the {name} dataset ({_rows(found)}) have an answer with turns that are "
+        "not the assistant's. Everything behind the prompt is scored, so the gap counts the user's words too. End both answers "
+        "after their first turn, or pair the last answers to the same prompt; trl-cpo audit says how many tokens it concerns."
+    )
+
+
+def doubled_end_message(dataset: Dataset, end: str | None, name: str) -> str | None:
+    """The warning about texts that end in the end token and blanks, to which DPOTrainer adds another; None if there are none.
+
+    Args:
+        dataset: pairs of text, not messages.
+        end: the tokenizer's EOS.
+    """
+    if not end or not {"chosen", "rejected"} <= set(dataset.column_names):
+        return None
+    sides = dataset.select_columns(["chosen", "rejected"])
+    doubled = [
+        number
+        for number, row in enumerate(sides)
+        if any(isinstance(side, str) and not side.endswith(end) and side.rstrip().endswith(end) for side in row.values())
+    ]
+    if not doubled:
+        return None
+    return (
+        f"{len(doubled)} of the {len(dataset)} pairs of the {name} dataset ({_rows(doubled)}) have an answer that ends in "
+        f"{end!r} and blanks. DPOTrainer adds another {end!r} behind the blanks, and both are trained on. Strip the text, "
+        "give it without its template, or give messages."
+    )
 
 
 def check_not_all_dropped(dataset: Any, name: str, max_length: int | None) -> None:

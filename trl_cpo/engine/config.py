@@ -9,7 +9,9 @@ import trl
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 
 from .._trl.loss import LOSS_READS
+from .._trl.loss_options import idle_options
 from ..faults import is_finite, is_true_or_false, one_of
+from ..files.masking import masked
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +33,9 @@ _BOUNDS: dict[str, tuple[float, bool, bool]] = {
     "save_steps": (0, False, False),
     "eval_steps": (0, False, False),
 }
+
+#: Orders of the training set for which transformers looks up lengths, in a column that DPOTrainer removes before.
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 def documented(cls: type) -> type:
@@ -96,6 +101,10 @@ class DPOConfig(trl.DPOConfig):
         },
     )
 
+    def to_dict(self):
+        """As TRL's, with secrets masked wherever they stand: trackers, checkpoints and records are written from it."""
+        return masked(super().to_dict())
+
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
@@ -121,6 +130,18 @@ class DPOConfig(trl.DPOConfig):
             faults.append(f"tokens_per_step must be a whole number ≥ 1, or None; got {budget!r}.")
         faults += self._number_faults()
         faults += [one_of("loss_type", name, LOSS_READS) for name in self.loss_type if name not in LOSS_READS]
+        unweighted = [name for name in self.loss_type if name in ("aot", "aot_unpaired", "sft")]
+        if self.use_weighting and unweighted:
+            faults.append(
+                f"use_weighting=True weighs each pair's loss, and loss_type {unweighted} has none: TRL sorts or averages "
+                "over the batch first. Leave one of them out."
+            )
+        weights = self.loss_weights
+        if weights is not None and len(weights) != len(self.loss_type):
+            faults.append(
+                f"loss_weights has {len(weights)} values for {len(self.loss_type)} loss types ({', '.join(self.loss_type)}). "
+                "Give one for each, in their order."
+            )
         return faults + self._order_faults()
 
     def _number_faults(self) -> list[str]:
@@ -142,6 +163,10 @@ class DPOConfig(trl.DPOConfig):
             faults.append(f"num_train_epochs must be a finite number > 0; got {epochs!r}.")
         return faults
 
+    def cautions(self) -> list[str]:
+        """What to know before training: options that change nothing."""
+        return idle_options(self)
+
     def _order_faults(self) -> list[str]:
         faults = []
         asked = {"balance_tokens": self.balance_tokens is True, "tokens_per_step": isinstance(self.tokens_per_step, int)}
@@ -150,6 +175,13 @@ class DPOConfig(trl.DPOConfig):
             faults.append(
                 f"{orders[0]} sets the order of the training pairs; it cannot be combined with train_sampling_strategy="
                 f"{self.train_sampling_strategy!r}. Leave one of them out."
+            )
+        elif self.train_sampling_strategy in _BY_LENGTH and self.remove_unused_columns:
+            faults.append(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} needs the lengths of single sequences, which pairs "
+                "do not have. Set balance_tokens=True instead: processes and micro-batches of a step get about the same number "
+                "of tokens, and each step keeps its pairs. (A column of your own lengths, length_column_name, is read only "
+                "under remove_unused_columns=False.)"
             )
         if self.tokens_per_step is not None and self.auto_find_batch_size:
             faults.append(
@@ -162,6 +194,11 @@ class DPOConfig(trl.DPOConfig):
     def is_plain_dpo(self) -> bool:
         """Whether the loss is plain DPO, so that the trainer must match TRL's bit for bit."""
         return True
+
+    @property
+    def adds_loss(self) -> bool:
+        """Whether a method adds a term of the pairs' log-probabilities to TRL's loss."""
+        return False
 
     @property
     def packs(self) -> bool | None:

@@ -17,9 +17,17 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from .._trl.datasets import TOKENIZED_COLUMNS, train_dataloader, with_reference_logps
+from .._trl.datasets import (
+    TOKENIZED_COLUMNS,
+    hide_helper_columns,
+    naming_rows,
+    show_helper_columns,
+    train_dataloader,
+    with_reference_logps,
+    without_padding,
+)
 from .._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
-from .._trl.models import model_id, reference_origin
+from .._trl.models import config_of, drifting_parameters, model_id, reference_origin
 from .._trl.upstream import check_upstream
 from ..data import validation
 from ..pairs import PairLogps
@@ -33,7 +41,7 @@ from .preflight import preflight
 from .reference import ReferenceTables
 from .resume.trainer import ResumableTrainer
 from .shutdown import pause_at_exit
-from .start_check import StartCheck, exemption, likely_causes
+from .start_check import StartCheck, drift_message, exemption, likely_causes
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -59,7 +67,7 @@ class DPOTrainer(ResumableTrainer):
         TypeError: `args` is TRL's own config, or `ref_model` is not a model.
         ProcessesDisagree: the processes of a distributed run were started with different settings or data.
         ValueError: the dataset is empty or lacks a column, the tokenizer cannot pad or end a text, or `ref_model` has
-            another vocabulary.
+            another vocabulary; or parameters outside the adapter are trained and the reference would follow them.
     """
 
     #: The class that `args` must be an instance of, and the suffix of the default output folder.
@@ -104,6 +112,9 @@ class DPOTrainer(ResumableTrainer):
             peft_config=peft_config,
         )
         pause_at_exit()
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):  # DPOTrainer refuses anything else
+            self._fit = validation.VocabularyFit(tokenizer, config_of(model, args))
         self._order: BalancedSampler | TokenBudget | None = None
         self._sharing = PrefixSharing(args.packs, args.max_length, verbose=args.process_index == 0, compiled=args.torch_compile)
         #: Tables that `precompute_ref_log_probs` computed or found; `trl_cpo.engine.reference.table_of` reads them.
@@ -115,10 +126,11 @@ class DPOTrainer(ResumableTrainer):
         self.evaluated_degenerate: dict[str, Tensor] = {}
         self._evaluated: list[tuple[Tensor, Tensor]] = []
         self._adapter = peft_config
+        self._reads_reference = any(LOSS_READS[loss_type] != "no reference" for loss_type in args.loss_type)
         exempt = exemption(
             wanted=args.check_reference,
             reference_given=ref_model is not None,
-            reads_reference=any(LOSS_READS[loss_type] != "no reference" for loss_type in args.loss_type),
+            reads_reference=self._reads_reference,
             adapter=peft_config,
         )
         super().__init__(
@@ -135,6 +147,7 @@ class DPOTrainer(ResumableTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        self._check_reference_stays()
         self.reference_tables.weights_may_change()
         self._guard = BatchGuard(self.accelerator, lambda ids: self.processing_class.decode(ids))
         self._start_check = StartCheck(exempt, in_half_precision(self.model, self.accelerator))
@@ -165,7 +178,15 @@ class DPOTrainer(ResumableTrainer):
 
     def set_up(self, args: DPOConfig) -> list[TrainerCallback]:
         """Prepares the method's state; called once, before anything is loaded. Returns callbacks to add after the user's."""
+        self.warn_of(args.cautions(), args)
         return []
+
+    @staticmethod
+    def warn_of(notes: list[str], args: DPOConfig) -> None:
+        """Warns of each, in the first process alone."""
+        if args.process_index == 0:
+            for note in notes:
+                warnings.warn(note, stacklevel=4)
 
     def constructed(self) -> None:
         """Called once, at the end of construction: the model is where training starts, or was started that is resumed."""
@@ -222,6 +243,21 @@ class DPOTrainer(ResumableTrainer):
             self._check_start(model, inputs, observed.pairs, reduction)
         return (loss, *observed.outputs) if return_outputs else loss
 
+    def train(self, *args, **kwargs):
+        """[`ResumableTrainer.train`], refused if nothing is trained, or if the reference would follow the policy."""
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "No parameter is trained: all have requires_grad=False. Load an adapter to be trained further with "
+                "PeftModel.from_pretrained(model, folder, is_trainable=True), add a new one with peft_config=LoraConfig(...), "
+                "or unfreeze the model with model.requires_grad_(True), before the trainer is made."
+            )
+        self._check_reference_stays()  # parameters may have been unfrozen since
+        return super().train(*args, **kwargs)
+
+    def _check_reference_stays(self) -> None:
+        if self._reads_reference and (names := drifting_parameters(self)):
+            raise ValueError(drift_message(names))
+
     def _check_start(self, model, inputs, pairs: PairLogps, reduction: str) -> None:
         """Raises `ValueError`, on all processes, if the policy does not start at its reference."""
         mask = inputs["completion_mask"]
@@ -268,9 +304,17 @@ class DPOTrainer(ResumableTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # Datasets passed to `evaluate` were not checked before.
-        validation.check_preference_dataset(dataset, f"the {dataset_name} dataset")
+        validation.check_preference_dataset(
+            dataset, f"the {dataset_name} dataset", prompt_needed=not args.is_plain_dpo, warns=False
+        )
         given = dataset
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(dataset, IterableDataset):
+            dataset = validation.sound_stream(dataset, f"the {dataset_name} dataset")
+        dataset, hidden = hide_helper_columns(without_padding(dataset))
+        with naming_rows(dataset, processing_class, f"the {dataset_name} dataset"):
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        dataset = show_helper_columns(dataset, hidden)
+        dataset = self._fit.checked(dataset, dataset_name)
         validation.check_not_all_dropped(dataset, dataset_name, args.max_length)
         # Streamed datasets cannot be scanned; `guarded_loss` counts their degenerate pairs.
         if isinstance(dataset, Dataset) and args.process_index == 0:
@@ -282,8 +326,11 @@ class DPOTrainer(ResumableTrainer):
                 max_length=args.max_length,
                 left_out_by=self.leaves_out_degenerate,
             )
-            if message:
-                warnings.warn(message, stacklevel=2)
+            twice_ended = validation.doubled_end_message(given, self._tokenizer.eos_token, dataset_name)
+            turns = validation.several_turns_message(dataset, dataset_name)
+            for text in (message, twice_ended, turns):
+                if text:
+                    warnings.warn(text, stacklevel=2)
         return dataset
 
     def _get_train_sampler(self, train_dataset=None):

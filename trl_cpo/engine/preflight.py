@@ -3,12 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
 
-from .._trl.models import config_of, load_processing_class
-from ..data.validation import check_lengths_known, check_preference_dataset, check_tokenizer, check_vocabularies
+from .._trl.datasets import holds_messages
+from .._trl.models import config_of, load_processing_class, model_id
+from ..data.models import refuse_adapter
+from ..data.validation import (
+    VocabularyFit,
+    check_has_name,
+    check_lengths_known,
+    check_preference_dataset,
+    check_tokenizer,
+    check_vocabularies,
+)
 from .config import DPOConfig
 from .processes import check_agreement, check_launch, facts_of
 
@@ -35,6 +44,16 @@ def preflight(
         ValueError: the launch, a dataset, the tokenizer or the reference's vocabulary is unsuitable.
     """
     check_launch(args)
+    if isinstance(model, str):
+        refuse_adapter(model)
+    else:
+        check_has_name(
+            model_id(model),
+            reference_loaded=ref_model is None and peft_config is None and not is_peft_model(model),
+            # Under FSDP the reference is loaded to be precomputed.
+            precomputed=args.precompute_ref_log_probs and not args.fsdp,
+            tokenizer_loaded=processing_class is None,
+        )
     configs = {
         "model": lambda: config_of(model, args),
         "ref_model": getattr(ref_model, "config", None),
@@ -45,14 +64,16 @@ def preflight(
     check_agreement(lambda: facts_of(args, configs=configs, datasets=datasets))
     for name, dataset in datasets.items():
         if dataset is not None:
-            check_preference_dataset(dataset, name)
+            check_preference_dataset(dataset, name, prompt_needed=not args.is_plain_dpo, warns=args.process_index == 0)
     if ref_model is not None:
         check_vocabularies(config_of(model, args), ref_model)
     if processing_class is None:
         processing_class = load_processing_class(model, args)
     train_dataset = datasets["train_dataset"]
     if isinstance(train_dataset, (Dataset, IterableDataset)) and isinstance(processing_class, PreTrainedTokenizerBase):
-        check_tokenizer(processing_class, is_conversational(next(iter(train_dataset))))
+        check_tokenizer(processing_class, holds_messages(next(iter(train_dataset))))
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        VocabularyFit(processing_class, config_of(model, args)).check_padding(args.pad_token)
     for option in ("balance_tokens", "tokens_per_step"):
         if getattr(args, option):
             check_lengths_known(train_dataset, option)

@@ -100,3 +100,15 @@ def likely_causes(*, precomputed: bool, adapter: Any, is_peft: bool, source: str
         )
     causes.append("the weights changed between creating the trainer and train(): create the trainer last.")
     return causes
+
+
+def drift_message(names: list[str]) -> str:
+    """The refusal of parameters that are trained and belong to the reference as well."""
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return (
+        f"The reference would change in training: {len(names)} trained parameters lie outside the adapter ({shown}), and the "
+        "reference is this model without its adapter. Score the reference once, before training, with "
+        "precompute_ref_log_probs=True; or pass a copy of the model as ref_model; or train the adapter alone: bias='none' in "
+        "its config, and requires_grad_(False) for parameters that were unfrozen by hand (modules_to_save trains a copy of "
+        "a module)."
+    )

@@ -37,6 +37,10 @@ def replace_file(file: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(draft, file)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a write does not know its file
+            error.filename = str(file)
+        raise
     finally:
         draft.unlink(missing_ok=True)
     _sync_folder(file.parent)

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .claims import CLAIM, Claimed, claim, is_claimed
+from .disk import CannotWrite, make_folder
 
 
 def is_taken(folder: str | Path) -> bool:
@@ -32,16 +33,19 @@ def claimed(folder: str | Path) -> Iterator[Path]:
 
     Raises:
         Claimed: a live run has it.
+        CannotWrite: it cannot be made or written into.
     """
-    with making(folder) as path:
+    with making(folder) as path, ExitStack() as held:
         try:
-            with claim(path):
-                yield path
+            held.enter_context(claim(path))
         except Claimed as error:
             raise Claimed(
                 f"{error} Two runs in one folder would overwrite each other. Give another --output_dir ({next_free(folder)} is "
                 "free), or wait for its end."
             ) from None
+        except OSError as error:
+            raise CannotWrite(f"The folder {path} cannot be written into: {error.strerror}. Nothing was written.") from error
+        yield path
 
 
 @contextmanager
@@ -71,10 +75,14 @@ def refuse_taken(folder: str | Path) -> None:
 
 @contextmanager
 def making(folder: str | Path) -> Iterator[Path]:
-    """Creates `folder` and its parents; if the block raises, removes those that it created and that are still empty."""
+    """Creates `folder` and its parents; if the block raises, removes those that it created and that are still empty.
+
+    Raises:
+        CannotWrite: the folder cannot be made.
+    """
     path = Path(folder)
     missing = [each for each in (path, *path.parents) if not each.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     try:
         yield path
     except Exception:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..files.schema import COUNT
+
 
 def read_log(file: str | Path) -> list[dict[str, Any]]:
     """The valid lines of a run's log, in order, as if the run had never been interrupted.
@@ -20,11 +22,15 @@ def read_log(file: str | Path) -> list[dict[str, Any]]:
             continue
         if not isinstance(line, dict):
             continue
-        if isinstance(line.get("resumed_from"), int):
+        if _is_step(line.get("resumed_from")):
             start = line["resumed_from"]
             kept = {key: old for key, old in kept.items() if start and key[0] <= start}
-        elif isinstance(line.get("step"), int):
+        elif _is_step(line.get("step")):
             key = line["step"], *sorted(line)
             kept.pop(key, None)  # a replaced line moves to the place of the later one
             kept[key] = line
     return list(kept.values())
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and COUNT.holds(value)

@@ -44,7 +44,12 @@ class RunLog(TrainerCallback):
                 torn = lines.read(1) != b"\n"  # the previous process was killed while writing
             else:
                 torn = False
-            lines.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+            try:
+                lines.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+                lines.flush()
+            except OSError as error:
+                error.filename = str(self.file)
+                raise
         self._wrote = True
 
     @staticmethod

@@ -3,6 +3,7 @@
 from .damage import in_words
 from .divergence import answer_kl
 from .document import FORMAT, Price, SetPrice
+from .fields import keeps_last_within
 from .meter import PriceMeter
 from .of_trainer import meter_of
 from .repetition import repeated
@@ -17,6 +18,7 @@ __all__ = [
     "SetPrice",
     "answer_kl",
     "in_words",
+    "keeps_last_within",
     "meter_of",
     "repeated",
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class _GreedyRows(LogitsProcessor):
         return scores
 
 
-def end_tokens(model: torch.nn.Module, tokenizer) -> list[int]:
+def end_tokens(model: Any, tokenizer) -> list[int]:
     """The tokens that end an answer: the tokenizer's, and those of the model's generation settings. Empty: none is known."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     own = own if isinstance(own, (list, tuple)) else [own]
@@ -65,7 +66,7 @@ def end_tokens(model: torch.nn.Module, tokenizer) -> list[int]:
 
 
 def answer(
-    model: torch.nn.Module, prompts: Sequence[Sequence[int]], *, greedy: int, max_new_tokens: int, ends: Sequence[int], pad: int
+    model: Any, prompts: Sequence[Sequence[int]], *, greedy: int, max_new_tokens: int, ends: Sequence[int], pad: int
 ) -> Answers:
     """Answers to prompts: the first `greedy` rows greedily, the others sampled at temperature 1 from all tokens.
 
@@ -110,7 +111,7 @@ def answer(
 
 
 @contextmanager
-def _own_settings_aside(model: torch.nn.Module) -> Iterator[None]:
+def _own_settings_aside(model: Any) -> Iterator[None]:
     # `generate` fills what a GenerationConfig leaves open from the model's own.
     holders = [m for m in model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
     kept = [m.generation_config for m in holders]

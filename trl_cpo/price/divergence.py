@@ -1,6 +1,7 @@
 """KL from policy to reference on the policy's own samples, exact over the vocabulary at each position."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ _ROWS = 4
 
 
 @torch.no_grad()
-def answer_kl(answers: Answers, reference: torch.nn.Module) -> Tensor:
+def answer_kl(answers: Answers, reference: Any) -> Tensor:
     """The conditional KL at each position of sampled answers, (n, new), nats; 0 at padding.
 
     `KL_t = Σ_v π(v | x, y_<t) · (log π(v | x, y_<t) − log π_ref(v | x, y_<t))`. Its sum over an answer y ~ π, averaged over
@@ -24,6 +25,7 @@ def answer_kl(answers: Answers, reference: torch.nn.Module) -> Tensor:
         reference: in evaluation mode.
     """
     found = []
+    assert answers.logps is not None, "sampled answers have distributions"
     for at in range(0, len(answers.ids), _ROWS):
         rows = slice(at, at + _ROWS)
         own = answers.logps[rows]
@@ -35,24 +37,24 @@ def answer_kl(answers: Answers, reference: torch.nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def next_logps(model: torch.nn.Module, ids: Tensor, mask: Tensor, last: int) -> Tensor:
+def next_logps(model: Any, ids: Tensor, mask: Tensor, last: int) -> Tensor:
     """log π(v | what is before) for each of the last `last` columns, (n, last, vocabulary), float32."""
     takes = _parameters(model)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    options = {"position_ids": positions} if "position_ids" in takes else {}
+    options: dict[str, Any] = {"position_ids": positions} if "position_ids" in takes else {}
     if "logits_to_keep" in takes:
         options["logits_to_keep"] = last + 1
     logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **options).logits
     return logits[:, -last - 1 : -1].float().log_softmax(-1)
 
 
-def token_logps(model: torch.nn.Module, ids: Tensor, mask: Tensor, last: int) -> Tensor:
+def token_logps(model: Any, ids: Tensor, mask: Tensor, last: int) -> Tensor:
     """log π(token | what is before) of each of the last `last` tokens, (n, last), float32; 0 at padding."""
     logps = next_logps(model, ids, mask, last).gather(-1, ids[:, -last:, None]).squeeze(-1)
     return logps * mask[:, -last:]
 
 
-def _parameters(model: torch.nn.Module) -> set[str]:
+def _parameters(model: Any) -> set[str]:
     # PEFT's wrapper passes everything on.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(base.forward).parameters)

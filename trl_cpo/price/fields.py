@@ -8,6 +8,14 @@ from ..faults import is_finite, is_true_or_false
 #: The metric that `max_kl` bounds.
 LIMITED = "cpo/kl_general"
 
+#: Of every `cpo/*` name of the price: whether more of it is better; None where neither is.
+PRICE_IS_BETTER: dict[str, bool | None] = {
+    **{f"{name}{of}": False for name in ("kl", "kl_response", "repetition") for of in ("", "_general")},
+    **{f"answer_tokens{of}": None for of in ("", "_general")},
+    **{f"answers_ended{of}": True for of in ("", "_general")},
+    **{f"{text}_nll": False for text in ("chosen", "text")},
+}
+
 
 @dataclass
 class PriceFields:
@@ -43,40 +51,42 @@ class PriceFields:
         },
     )
 
-    def price_faults(self) -> list[str]:
-        """What is wrong with these fields, one sentence each."""
-        faults = is_true_or_false("price", self.price)
-        for name in ("price_prompts", "price_tokens"):
-            if not _is_whole(getattr(self, name)):
-                faults.append(f"{name} must be a whole number ≥ 1; got {getattr(self, name)!r}.")
-        if not _is_number(self.price_share) or not 0 <= self.price_share <= 1:
-            faults.append(f"price_share must be a number from 0 to 1; got {self.price_share!r}.")
-        if self.price_text is not None and not isinstance(self.price_text, str):
-            faults.append(f"price_text must be the path of a text file, or None; got {self.price_text!r}.")
-        if self.max_kl is None:
-            return faults
-        if not _is_number(self.max_kl) or self.max_kl <= 0:
-            faults.append(f"max_kl must be a finite number > 0 (nats per token), or None; got {self.max_kl!r}.")
-        evaluations, checkpoints = (str(getattr(each, "value", each)) for each in (self.eval_strategy, self.save_strategy))
-        if evaluations == "no" or checkpoints not in (evaluations, "best"):
-            faults.append(
-                "max_kl is checked at evaluations, and keeps the last checkpoint within it: set eval_strategy and "
-                f"save_strategy alike, to 'steps' or 'epoch'; got {evaluations!r} and {checkpoints!r}."
-            )
+
+def price_faults(args: Any) -> list[str]:
+    """What is wrong with these fields of a configuration, one sentence each."""
+    faults = is_true_or_false("price", args.price)
+    for name in ("price_prompts", "price_tokens"):
+        if not _is_whole(getattr(args, name)):
+            faults.append(f"{name} must be a whole number ≥ 1; got {getattr(args, name)!r}.")
+    if not _is_number(args.price_share) or not 0 <= args.price_share <= 1:
+        faults.append(f"price_share must be a number from 0 to 1; got {args.price_share!r}.")
+    if args.price_text is not None and not isinstance(args.price_text, str):
+        faults.append(f"price_text must be the path of a text file, or None; got {args.price_text!r}.")
+    if args.max_kl is None:
         return faults
+    if not _is_number(args.max_kl) or args.max_kl <= 0:
+        faults.append(f"max_kl must be a finite number > 0 (nats per token), or None; got {args.max_kl!r}.")
+    evaluations, checkpoints = (str(getattr(each, "value", each)) for each in (args.eval_strategy, args.save_strategy))
+    if evaluations == "no" or checkpoints not in (evaluations, "best"):
+        faults.append(
+            "max_kl is checked at evaluations, and keeps the last checkpoint within it: set eval_strategy and "
+            f"save_strategy alike, to 'steps' or 'epoch'; got {evaluations!r} and {checkpoints!r}."
+        )
+    return faults
 
-    def prepare_price(self) -> None:
-        """Under `max_kl`: measure, and load the checkpoint that is kept, as `load_best_model_at_end` does."""
-        if self.max_kl is None:
-            return
-        self.price = self.load_best_model_at_end = True
-        if self.metric_for_best_model is None:
-            self.metric_for_best_model, self.greater_is_better = f"eval_{LIMITED}", False
 
-    @property
-    def keeps_last_within(self) -> bool:
-        """Whether the checkpoint kept is the last one within `max_kl`, rather than the best one by another metric."""
-        return self.max_kl is not None and str(self.metric_for_best_model).removeprefix("eval_") == LIMITED
+def prepare_price(args: Any) -> None:
+    """Under `max_kl`: measure, and load the checkpoint that is kept, as `load_best_model_at_end` does."""
+    if args.max_kl is None:
+        return
+    args.price = args.load_best_model_at_end = True
+    if args.metric_for_best_model is None:
+        args.metric_for_best_model, args.greater_is_better = f"eval_{LIMITED}", False
+
+
+def keeps_last_within(args: Any) -> bool:
+    """Whether the checkpoint kept is the last one within `max_kl`, rather than the best one by another metric."""
+    return args.max_kl is not None and str(args.metric_for_best_model).removeprefix("eval_") == LIMITED
 
 
 def _is_number(value: Any) -> bool:

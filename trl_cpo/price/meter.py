@@ -4,11 +4,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import PreTrainedTokenizerBase
 
 from ..engine.model_state import evaluation_mode
 from .answers import answer, end_tokens
@@ -45,11 +45,11 @@ class PriceMeter:
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        model: Any,
+        tokenizer: Any,
         questions: Questions,
         *,
-        reference: torch.nn.Module | None = None,
+        reference: Any = None,
         max_new_tokens: int = 48,
         share: float = 0.1,
         unable: str | None = None,
@@ -126,7 +126,7 @@ class PriceMeter:
         return [item for part, _ in gathered for item in part] if first is None else [], first
 
     @contextmanager
-    def _as_reference(self) -> Iterator[torch.nn.Module]:
+    def _as_reference(self) -> Iterator[Any]:
         if self._start is None:
             yield self._reference
         else:

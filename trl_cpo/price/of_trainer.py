@@ -27,7 +27,7 @@ def meter_of(
         prompts, max_new_tokens, share, text: of `PriceMeter` and `gather_questions`.
         from_start: whether the reference is the model as it is now, even where the trainer holds another.
     """
-    tokenizer = trainer.processing_class
+    tokenizer: Any = trainer.processing_class
     unable = _unable(trainer, tokenizer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     # A reference that follows the policy is no fixed point to measure from; the start is.
@@ -60,10 +60,7 @@ def _unable(trainer: Trainer, tokenizer) -> str | None:
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
         kind = "FSDP" if trainer.is_fsdp_enabled else "ZeRO-3"
-        return (
-            f"The price is not measured under {kind}, where no process holds the whole model. Measure the saved model "
-            "afterwards: trl-cpo price."
-        )
+        return f"The price is not measured under {kind}, where no process holds the whole model."
     if not hasattr(trainer.accelerator.unwrap_model(trainer.model), "generate"):
         return f"The price is not measured: {type(trainer.model).__name__} cannot generate text."
     return None

@@ -7,8 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 #: Held-out answers whose likelihood is measured.
 _ANSWERS = 16
 #: Windows of a user's text, and tokens of each.
@@ -36,7 +34,7 @@ def general_prompts() -> list[str]:
 
 
 def gather_questions(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     pairs: Iterable[Mapping[str, Any]] | None,
     prompts: int,
@@ -111,7 +109,7 @@ def _rows(pairs: Iterable[Mapping[str, Any]], missing: list[str]) -> list[Mappin
         return []
 
 
-def _as_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _as_prompt(tokenizer: Any, text: str) -> list[int]:
     if tokenizer.chat_template is None:
         return list(tokenizer(f"{text}\n")["input_ids"])
     message = [{"role": "user", "content": text}]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import Trainer
 
 from ..files.atomic import write_json
 from ..files.outputs import next_free
@@ -58,7 +57,7 @@ class PriceTracker:
     """
 
     @classmethod
-    def of(cls, trainer: Trainer, limit: Limit) -> "PriceTracker":
+    def of(cls, trainer: Any, limit: Limit) -> "PriceTracker":
         """By the trainer's own arguments, on the first of its evaluation sets."""
         args, sets = trainer.args, trainer.eval_dataset
         name = next(iter(sets), None) if isinstance(sets, Mapping) else None
@@ -74,7 +73,7 @@ class PriceTracker:
         tracker.prefix = "eval" if name is None else f"eval_{name}"
         return tracker
 
-    def __init__(self, trainer: Trainer, meter: PriceMeter, *, max_kl: float | None, limit: Limit, narrate: bool):
+    def __init__(self, trainer: Any, meter: PriceMeter, *, max_kl: float | None, limit: Limit, narrate: bool):
         self._trainer, self.meter, self._max_kl, self._limit, self._narrate = trainer, meter, max_kl, limit, narrate
         self._written: list[dict[str, Any]] | None = None
         self._told_missing: set[str] = set()
@@ -118,7 +117,7 @@ class PriceTracker:
 
     def _hold(self, price: Price) -> None:
         kl = price.metrics().get(LIMITED)
-        if kl is None or kl <= self._max_kl:
+        if kl is None or self._max_kl is None or kl <= self._max_kl:
             return
         self._limit.beyond = self._trainer.control.should_training_stop = True
         kept = self._trainer.state.best_model_checkpoint

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import schema
+from ..files.masking import masked
 from ..files.run_files import LOG, METRICS, PAIRS, PRICE
 from ..logs.log_file import read_log
 from .numbers import number
@@ -92,7 +94,15 @@ def _object(run: Run, name: str, otherwise: str) -> dict:
     if not isinstance(got, dict):
         run.notes.append(f"{name} holds a {type(got).__name__} instead of an object: {otherwise}.")
         return {}
-    return got
+    return _sound(run, name, got)
+
+
+def _sound(run: Run, name: str, got: dict) -> dict:
+    """The document without numbers that cannot be, and a note where there are any."""
+    wrong = list(schema.faults(got))
+    if wrong:
+        run.notes.append(f"{name} holds {len(wrong)} numbers that cannot be, which are left out. The first: {wrong[0]}.")
+    return masked(schema.sound(got))
 
 
 def _read_price(run: Run) -> None:
@@ -127,6 +137,10 @@ def _read_log(run: Run) -> None:
         steps = ", ".join(step.decode() for step in resumed)
         run.notes.append(f"The run was resumed from step {steps}; curves show each step once, as last run.")
     finished, not_finite = False, 0
+    wrong = [fault for entry in entries for fault in schema.faults(entry, finite=False)]
+    if wrong:
+        run.notes.append(f"{LOG} holds {len(wrong)} numbers that cannot be, which are left out. The first: {wrong[0]}.")
+        entries = [schema.sound(entry, finite=False) for entry in entries]
     sets = sorted({match[1] for entry in entries for key in entry if (match := _EVALUATION_KEY.match(key))})
     chosen = "eval" if not sets or "eval" in sets else sets[0]
     if len(sets) > 1:
@@ -134,8 +148,6 @@ def _read_log(run: Run) -> None:
     for entry in entries:
         step = entry["step"]
         finished |= "train_runtime" in entry
-        if isinstance(step, bool) or not 0 <= step < 2**53:
-            continue
         numbers = {key: value for key, got in entry.items() if (value := number(got)) is not None}
         not_finite += any(not math.isfinite(value) for value in numbers.values())
         if any(key.startswith("cpo/") for key in numbers):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ..files.atomic import draft_of, replace_file
+from ..files.disk import make_folder
 from ..files.outputs import is_taken, next_free
 
 #: Lists a report's files and their hashes, so that the next report knows what it may replace.
@@ -57,7 +58,7 @@ def write(out: str | Path, files: dict[str, bytes]) -> None:
     out = Path(out)
     check_free(out)
     old = _own_files(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     new = {name: [_hash(data)] for name, data in files.items()}
     replace_file(out / CONTENTS, _listed({name: old.get(name, []) + new.get(name, []) for name in {**old, **new}}))
     for name in old.keys() - new.keys():

@@ -14,7 +14,7 @@ class PairArguments(ScriptArguments):
 
     dataset_name: str = field(
         default="Anthropic/hh-rlhf",
-        metadata={"help": "Hub name, local .jsonl[.gz], .json or .parquet file, folder, or 'demo' (embedded pairs)."},
+        metadata={"help": "Hub name, local .jsonl[.gz], .json or .parquet file, folder, 'demo' or 'demo-answers' (embedded)."},
     )
     dataset_data_dir: str | None = field(
         default=None, metadata={"help": "Folder inside the dataset, such as harmless-base in HH-RLHF."}

@@ -17,8 +17,8 @@ def pairs_document(
     *,
     reduction: str,
     gamma: float,
-    beta: float,
-    constraint: str,
+    beta: float | None,
+    constraint: str | None,
     split: str,
     start_is_reference: bool,
     degenerate: "Tensor | None" = None,
@@ -34,7 +34,7 @@ def pairs_document(
     Args:
         pairs: the held-out pairs as the trained policy and the reference score them, (n,) each.
         reduction: "sum" (nats per response) or "mean" (nats per token).
-        gamma, beta, constraint, split: of the run.
+        gamma, beta, constraint, split: of the run; β and constraint None where its loss has none.
         start_is_reference: whether the policy before training was the reference; otherwise its columns are null.
         degenerate: (n,), bool, pairs that compare no two answers; None: none is.
         trained_on: pairs of the split that were trained on, and are not among `pairs`; None: not known.

@@ -1,11 +1,11 @@
 """Scores pairs with a model that is being trained, by any trainer, and leaves it as it was."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import Trainer
 
 from .._trl.reference import adapts_the_head, collator_of, fused_head, policy_summed_logps
 from ..engine.forward.sharing import PrefixSharing
@@ -14,7 +14,7 @@ from .scorer import PreparedPairs, Scorer
 from .token_pairs import answer_tokens
 
 
-def unable_to_score(trainer: Trainer) -> str | None:
+def unable_to_score(trainer: Any) -> str | None:
     """Why a trainer's model cannot be scored; None: it can."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
@@ -37,7 +37,7 @@ class LiveScorer:
         scorer: how they were prepared.
     """
 
-    def __init__(self, trainer: Trainer, prepared: PreparedPairs, scorer: Scorer):
+    def __init__(self, trainer: Any, prepared: PreparedPairs, scorer: Scorer):
         self._trainer, self._rows = trainer, prepared.dataset
         self._collator = collator_of(trainer.processing_class, scorer.cut())
         self._sharing = PrefixSharing(scorer.prefix_sharing, scorer.max_length, verbose=trainer.is_world_process_zero())

@@ -32,12 +32,14 @@ class PreparedPairs:
         dataset: those that are left, tokenized.
         tokens: their token ids.
         prompt_alone: position of a pair to the ids of its prompt by itself.
+        tokens_of_others: position of a pair to the tokens of its two answers that are in turns not the assistant's.
     """
 
     given: int
     dataset: "Dataset"
     tokens: TokenPairs
     prompt_alone: Callable[[int], list[int]]
+    tokens_of_others: Callable[[int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -111,22 +113,24 @@ class Scorer:
         Raises:
             ValueError: the pairs, or the tokenizer for them, lack something, or no pair is left.
         """
-        from trl.data_utils import is_conversational
-
-        from .._trl.datasets import TOKENIZED_COLUMNS, prompt_alone, tokenized
+        from .._trl.datasets import TOKENIZED_COLUMNS, holds_messages, prompt_alone, tokenized, tokens_of_other_turns
         from ..data import validation as checks
 
         checks.check_preference_dataset(pairs, name)
-        checks.check_tokenizer(tokenizer, is_conversational(pairs[0]))
+        checks.check_tokenizer(tokenizer, holds_messages(pairs[0]))
         seen = pairs.select_columns([column for column in (*_SEEN_COLUMNS, ROW) if column in pairs.column_names])
         prepared = tokenized(seen, tokenizer, self.cut(), name)
         checks.check_not_all_dropped(prepared, name, self.max_length)
         ids = {column: prepared[column][:] for column in TOKENIZED_COLUMNS}
+        text = prepared.select_columns([column for column in _SEEN_COLUMNS if column in prepared.column_names])
         return PreparedPairs(
             given=len(pairs),
             dataset=prepared,
             tokens=TokenPairs(*ids.values(), rows=prepared[ROW][:]),
             prompt_alone=lambda at: prompt_alone(tokenizer, prepared[at]),
+            tokens_of_others=lambda at: tuple(
+                tokens_of_other_turns(tokenizer, text[at], side) for side in ("chosen", "rejected")
+            ),
         )
 
     def score(
@@ -141,12 +145,15 @@ class Scorer:
             ModelError: there is no such model, or it cannot be scored.
             ProcessesDisagree: the processes were started with other settings or pairs.
         """
+        from ..data import validation as checks
         from ..engine import processes
         from ..engine.shutdown import pause_at_exit
 
         args = self.config()
         processes.check_launch(args)
-        datasets = {name: prepared.dataset for name, prepared in sets.items()}
+        fit = checks.VocabularyFit(tokenizer, self._config_of(source))
+        fit.check_padding()
+        datasets = {name: fit.checked(prepared.dataset, name) for name, prepared in sets.items()}
         configs = {"model": lambda: self._config_of(source)}
         processes.check_agreement(lambda: processes.facts_of(args, configs=configs, datasets=datasets))
         pause_at_exit()

@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
 from ..._trl.training_loop import load_loop_state, loop_state, push_checkpoint, run_folder, saving_into
+from ...files.masking import masked
 from . import checkpoints
 from .settings import data_facts, settings_of
 
@@ -122,7 +123,7 @@ class Resumption(TrainerCallback):
         if not (self._folder / "scheduler.pt").exists() and not (self._folder / "latest").exists():
             notes.append("it holds only weights (save_only_model). The optimizer and the schedule start from scratch.")
         now = self._settings()
-        differ = [(name, was, now[name]) for name, was in state["settings"].items() if now.get(name, was) != was]
+        differ = [(name, was, now[name]) for name, was in masked(state["settings"]).items() if now.get(name, was) != was]
         data = self._data_facts() if state.get("data") else state.get("data")
         if data != state.get("data"):
             notes.append(

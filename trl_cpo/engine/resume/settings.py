@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..._trl.datasets import TOKENIZED_COLUMNS
+from ...files.masking import masked
 from ..reference.digests import tokens_digest
 
 #: Arguments that do not affect the weights: where and how often something is written, logged, evaluated or run. If any other
@@ -32,7 +33,7 @@ NOT_AFFECTING_WEIGHTS = frozenset(
 
 def settings_of(args, processes: int) -> dict[str, Any]:
     """The arguments that affect the weights, and the number of processes, as values read back from JSON."""
-    every = json.loads(json.dumps(args.to_dict(), default=str))
+    every = masked(json.loads(json.dumps(args.to_dict(), default=str)))
     return {**{name: value for name, value in every.items() if name not in NOT_AFFECTING_WEIGHTS}, "processes": processes}
 
 
