@@ -26,10 +26,10 @@ def edit(folder, change):
 def test_every_parting_holds_every_pair_once(tmp_path):
     run = read_run(make_run(tmp_path / "r", lengths=True))
     parted = slice_pictures.partings(run.held_out)
-    assert list(parted) == ["tokens of both answers", "longer answer", "source", "margin"]
+    assert list(parted) == ["tokens in both", "longer answer", "source", "margin"]
     for name, parts in parted.items():
         assert np.all(np.sum([mask for _, mask in parts], axis=0) == 1), name
-    assert len(parted["tokens of both answers"]) == 4 == len(parted["margin"])
+    assert len(parted["tokens in both"]) == 4 == len(parted["margin"])
     assert {name for name, _ in parted["source"]} == {"one", "two", "a long name of a source of pairs", "(missing)"}
     chosen, rejected = run.held_out.tokens.T
     np.testing.assert_array_equal(dict(parted["longer answer"])["chosen"], chosen > rejected)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import pair_pictures, paired, paired_pictures, price_pictures, slice_pictures, step_pictures
+from . import pair_pictures, paired, paired_pictures, price_pictures, seeds, slice_pictures, step_pictures
 from .reading import LOG, PAIRS
 from .run import Run
 from .style import NARROW, WIDE, Shape, drawing, png
@@ -65,6 +65,17 @@ KINDS = (
         "pairs. Lines far better than the markers mean overfitting.",
         step_pictures.fractions_over_steps,
         needs="log",
+    ),
+    Kind(
+        "seeds",
+        "Seeds of one setting",
+        "Runs whose settings are equal but for the seed, as one band: from the lowest to the highest of the seeds at each "
+        "step that all of them were evaluated at, with their mean as the line. Held-out pairs only.",
+        "Narrow bands, and bands of two settings that do not overlap: then the difference between the settings is larger "
+        "than that between seeds. A band of two or three seeds is narrower than that of many.",
+        seeds.seeds_as_bands,
+        needs="seeds",
+        fewest_runs=2,
     ),
     Kind(
         "gain-against-price",
@@ -217,6 +228,7 @@ NEEDS = {
         _each(slice_pictures.has_both_reductions),
         f"it needs tokens of the answers in {PAIRS}, as new runs write, of a run without ld_alpha",
     ),
+    "seeds": Need(seeds.with_seeds, "no other run has the same settings and another seed", quiet=True),
     "same pairs": Need(
         paired.comparable, f"it needs two runs with the same pairs in {PAIRS}, scored alike by the reference, and none missing"
     ),

@@ -17,7 +17,7 @@ from .style import COLOURS, QUIET, canvas, columns_of, drawable, legend, panels,
 MOST_SLICES = 8
 _MEASURES = (("prefers chosen", "prefers"), ("in U", "in_u"))
 _LONGER = "longer answer"
-_LENGTH = "tokens of both answers"
+_LENGTH = "tokens in both"
 
 
 def has_slices(run: Run) -> bool:
@@ -77,19 +77,23 @@ def fractions_by_slice(runs: list[Run]) -> tuple[Figure, list[str]]:
                     axes.hlines(y, *(100 * end for end in ends), color=look["color"], linewidth=1.2, alpha=0.6)
                     axes.plot([100 * successes / trials], [y], **look, markersize=6, zorder=4, clip_on=False)
             # The number of pairs is told where the runs agree on it.
-            labels = [
-                f"{drawable(part, 9.0)} ({counts[part][0]})" if len(set(counts[part])) == 1 else drawable(part, 11.0)
-                for part in parts
-            ]
+            room = 16.0 if across == 2 else 11.0
+            labels = [_label(part, counts[part], room) for part in parts]
             axes.set(xlim=(-3, 103), ylim=(len(parts) - 0.4, -0.6), xticks=range(0, 101, 20))
             axes.set_yticks(range(len(parts)), labels)
-            axes.set_title(f"by {drawable(name, 12.0)}")
+            axes.set_title(f"by {drawable(name, 11.0)}")
             axes.set_xlabel(f"{title} (% of pairs)")
             axes.set_ylabel("pairs")
     handles = [Line2D([], [], **{**run_style(run), "linestyle": ""}, markersize=7, label=run_title(run)) for run in runs]
     handles.append(Line2D([], [], color=QUIET, linewidth=1.2, label="bars: exact 95 % intervals"))
     legend(figure, handles, columns=3)
     return figure, notes
+
+
+def _label(part: str, counts: list[int], room: float) -> str:
+    """A part's name and its number of pairs where the runs agree on it."""
+    number = f" ({counts[0]})" if len(set(counts)) == 1 else ""
+    return drawable(part.replace(" to below ", " to <"), room) + number
 
 
 def has_both_reductions(run: Run) -> bool:
