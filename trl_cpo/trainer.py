@@ -1,6 +1,7 @@
 """CPOConstrainedTrainer: DPOTrainer with a constraint on the preference gap."""
 
 import textwrap
+from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback
