@@ -269,6 +269,7 @@ class _RunFolder:
             reduction=watch.reduction,
             split=self._about["split"],
             start_is_reference=True,
+            tokens=watch.scorer.tokens,
             **loss,
         )
         record: dict[str, Any] = {

@@ -65,7 +65,7 @@ def test_the_demo(tmp_path, demo_cache):
     command = COMMANDS[0].replace("run.sh", shlex.quote(str(ROOT / "run.sh")))
     assert command != COMMANDS[0]
     out = shell(
-        f"{command} --max_steps 1 --max_train_pairs 4 --max_test_pairs 2 --per_device_train_batch_size 2",
+        f"{command} --max_steps 1 --max_train_pairs 4 --max_test_pairs 6 --per_device_train_batch_size 2",
         # Two threads beside another test process on two cores would wait for each other most of the time.
         tmp_path,
         NO_INSTALL="1",
@@ -73,12 +73,13 @@ def test_the_demo(tmp_path, demo_cache):
         TRL_CPO_CACHE=demo_cache,
         THREADS="1",
     )
-    assert "2 held-out pairs" in out
+    assert "6 held-out pairs" in out
     (metrics,) = tmp_path.glob("outputs/*/metrics.json")
     record = json.loads(metrics.read_text())
     assert record["model"] == record["pairs"]["dataset_name"] == "demo"
-    # The pairs are chosen so that the model prefers the rejected answer on some: these two are among them.
+    # The start is far from right: of the first six messages some are misaligned.
     assert record["before"]["eval_cpo/reference_misaligned"] > 0
+    assert record["decisions"]["before"]["rows"] == record["decisions"]["after"]["rows"] == 6
 
 
 @pytest.mark.slow

@@ -83,6 +83,43 @@ def test_damage_is_told_before_all_else(tmp_path):
     assert "damage" not in [attributes.get("id") for _, attributes in page_of(good).tags]
 
 
+def test_damage_without_price_json_is_that_of_the_summary(tmp_path):
+    folder = make_run(tmp_path / "r", kl=0.9)
+    record = json.loads((folder / "metrics.json").read_text())
+    record["price"] = {
+        "words": "…",
+        "damage": ["it is 0.9 nats a token from its reference"],
+        "missing": [7, "no general prompts"],
+    }
+    (folder / "metrics.json").write_text(json.dumps(record))
+    page = page_of(folder)
+    assert "This model is damaged" in page.text and "it is 0.9 nats a token from its reference" in page.text
+    assert "The price was not measured in whole: no general prompts" in page.text
+
+
+def test_what_the_programs_own_writer_says_is_read(tmp_path):
+    """The document of price.json and the metrics of the log, as a run writes them."""
+    from trl_cpo.price.document import AnswerRecord, Price, SetPrice
+
+    records = [AnswerRecord(place, f"p{place}", "a b a b", place, 4, 5, True, 0.5 * place, 5) for place in range(4)]
+    sets = {"pairs": SetPrice.of(records), "general": SetPrice.of(records[:2])}
+    written = Price(60, sets, {"chosen": 1.5, "text": 2.5}, 3.0, ["no text"], ["it is far from its reference"])
+    run = read_run(priced(tmp_path / "r", {"format": 1, "measurements": [written.to_dict()]}))
+    assert run.notes == []
+    (got,) = run.prices
+    assert (got.step, got.damage, got.missing) == (60, ("it is far from its reference",), ("no text",))
+    for name, part in sets.items():
+        assert list(got.sets[name].answers) == [sample["prompt"] for sample in part.samples]
+        for key in ("kl", "kl_response", "repetition", "tokens", "ended"):
+            assert vars(got.sets[name].numbers[key]) == getattr(part, key).to_dict()
+    logged = price.of_metrics(60, written.metrics().get)
+    for name, part in got.sets.items():
+        assert {key: one.value for key, one in part.numbers.items()} == {
+            key: one.value for key, one in logged.sets[name].numbers.items()
+        }
+    assert [row["of"] for row in price_section.rows([run])][5:7] == ["held-out chosen answers", "the text given"]
+
+
 def test_damage_of_an_earlier_measurement_is_not_that_of_the_model(tmp_path):
     document = price_document(damage=("broken",))
     document["measurements"].append({**document["measurements"][1], "step": 70, "damage": []})
@@ -173,6 +210,9 @@ FORGED = {
     "a sample": ((*M, "sets", "pairs", "samples", 0), {"prompt": "x"}, "samples[0] needs the texts prompt and greedy"),
     "an answer": ((*M, "sets", "pairs", "samples", 0, "greedy"), None, "samples[0] needs the texts prompt and greedy"),
     "prompts": ((*M, "sets", "pairs", "prompts"), -3, "prompts must be a whole number of 0 or more; got -3"),
+    "likelihoods": ((*M, "nll"), 3, "measurements[1].nll must be an object; got 3"),
+    "a likelihood": ((*M, "nll"), {"chosen": "x"}, "nll.chosen.value must be a number from 0 to 1e+09; got 'x'"),
+    "missing": ((*M, "missing"), "x", "missing must be a list; got 'x'"),
     "damage": ((*M, "damage"), {"a": 1}, "damage must be a list; got an object"),
     "a sentence": ((*M, "damage"), [None, "fine"], "damage[0] must be a sentence; got None"),
 }

@@ -66,6 +66,14 @@ def run(options: argparse.Namespace) -> int:
 
         run_parser("trl-cpo train").print_help()
         return 0
+    if not options.config and not options.passed_on:
+        from ..run.arguments import PairArguments, PolicyConfig, RunConfig
+
+        raise UserError(
+            f"nothing to train was named. By default it would be {PolicyConfig.model_name_or_path} on "
+            f"{PairArguments.dataset_name}, downloaded from the hub, with constraint {RunConfig.constraint}: name any of them "
+            "to start.\nMinutes on a CPU, without a hub: trl-cpo train --config demo; the options: trl-cpo train --help"
+        )
     from .options import parse_run
 
     parsed = parse_run(options.passed_on, options.config[0] if options.config else None)

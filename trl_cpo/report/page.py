@@ -78,6 +78,7 @@ def render(runs: list[Run], run_notes: list[str], pictures: list[Picture]) -> st
         price_ends={run.letter: price_section.ends(run) for run in runs},
         samples=price_section.samples(runs),
         damage=[(run, found) for run in runs if (found := price_section.damage(run))],
+        unmeasured={run.letter: price_section.missing(run) for run in runs},
         units={run.letter: run.unit for run in runs},
         settings=settings,
         setting_parts=chunks(list(range(len(runs))), _COLUMNS),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .numbers import number
 
@@ -14,8 +15,11 @@ NUMBERS = {
     "repetition": ("repeated 3-grams of greedy answers", "%", (0.0, 1.0)),
     "ended": ("greedy answers that end", "%", (0.0, 1.0)),
     "tokens": ("length of greedy answers, tokens", "count", (0.0, 1e9)),
-    "chosen_nll": ("held-out chosen answers, −log p, nats per token", "nats", (-1e-3, 1e9)),
+    "chosen_nll": ("negative log-likelihood, nats per token", "nats", (-1e-3, 1e9)),
+    "text_nll": ("negative log-likelihood, nats per token", "nats", (-1e-3, 1e9)),
 }
+#: Names of numbers in the log, where they are others.
+_LOGGED = {"tokens": "answer_tokens", "ended": "answers_ended"}
 #: The sets of prompts, and how the page names them.
 SETS = {"pairs": "the pairs' prompts", "general": "general prompts"}
 #: More faults of a file than this are counted, not told.
@@ -42,11 +46,15 @@ class OnPrompts:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measurement of the price: its step, what was found on each set of prompts, and what is damaged, in sentences."""
+    """One measurement of the price: its step, what was found on each set of prompts, and sentences.
+
+    `damage` says what is wrong with the model, `missing` what was not measured.
+    """
 
     step: int
     sets: dict[str, OnPrompts] = field(default_factory=dict)
     damage: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     def filled_from(self, other: "Measurement | None") -> "Measurement":
         """This measurement, with the numbers of another at the same step where it has none."""
@@ -57,6 +65,11 @@ class Measurement:
             own = sets.get(name, OnPrompts())
             sets[name] = replace(own, numbers={**more.numbers, **own.numbers})
         return replace(self, sets=sets)
+
+    def told(self, summary: dict, name: str) -> "Measurement":
+        """This measurement with the sentences of a run's summary of its price, in the file `name`."""
+        faults: list[str] = []
+        return replace(self, **{key: _sentences(summary, key, name, faults) for key in ("damage", "missing")})
 
 
 def read_price(document: dict, name: str) -> tuple[list[Measurement], list[str]]:
@@ -78,7 +91,8 @@ def read_price(document: dict, name: str) -> tuple[list[Measurement], list[str]]
             got = _quoted(step) if isinstance(entry, dict) else _quoted(entry)
             faults.append(f"{where} needs a whole number of 0 or more as its step; got {got}")
             continue
-        measured[step] = Measurement(step, _sets(entry, where, faults), _damage(entry, where, faults))
+        sentences = {key: _sentences(entry, key, where, faults) for key in ("damage", "missing")}
+        measured[step] = Measurement(step, _sets(entry, where, faults), **sentences)
     if not measured and not faults:
         faults.append("it holds no measurements")
     told = faults[:_MOST_FAULTS] + ([f"and {len(faults) - _MOST_FAULTS} more"] if len(faults) > _MOST_FAULTS else [])
@@ -115,6 +129,15 @@ def _sets(entry: dict, where: str, faults: list[str]) -> dict[str, OnPrompts]:
             found[name] = _on_prompts(got, f"{where}.sets.{name}", faults)
         elif got is not None:
             faults.append(f"{where}.sets.{name} must be an object; got {_quoted(got)}")
+    texts = entry.get("nll", {})
+    if not isinstance(texts, dict):
+        faults.append(f"{where}.nll must be an object; got {_quoted(texts)}")
+        return found
+    for text in ("chosen", "text"):
+        got = None if texts.get(text) is None else {"value": texts[text]}
+        estimate = _estimate(got, f"{text}_nll", f"{where}.nll.{text}", faults)
+        if estimate is not None:
+            found.setdefault("pairs", OnPrompts()).numbers[f"{text}_nll"] = estimate
     return found
 
 
@@ -124,7 +147,7 @@ def _on_prompts(got: dict, where: str, faults: list[str]) -> OnPrompts:
         estimate = _estimate(got.get(name), name, f"{where}.{name}", faults)
         if estimate is not None:
             numbers[name] = estimate
-    answers = {}
+    answers: dict[str, Any] = {}
     for place, sample in enumerate(_listed(got.get("samples"), f"{where}.samples", faults)):
         prompt, greedy = (sample.get("prompt"), sample.get("greedy")) if isinstance(sample, dict) else (None, None)
         if isinstance(prompt, str) and isinstance(greedy, str):
@@ -161,13 +184,13 @@ def _estimate(got, name: str, where: str, faults: list[str]) -> Estimate | None:
     return Estimate(value, low, high)
 
 
-def _damage(entry: dict, where: str, faults: list[str]) -> tuple[str, ...]:
+def _sentences(entry: dict, key: str, where: str, faults: list[str]) -> tuple[str, ...]:
     found = []
-    for place, sentence in enumerate(_listed(entry.get("damage"), f"{where}.damage", faults)):
+    for place, sentence in enumerate(_listed(entry.get(key), f"{where}.{key}", faults)):
         if isinstance(sentence, str):
             found.append(sentence)
         else:
-            faults.append(f"{where}.damage[{place}] must be a sentence; got {_quoted(sentence)}")
+            faults.append(f"{where}.{key}[{place}] must be a sentence; got {_quoted(sentence)}")
     return tuple(found)
 
 
@@ -182,7 +205,7 @@ def of_metrics(step: int, value: Callable[[str], float | None]) -> Measurement |
     for of_set, suffix in (("pairs", ""), ("general", "_general")):
         found = {}
         for name, (_, _, (least, most)) in NUMBERS.items():
-            got = value(f"cpo/{name}{suffix}")
+            got = value(f"cpo/{_LOGGED.get(name, name)}{suffix}")
             if got is not None and math.isfinite(got) and least <= got <= most:
                 found[name] = Estimate(got)
         if found:

@@ -6,6 +6,8 @@ from .table import minus
 
 #: Prompts shown of each set, characters shown of each text, and sentences of damage shown of each run.
 MOST_PROMPTS, MOST_CHARACTERS, MOST_SENTENCES = 4, 1500, 8
+#: What a number that is of no prompts is of.
+_OF_TEXTS = {"chosen_nll": "held-out chosen answers", "text_nll": "the text given"}
 
 
 def ends(run: Run) -> tuple[Measurement | None, Measurement | None]:
@@ -49,7 +51,7 @@ def rows(runs: list[Run]) -> list[dict]:
                 for run in runs
             ]
             if any(any(pair) for pair in pairs):
-                found.append({"of": SETS[of_set], "label": label, "cells": pairs})
+                found.append({"of": _OF_TEXTS.get(name, SETS[of_set]), "label": label, "cells": pairs})
     return found
 
 
@@ -93,6 +95,12 @@ def damage(run: Run) -> list[str]:
     more = len(sentences) - MOST_SENTENCES
     clipped = [_clipped(sentence) for sentence in sentences[:MOST_SENTENCES]]
     return clipped + ([f"And {more} more."] if more > 0 else [])
+
+
+def missing(run: Run) -> list[str]:
+    """What the last measurement did not measure, in sentences."""
+    sentences = run.prices[-1].missing if run.prices else ()
+    return [f"The price was not measured in whole: {_clipped(sentence)}" for sentence in sentences[:MOST_SENTENCES]]
 
 
 def sentence(run: Run) -> str:
