@@ -28,7 +28,7 @@ def refusal(error: BaseException) -> str | None:
             return str(error)
         if isinstance(error, OSError) and error.errno in _REFUSALS:
             where = "A file" if error.filename is None else os.fsdecode(error.filename)
-            return f"{where} cannot be used: {os.strerror(error.errno)}."
+            return f"{where} cannot be used: {os.strerror(error.errno or 0)}."
         if isinstance(error, Exception) and _FULL.search(str(error)):
             return f"A file cannot be written: {os.strerror(errno.ENOSPC)}."
         if isinstance(error, RuntimeError) and _CUT_OFF.search(str(error)):
