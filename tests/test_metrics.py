@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
-from trl_cpo.metrics import METRICS, MORE_IS_BETTER, MetricLedger, PairView, per_pair
+from trl_cpo.config import DIRECTIONS
+from trl_cpo.metrics import METRICS, MetricLedger, PairView, per_pair
 from trl_cpo.pairs import PairLogps
 
 from helpers.by_hand import make_trainer, pairs_by_hand
@@ -207,7 +208,10 @@ def test_no_metric_is_lost_between_two_trainers(tmp_path, tokenizer):
 
 
 def test_the_direction_of_every_metric_of_ours_is_known(tmp_path, tokenizer):
-    args = CPOConstrainedConfig(**training_options(tmp_path, constraint="lagrangian", gamma=1.0, epsilon=0.1))
+    args = CPOConstrainedConfig(
+        **training_options(tmp_path, constraint="lagrangian", gamma=1.0, epsilon=0.1)
+        | dict(price=True, price_prompts=2, price_tokens=4)
+    )
     trainer = CPOConstrainedTrainer(
         make_model(),
         make_model(1),
@@ -217,12 +221,12 @@ def test_the_direction_of_every_metric_of_ours_is_known(tmp_path, tokenizer):
         eval_dataset={"held_out": pairs_dataset(6)},
     )
     logged = {name.rpartition("cpo/")[2] for name in trainer.evaluate() if "cpo/" in name}
-    assert logged <= MORE_IS_BETTER.keys() and METRICS.keys() <= logged
-    assert {"incomparable_pairs", "nonfinite_pairs"} <= MORE_IS_BETTER.keys()  # logged only where there are any
+    assert logged <= DIRECTIONS.keys() and METRICS.keys() | {"kl", "kl_general", "chosen_nll"} <= logged
+    assert {"incomparable_pairs", "nonfinite_pairs"} <= DIRECTIONS.keys()  # logged only where there are any
 
 
 @pytest.mark.parametrize("prefix", ["", "eval_", "eval_held_out_"])
-@pytest.mark.parametrize("name", MORE_IS_BETTER)
+@pytest.mark.parametrize("name", DIRECTIONS)
 def test_greater_is_better_follows_the_metric_and_the_opposite_is_warned_of(tmp_path, name, prefix):
     def config(**given):
         return CPOConstrainedConfig(**training_options(tmp_path, metric_for_best_model=f"{prefix}cpo/{name}", **given))
@@ -230,7 +234,7 @@ def test_greater_is_better_follows_the_metric_and_the_opposite_is_warned_of(tmp_
     def notes(args):
         return [note for note in args.cautions() if "metric_for_best_model" in note]
 
-    better = MORE_IS_BETTER[name]
+    better = DIRECTIONS[name]
     assert config().greater_is_better is (True if better is None else better)  # transformers' own default
     if better is None:
         assert "finds no best checkpoint" in notes(config())[0]

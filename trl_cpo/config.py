@@ -9,9 +9,17 @@ from .constraints import CONSTRAINTS, Constraint
 from .engine.config import DPOConfig, documented
 from .faults import is_finite, is_true_or_false, one_of
 from .hyperparameters import fault
-from .metrics import MORE_IS_BETTER, more_is_better
+from .metrics import MORE_IS_BETTER
 from .pairs import REDUCTIONS
-from .price.fields import PriceFields, prepare_price, price_faults
+from .price.fields import PRICE_IS_BETTER, PriceFields, prepare_price, price_faults
+
+#: Of every `cpo/*` name that an evaluation logs, the price's too: whether more is better, or None.
+DIRECTIONS = {**MORE_IS_BETTER, **PRICE_IS_BETTER}
+
+
+def _own(metric: str | None) -> str | None:
+    """Of `eval_cpo/<name>`, or with a set's name in front, the name; None of a metric that is not ours."""
+    return str(metric).rpartition("cpo/")[2] if "cpo/" in str(metric) else None
 
 
 @documented
@@ -47,7 +55,7 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
             prepare_price(self)
         if self.greater_is_better is None:
             # transformers takes less to be better only of names that end with "loss".
-            self.greater_is_better = more_is_better(self.metric_for_best_model)
+            self.greater_is_better = DIRECTIONS.get(_own(self.metric_for_best_model))
         super().__post_init__()
         if self.logps_reduction == "mean":
             self.loss_type = [MEAN_OF.get(loss_type, loss_type) for loss_type in self.loss_type]
@@ -97,13 +105,14 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
 
     def _best_model_cautions(self) -> list[str]:
         name, said = self.metric_for_best_model, self.greater_is_better
-        own, better = str(name).rpartition("cpo/")[2], more_is_better(name)
+        own = _own(name)
+        better = DIRECTIONS.get(own)
         if better is not None and said is not better:
             return [
                 f"metric_for_best_model={name!r} with greater_is_better={said} keeps the worst checkpoint: "
                 f"{'more' if better else 'less'} of it is better. Set greater_is_better={better}, or leave it out."
             ]
-        if "cpo/" in str(name) and own in MORE_IS_BETTER and better is None:
+        if own in DIRECTIONS and better is None:
             return [
                 f"metric_for_best_model={name!r} says nothing of the policy, so it finds no best checkpoint. Use "
                 "'eval_loss', 'eval_cpo/violation' or 'eval_cpo/gap'."

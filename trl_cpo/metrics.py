@@ -75,11 +75,6 @@ MORE_IS_BETTER: dict[str, bool | None] = {
 COLUMNS = {name: column for column, name in enumerate(METRICS)}
 
 
-def more_is_better(metric: str | None) -> bool | None:
-    """`MORE_IS_BETTER` of a logged name such as `eval_cpo/violation` or `eval_<set>_cpo/gap`; None if it is not ours."""
-    return MORE_IS_BETTER.get(str(metric).rpartition("cpo/")[2]) if "cpo/" in str(metric) else None
-
-
 def per_pair(view: PairView) -> Tensor:
     """Every metric of every pair, (B, len(METRICS)); columns in the order of the table, conditions as 0 or 1."""
     with torch.no_grad():

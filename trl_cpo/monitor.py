@@ -269,6 +269,7 @@ class _RunFolder:
             reduction=watch.reduction,
             split=self._about["split"],
             start_is_reference=True,
+            tokens=(watch.scorer.tokens[0].tolist(), watch.scorer.tokens[1].tolist()),
             **loss,
         )
         record: dict[str, Any] = {

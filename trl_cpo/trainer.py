@@ -1,6 +1,7 @@
 """CPOConstrainedTrainer: DPOTrainer with a constraint on the preference gap."""
 
 import textwrap
+from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -111,7 +112,7 @@ class CPOConstrainedTrainer(DPOTrainer):
             self._dual.observe(rows[:, COLUMNS[self._dual.rule.signal]])
 
     def stateful(self):
-        states = {"metrics": self._ledgers["train"]}
+        states: dict[str, Any] = {"metrics": self._ledgers["train"]}
         if self.args.max_kl is not None:
             states["max_kl"] = self._limit
         return states if self._dual is None else states | {"dual": self._dual}

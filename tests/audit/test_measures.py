@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from trl_cpo.audit.measures import Settings, assumption, escape, gradient, length, measure, misaligned, policy
-from trl_cpo.audit.slices import MOST_SLICES, OTHERS, slices_of
 from trl_cpo.audit.uncertainty import fraction, quantile, rank_correlation, shares
 from trl_cpo.scoring.scored_pairs import ScoredPairs
+from trl_cpo.slices import MOST_SLICES, OTHERS, slices_of
 
 
 def pairs_of(ref_gap, **more) -> ScoredPairs:

@@ -9,14 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from trl_cpo import __version__, cli
 from trl_cpo.cli import COMMANDS, command_parser, main
 from trl_cpo.cli.errors import UserError, nearest, user_errors
-from trl_cpo.cli.parser import unknown_options
+from trl_cpo.cli.options import run_parser
+from trl_cpo.cli.parser import ACCELERATES, ELSEWHERE, option_strings, unknown_options
 from trl_cpo.recipes import names, recipe
+from trl_cpo.run.arguments import PairArguments
+from trl_cpo.run.data import load_sets
 
 from helpers.paths import ROOT
+from helpers.tiny import pair_rows
 
 DOC = (ROOT / "docs" / "cli.md").read_text()
 
@@ -75,6 +80,11 @@ def test_python_dash_m_and_the_script_are_the_same(tmp_path):
         (["recipes", "copy", "demmo"], "no recipe demmo"),
         (["recipes", "copy", "demmo"], "Did you mean demo?"),
         (["recipes", "copy", "../recipes/demo"], "no recipe ../recipes/demo"),
+        (
+            ["train"],
+            "nothing to train was named. By default it would be HuggingFaceTB/SmolLM2-135M-Instruct on Anthropic/hh-rlhf",
+        ),
+        (["train"], "trl-cpo train --config demo"),
         (["train", "--config"], "--config"),
         (["train", "--config", "a", "--config", "b"], "--config is given twice"),
     ],
@@ -143,6 +153,41 @@ def test_unknown_options_and_their_values():
     assert unknown_options(["-1"], known) == ["unknown argument -1."]
     assert unknown_options(["word"], known) == ["unknown argument word."]
     assert nearest("zzz", known) == ""
+
+
+@pytest.mark.parametrize(
+    "got, said",
+    [
+        ("torch_dtype", "Did you mean {}dtype?"),
+        ("lora_rank", "Did you mean {}lora_r?"),
+        ("lr", "Did you mean {}learning_rate?"),
+        ("batch_size", "Did you mean {}per_device_train_batch_size?"),
+        ("config_file", "It is accelerate's: accelerate launch --config_file ... -m trl_cpo train ..."),
+        ("num_processes", "It is accelerate's: accelerate launch --num_processes ... -m trl_cpo train ..."),
+    ],
+)
+def test_names_of_other_tools_are_known(tmp_path, capsys, got, said):
+    """The nearest name by letters would be another one: torch_compile for torch_dtype."""
+    assert main(["train", f"--{got}", "4"]) == 2
+    err = capsys.readouterr().err
+    assert f"unknown option --{got}. {said.format('--')}" in err
+    (tmp_path / "recipe.yaml").write_text(f"{got}: 4\n")
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert f"unknown key {got!r}. {said.format('')}" in capsys.readouterr().err
+
+
+def test_what_other_tools_call_otherwise_is_named_as_it_is_here():
+    known = option_strings(run_parser("x"))
+    assert {f"--{name}" for name in ELSEWHERE.values()} <= set(known)
+    assert not {f"--{name}" for name in (*ELSEWHERE, *ACCELERATES)} & set(known)
+
+
+def test_pairs_held_out_are_counted_before_the_training_pairs_are_limited(tmp_path):
+    rows = pair_rows(50)
+    Dataset.from_list(rows).to_json(tmp_path / "pairs.jsonl")
+    options = PairArguments(dataset_name=str(tmp_path / "pairs.jsonl"), held_out=10, max_train_pairs=8)
+    train, test, _, held_out, _ = load_sets(options)
+    assert (len(train), len(test), held_out) == (8, 10, "10 of 50")
 
 
 def test_which_errors_are_the_users(tmp_path):

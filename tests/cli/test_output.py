@@ -22,7 +22,7 @@ from helpers.run_folders import make_run
 from helpers.tiny import hh_rows
 
 PAINT = "\x1b[1A\x1b[2K\x9b2J\rIt holds\u202e"
-TINY = ["--use_cpu", "--bf16", "False", "--max_steps", "2", "--logging_steps", "1", "--max_length", "128"]
+TINY = ["--use_cpu", "--bf16", "False", "--max_steps", "2", "--logging_steps", "1", "--max_length", "128", "--price", "False"]
 
 
 @pytest.fixture
@@ -205,6 +205,15 @@ def test_a_disk_that_fills_up(training, tmp_path, capsys, monkeypatch, full):
     assert "--output_dir mine --resume_from_checkpoint latest" in said
     if full == "the model":
         assert main([*training, *saving, "--resume_from_checkpoint", "latest"]) == 0
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_nothing_to_go_on_with(training, tmp_path, capsys, monkeypatch):
+    no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "replace", lambda *_: (_ for _ in ()).throw(no_space))
+        assert main([*training, "--price", "True"]) == 2
+    said = one_sentence(capsys, "mine/price.json cannot be used", "Nothing is left of the run")
+    assert "--resume_from_checkpoint" not in said and not (tmp_path / "mine").exists()
 
 
 def test_a_report_and_a_certificate_on_a_full_disk(run, tmp_path, capsys, monkeypatch):

@@ -102,6 +102,17 @@ def test_a_run_of_the_same_process_is_another_run(tmp_path, start):
         ended(process)
 
 
+def test_a_lost_lock_frees_no_folder_of_a_live_process(tmp_path, start):
+    """Whatever opens and closes the claim within the run, such as an upload of its folder, has the system drop the lock."""
+    lose = f"open({str(tmp_path / 'run' / CLAIM)!r}).close()"
+    run = start("claimed", tmp_path / "run", lose)
+    run.stdout.readline()
+    other = start("claimed", tmp_path / "run")
+    assert "in use by another run" in other.stdout.readline()
+    ended(run)
+    ended(other)
+
+
 @pytest.mark.parametrize(
     "note, lives",
     [

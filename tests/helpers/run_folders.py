@@ -84,11 +84,13 @@ def make_run(
     evaluate_every: int | None = None,
     other_start: bool = False,
     kl: float | None = None,
+    lengths: bool = False,
     **config,
 ) -> Path:
     """Writes log.jsonl, metrics.json and pairs.json of a finished run, and gives the folder.
 
-    With `kl`, its evaluations measure a price that ends there, in nats per token.
+    With `kl`, its evaluations measure a price that ends there, in nats per token. With `lengths`, pairs.json has tokens of
+    the answers and columns to slice by.
     """
     folder = Path(folder)
     folder.mkdir(parents=True)
@@ -162,5 +164,11 @@ def make_run(
         "columns": COLUMNS,
         "rows": rows.tolist(),
     }
+    if lengths:
+        counts = np.random.default_rng(pairs).integers(1, 120, (pairs, 2)).tolist()
+        table["columns"] = [*COLUMNS, "chosen_tokens", "rejected_tokens"]
+        table["rows"] = [[*row, *count] for row, count in zip(table["rows"], counts, strict=True)]
+        kinds = ("one", "two", None, "a long name of a source of pairs")
+        table["slices"] = {"source": [kinds[at % 4] for at in range(pairs)], "margin": [at / 7 for at in range(pairs)]}
     (folder / "pairs.json").write_text(json.dumps(table))
     return folder

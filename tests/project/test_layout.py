@@ -43,10 +43,13 @@ LAYOUT = {
         {"config", "constraint_fields", "data", "decisions", "engine", "files", "logs", "pairs", "trainer"},
     ),
     "decisions": ("the right option: preferred, likeliest, given", {"intervals"}),
-    "audit": ("look before you train", {"data", "intervals", "metrics", "pairs", "quoting", "scoring", "theory", "units"}),
+    "audit": (
+        "look before you train",
+        {"data", "intervals", "metrics", "pairs", "quoting", "scoring", "slices", "theory", "units"},
+    ),
     "certificates": ("what held-out pairs prove", {"constraints", "data", "files", "intervals", "quoting", "scoring", "units"}),
     "scoring": ("a model scores a set of pairs", {"_trl", "config", "data", "engine"}),
-    "report": ("one page of pictures of runs", {"constraint_names", "files", "gaps", "intervals", "logs", "units"}),
+    "report": ("one page of pictures of runs", {"constraint_names", "files", "gaps", "intervals", "logs", "slices", "units"}),
     "plan": ("what a device will hold", set()),
     "recipes": ("settings with a name", set()),
     "trainer": (
@@ -72,6 +75,7 @@ LAYOUT = {
     "pairs": ("log-probabilities of a batch of pairs", {"units"}),
     "data": ("reading, HH-RLHF, validation, the demo's pairs", {"files", "quoting"}),
     "gaps": ("regions of the gap", set()),
+    "slices": ("parts of a set of pairs, by a column", set()),
     "intervals": ("exact intervals of a fraction", set()),
     "faults": ("sentences for options", set()),
     "files": ("where to write, and whole; what is read", {"quoting"}),

@@ -47,8 +47,8 @@ def several(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
     attack = '"><img src=x onerror=alert(1)>{{ 7 * 7 }}'
     return [
-        make_run(root / "none", seed=1, constraint="none", gamma=0.0, evaluate_every=20, kl=0.7),
-        make_run(root / "lagrangian", seed=2, constraint="lagrangian", evaluate_every=20, kl=1.2),
+        make_run(root / "none", seed=1, constraint="none", gamma=0.0, evaluate_every=20, kl=0.7, lengths=True),
+        make_run(root / "lagrangian", seed=2, constraint="lagrangian", evaluate_every=20, kl=1.2, lengths=True),
         make_run(
             root / HOSTILE,
             seed=3,
@@ -373,11 +373,16 @@ def test_settings_that_differ_and_only_those(several):
 
 
 LAYOUTS = {
-    "one": lambda root: [make_run(root / "one", other_start=True, kl=0.4)],
+    "one": lambda root: [make_run(root / "one", other_start=True, kl=0.4, lengths=True)],
     "three, long names": None,
     "twelve": lambda root: [
         make_run(
-            root / f"{'nW'[i % 2] * 60}{i}", seed=i, constraint=("clip", "lagrangian")[i % 2], evaluate_every=10, kl=0.1 * i
+            root / f"{'nW'[i % 2] * 60}{i}",
+            seed=i,
+            constraint=("clip", "lagrangian")[i % 2],
+            evaluate_every=10,
+            kl=0.1 * i,
+            lengths=True,
         )
         for i in range(12)
     ],
@@ -385,10 +390,10 @@ LAYOUTS = {
         make_run(
             root / "huge", scale=3e8, steps=1_000_000, every=50_000, evaluate_every=100_000, constraint="lagrangian", kl=1e9
         ),
-        make_run(root / "tiny", scale=1e-7, gamma=0.0, reduction="mean", constraint="lagrangian", kl=1e-9),
+        make_run(root / "tiny", scale=1e-7, gamma=0.0, reduction="mean", constraint="lagrangian", kl=1e-9, lengths=True),
     ],
-    "one pair": lambda root: [make_run(root / "one", pairs=1, steps=5, kl=0.0)],
-    "many pairs": lambda root: [make_run(root / f"{i}", pairs=12345, steps=5) for i in range(3)],
+    "one pair": lambda root: [make_run(root / "one", pairs=1, steps=5, kl=0.0, lengths=True)],
+    "many pairs": lambda root: [make_run(root / f"{i}", pairs=12345, steps=5, lengths=True) for i in range(3)],
 }
 
 
@@ -608,8 +613,9 @@ def test_every_picture_is_in_the_page_and_beside_it(page_of_several):
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     narrow = [attributes for tag, attributes in page.tags if tag == "source"]
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
-    assert len(images) == len(pictures.KINDS) == 10
-    for image, kind in zip(images, pictures.KINDS, strict=True):
+    kinds = [kind for kind in pictures.KINDS if kind.name != "seeds"]
+    assert len(images) == len(kinds) == 12
+    for image, kind in zip(images, kinds, strict=True):
         data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
         assert data == (page_of_several.parent / f"{kind.name}.png").read_bytes()
         size = struct.unpack(">II", data[16:24])
@@ -706,7 +712,7 @@ def seen_by_a_browser(page: Path, folder: Path, width: int, dark: bool) -> dict:
 def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which, width):
     """Every picture loaded, every table there, nothing wider than the window, nothing asked of a network."""
     if which == "several":
-        page, count = page_of_several, 10
+        page, count = page_of_several, 12
     elif which == "twelve":
         page = make_report(
             [make_run(tmp_path / f"{'long-' * 20}{i}", seed=i, steps=10) for i in range(12)], tmp_path / "o"

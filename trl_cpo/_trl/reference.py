@@ -135,12 +135,12 @@ def policy_summed_logps(
 ) -> tuple[Tensor, Tensor]:
     """The same of a model with whatever adapters are on, chosen and rejected, (B,), nats."""
     # With a `ref_model`, DPOTrainer switches no adapter.
-    stand_in = SimpleNamespace(accelerator=accelerator, args=args, model=model, ref_model=model, ld_alpha=None)
+    stand_in: Any = SimpleNamespace(accelerator=accelerator, args=args, model=model, ref_model=model, ld_alpha=None)
     return DPOTrainer.compute_ref_log_probs(stand_in, forward, batch)
 
 
 @contextmanager
-def fused_head(model: torch.nn.Module) -> Iterator[None]:
+def fused_head(model: Any) -> Iterator[None]:
     """TRL's fused head on a model, for a moment: afterwards its forward is the one that it had."""
     from trl.trainer.utils import add_fused_lm_head
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from ..quoting import quoted
 from ..scoring.scored_pairs import ScoredPairs
+from ..slices import slices_of
 from .advice import advise
 from .measures import Settings, measure
-from .slices import slices_of
 
 #: Raised when a field changes its meaning.
 FORMAT = 1

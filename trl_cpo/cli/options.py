@@ -14,7 +14,7 @@ from ..files.schema import shown
 from ..recipes import names, recipe
 from ..run.arguments import PairArguments, PolicyConfig, RunConfig
 from .errors import UserError, nearest
-from .parser import ClearErrors, option_strings, unknown_options
+from .parser import ClearErrors, hint, option_strings, unknown_options
 from .plain_yaml import YamlError, read_yaml
 
 GROUPS = (PairArguments, RunConfig, PolicyConfig)
@@ -117,7 +117,7 @@ def checked(values: dict[str, Any], parser: argparse.ArgumentParser, config: str
     taken, faults = {}, []
     for key, value in values.items():
         if key not in known:
-            faults.append(f"unknown key {shown(key)}.{nearest(key, known)}")
+            faults.append(f"unknown key {shown(key)}.{hint(str(key), known)}")
             continue
         try:
             taken[key] = _value(value, actions[key], hints[key])

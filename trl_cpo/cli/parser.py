@@ -1,8 +1,52 @@
 """argparse with this project's errors: `UserError`s that offer the nearest name and end with where to look."""
 
 import argparse
+from collections.abc import Iterable
 
 from .errors import UserError, nearest
+
+#: Names that other tools and earlier versions use, and what they are called here.
+ELSEWHERE = {
+    "torch_dtype": "dtype",
+    "lora_rank": "lora_r",
+    "rank": "lora_r",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "max_seq_length": "max_length",
+    "model": "model_name_or_path",
+    "dataset": "dataset_name",
+    "target_modules": "lora_target_modules",
+}
+#: Options of `accelerate launch`, which stand before `-m trl_cpo`.
+ACCELERATES = (
+    "config_file",
+    "num_processes",
+    "num_machines",
+    "machine_rank",
+    "main_process_ip",
+    "main_process_port",
+    "mixed_precision",
+    "multi_gpu",
+    "use_deepspeed",
+    "deepspeed_config_file",
+    "zero_stage",
+    "use_fsdp",
+    "fsdp_version",
+    "gpu_ids",
+    "dynamo_backend",
+)
+
+
+def hint(unknown: str, known: Iterable[str]) -> str:
+    """` Did you mean X?` for an unknown option or key: what other tools call so, whose it is, or the nearest name."""
+    dashes, name, known = "--" * unknown.startswith("--"), unknown.lstrip("-").replace("-", "_"), list(known)
+    if name in ACCELERATES:
+        return f" It is accelerate's: accelerate launch --{name} ... -m trl_cpo train ..."
+    here = dashes + ELSEWHERE.get(name, "")
+    return f" Did you mean {here}?" if here in known else nearest(unknown, known)
 
 
 class ClearErrors(argparse.ArgumentParser):
@@ -53,7 +97,7 @@ def unknown_options(unknown: list[str], known: list[str]) -> list[str]:
     options = [arg.partition("=")[0] for arg in unknown if arg.startswith("--") or (arg.startswith("-") and not _number(arg))]
     if not options:
         return [f"unknown argument {unknown[0]}."]
-    return [f"unknown option {option}.{nearest(option, known)}" for option in dict.fromkeys(options)]
+    return [f"unknown option {option}.{hint(option, known)}" for option in dict.fromkeys(options)]
 
 
 def _number(text: str) -> bool:

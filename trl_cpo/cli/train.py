@@ -66,6 +66,14 @@ def run(options: argparse.Namespace) -> int:
 
         run_parser("trl-cpo train").print_help()
         return 0
+    if not options.config and not options.passed_on:
+        from ..run.arguments import PairArguments, PolicyConfig, RunConfig
+
+        raise UserError(
+            f"nothing to train was named. By default it would be {PolicyConfig.model_name_or_path} on "
+            f"{PairArguments.dataset_name}, downloaded from the hub, with constraint {RunConfig.constraint}: name any of them "
+            "to start.\nMinutes on a CPU, without a hub: trl-cpo train --config demo; the options: trl-cpo train --help"
+        )
     from .options import parse_run
 
     parsed = parse_run(options.passed_on, options.config[0] if options.config else None)
@@ -89,6 +97,8 @@ def _refuse_disk(error: Exception, args: "RunConfig") -> None:
         return
     left, advice = "", "Write elsewhere: trl-cpo train … --output_dir FOLDER"
     if not isinstance(error, CannotWrite) and args.output_dir:
-        left = f" {left_in(Path(args.output_dir))}"
-        advice = f"With room again, go on: trl-cpo train … --output_dir {args.output_dir} --resume_from_checkpoint latest"
+        names = left_in(Path(args.output_dir))
+        left = f" Left in {args.output_dir}: {', '.join(names)}." if names else " Nothing is left of the run."
+        if names:
+            advice = f"With room again, go on: trl-cpo train … --output_dir {args.output_dir} --resume_from_checkpoint latest"
     raise UserError(f"{why}{left}\n{advice}") from error

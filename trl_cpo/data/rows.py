@@ -48,7 +48,8 @@ def other_turns(answer: Any) -> list[int]:
 
 def damaged_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[int, dict[str, list[int]]]:
     """How many rows there are, and the numbers of those that cannot be used, by reason."""
-    total, found = 0, {}
+    total = 0
+    found: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         total += 1
         if fault := row_fault(row):

@@ -31,8 +31,8 @@ def claim(folder: str | Path) -> Iterator[None]:
     """Holds an existing folder for this process alone, until the block or the process ends.
 
     The claim is a file that is made exclusively and locked; it notes its process. The system frees the lock when the
-    process dies, however it dies, so that a claim left behind is known as stale, and replaced. Where the file system has
-    no locks, the noted process decides, and a process of another machine counts as dead.
+    process dies, however it dies, so that a claim left behind is known as stale, and replaced. A process of this machine
+    that lives keeps it even where the file system has no locks; one of another machine counts as dead there.
 
     Raises:
         Claimed: a live process has the folder.
@@ -115,8 +115,8 @@ def _remove_stale(file: Path) -> bool:
 def _is_stale(descriptor: int) -> bool:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         return True
-    free = _lock(descriptor)
-    return not _lives(_note(descriptor)) if free is None else free
+    # A process that opens and closes its own claim loses the lock, and still has the folder.
+    return _lock(descriptor) is not False and not _lives(_note(descriptor))
 
 
 def _open(file: Path, how: int) -> int:

@@ -28,7 +28,7 @@ def refusal(error: BaseException) -> str | None:
             return str(error)
         if isinstance(error, OSError) and error.errno in _REFUSALS:
             where = "A file" if error.filename is None else os.fsdecode(error.filename)
-            return f"{where} cannot be used: {os.strerror(error.errno)}."
+            return f"{where} cannot be used: {os.strerror(error.errno or 0)}."
         if isinstance(error, Exception) and _FULL.search(str(error)):
             return f"A file cannot be written: {os.strerror(errno.ENOSPC)}."
         if isinstance(error, RuntimeError) and _CUT_OFF.search(str(error)):
@@ -53,10 +53,9 @@ def make_folder(folder: Path) -> None:
         raise CannotWrite(f"The folder {folder} cannot be made: {why}. Nothing was written.") from error
 
 
-def left_in(folder: Path) -> str:
-    """What a run that could not write on has left, in words."""
+def left_in(folder: Path) -> list[str]:
+    """The names of what a run that could not write on has left."""
     try:
-        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(("_", ".")))
+        return sorted(path.name for path in folder.iterdir() if not path.name.startswith(("_", ".")))
     except OSError:
-        names = []
-    return f"Left in {folder}: {', '.join(names)}." if names else "Nothing is left of the run."
+        return []

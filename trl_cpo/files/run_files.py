@@ -6,3 +6,5 @@ LOG, METRICS, PAIRS, PRICE = "log.jsonl", "metrics.json", "pairs.json", "price.j
 PAIR_COLUMNS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "start_chosen", "start_rejected")
 #: The columns known for every pair; those before training may be unknown (null).
 KNOWN_COLUMNS = PAIR_COLUMNS[:4]
+#: Columns that pairs.json may have too: tokens of each answer.
+TOKEN_COLUMNS = ("chosen_tokens", "rejected_tokens")

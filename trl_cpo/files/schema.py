@@ -42,7 +42,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("step", "held_out_pairs", "left_out", "trained_on_left_out", "bytes", "pairs", "meeting"), COUNT),
     **dict.fromkeys(("total", "kept", "seed", "format"), COUNT),
     **dict.fromkeys(("cpo/pairs", "cpo/incomparable_pairs", "cpo/nonfinite_pairs"), COUNT),
-    **dict.fromkeys(("at_least", "confidence", "certified_share"), SHARE),
+    **dict.fromkeys(("prefers_chosen", "at_least", "confidence", "certified_share"), SHARE),
     **{
         f"cpo/{name}": SHARE
         for name in (
@@ -59,7 +59,7 @@ RANGES: dict[str, Range] = {
             "answers_ended_general",
         )
     },
-    **{f"cpo/{name}{ending}": AT_LEAST_0 for name in ("kl", "kl_response", "answer_tokens") for ending in ("", "_general")},
+    **{f"cpo/answer_tokens{ending}": AT_LEAST_0 for ending in ("", "_general")},
     "rewards/accuracies": SHARE,
     **dict.fromkeys(("cpo/violation", "cpo/lambda"), Range("a number of nats, 0 or more", 0, BEYOND)),
     **dict.fromkeys(("seconds", "runtime", "train_runtime", "epoch", "grad_norm"), AT_LEAST_0),

@@ -28,13 +28,13 @@ def verdict(now: Mapping[str, SetPrice], before: Mapping[str, SetPrice]) -> list
     found, where = [], WHERE[name]
     kl = now[name].kl
     if kl.low > MOST_KL:
-        found.append(f"it is {kl.value:.2g} nats a token from its reference {where} (damaged from {MOST_KL:g})")
+        found.append(f"KL to the reference is {kl.value:.2g} nats a token {where}, beyond {MOST_KL:g}")
     if name in before:
         rise = now[name].repetition.value - before[name].repetition.value
         if rise > MOST_REPETITION:
             found.append(
-                f"its greedy answers repeat themselves {where}: {_percent(now[name].repetition.value)} of 3-grams, "
-                f"{_percent(before[name].repetition.value)} before (damaged from a rise of {100 * MOST_REPETITION:.0f} points)"
+                f"greedy answers repeat {_percent(now[name].repetition.value)} of their 3-grams {where}, "
+                f"{_percent(before[name].repetition.value)} before, a rise of more than {100 * MOST_REPETITION:.0f} points"
             )
     return found
 

@@ -8,6 +8,14 @@ from ..faults import is_finite, is_true_or_false
 #: The metric that `max_kl` bounds.
 LIMITED = "cpo/kl_general"
 
+#: Of every `cpo/*` name of the price: whether more of it is better; None where neither is.
+PRICE_IS_BETTER: dict[str, bool | None] = {
+    **{f"{name}{of}": False for name in ("kl", "kl_response", "repetition") for of in ("", "_general")},
+    **{f"answer_tokens{of}": None for of in ("", "_general")},
+    **{f"answers_ended{of}": True for of in ("", "_general")},
+    **{f"{text}_nll": False for text in ("chosen", "text")},
+}
+
 
 @dataclass
 class PriceFields:

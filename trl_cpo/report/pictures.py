@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import pair_pictures, paired, paired_pictures, price_pictures, step_pictures
+from . import pair_pictures, paired, paired_pictures, price_pictures, seeds, slice_pictures, step_pictures
 from .reading import LOG, PAIRS
 from .run import Run
 from .style import NARROW, WIDE, Shape, drawing, png
@@ -67,6 +67,17 @@ KINDS = (
         needs="log",
     ),
     Kind(
+        "seeds",
+        "Seeds of one setting",
+        "Runs whose settings are equal but for the seed, as one band: from the lowest to the highest of the seeds at each "
+        "step that all of them were evaluated at, with their mean as the line. Held-out pairs only.",
+        "Narrow bands, and bands of two settings that do not overlap: then the difference between the settings is larger "
+        "than that between seeds. A band of two or three seeds is narrower than that of many.",
+        seeds.seeds_as_bands,
+        needs="seeds",
+        fewest_runs=2,
+    ),
+    Kind(
         "gain-against-price",
         "Gain against price",
         "What training gained over what it cost: up, the share of held-out pairs whose chosen answer the policy prefers; "
@@ -87,6 +98,27 @@ KINDS = (
         "that training left behind.",
         pair_pictures.gap_distributions,
         needs="pairs",
+    ),
+    Kind(
+        "by-slice",
+        "Fractions by slice and by length",
+        "The share of held-out pairs whose chosen answer the policy prefers, and that in U, in parts of the pairs: by their "
+        "length, by which answer is longer, and by their own columns. In brackets: the number of pairs; bars: exact 95 % "
+        "intervals.",
+        "All parts alike. If pairs with a longer chosen answer stay far behind, sums over tokens count length against them: "
+        "look at the gap by means. A part far below the others was not learnt, or is too rare among the training pairs.",
+        slice_pictures.fractions_by_slice,
+        needs="slices",
+    ),
+    Kind(
+        "sums-and-means",
+        "The gap by sums and by means",
+        "Each point is a held-out pair: across, its gap as sums over the answers' tokens; up, as means per token. Between "
+        "the two lies the length of the answers. The run itself was trained on one of them.",
+        "Most points at the upper right, and about the same share above 0 by both. Many pairs above 0 by one alone mean that "
+        "the preference is one for length: a sum favours the shorter answer.",
+        slice_pictures.sums_beside_means,
+        needs="lengths",
     ),
     Kind(
         "gaps-together",
@@ -188,6 +220,15 @@ NEEDS = {
         _each(price_pictures.has_price),
         f"it needs evaluations after the start with eval_cpo/kl in {LOG}, and none measured the price",
     ),
+    "slices": Need(
+        _each(slice_pictures.has_slices),
+        f"it needs tokens of the answers, or columns to slice by, in {PAIRS}, as new runs write",
+    ),
+    "lengths": Need(
+        _each(slice_pictures.has_both_reductions),
+        f"it needs tokens of the answers in {PAIRS}, as new runs write, of a run without ld_alpha",
+    ),
+    "seeds": Need(seeds.with_seeds, "no other run has the same settings and another seed", quiet=True),
     "same pairs": Need(
         paired.comparable, f"it needs two runs with the same pairs in {PAIRS}, scored alike by the reference, and none missing"
     ),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .numbers import number
 
@@ -146,7 +147,7 @@ def _on_prompts(got: dict, where: str, faults: list[str]) -> OnPrompts:
         estimate = _estimate(got.get(name), name, f"{where}.{name}", faults)
         if estimate is not None:
             numbers[name] = estimate
-    answers = {}
+    answers: dict[str, Any] = {}
     for place, sample in enumerate(_listed(got.get("samples"), f"{where}.samples", faults)):
         prompt, greedy = (sample.get("prompt"), sample.get("greedy")) if isinstance(sample, dict) else (None, None)
         if isinstance(prompt, str) and isinstance(greedy, str):

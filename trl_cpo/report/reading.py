@@ -10,11 +10,12 @@ import numpy as np
 
 from ..files import schema
 from ..files.masking import masked
-from ..files.run_files import KNOWN_COLUMNS, LOG, METRICS, PAIR_COLUMNS, PAIRS, PRICE
+from ..files.run_files import LOG, METRICS, PAIRS, PRICE
 from ..logs.log_file import read_log
 from .numbers import number
+from .pair_reading import read_pairs
 from .price import of_metrics, read_price
-from .run import Evaluation, HeldOut, Run
+from .run import Evaluation, Run
 
 #: More runs than this cannot be told apart by colour and line style.
 MOST_RUNS = 12
@@ -69,7 +70,9 @@ def read_run(folder: str | Path) -> Run:
     run.settings = dict(config) if isinstance(config, dict) else {}
     if run.record and not run.settings:
         run.notes.append(f"{METRICS} has no config: the run's settings are not known.")
-    _read_pairs(run)
+    table = _object(run, PAIRS, "there are no pictures of single pairs")
+    if table:
+        read_pairs(run, table)
     _read_log(run)
     _before_and_after(run)
     _cross_check(run)
@@ -91,7 +94,7 @@ def _object(run: Run, name: str, otherwise: str) -> dict:
     if not isinstance(got, dict):
         run.notes.append(f"{name} holds a {type(got).__name__} instead of an object: {otherwise}.")
         return {}
-    return _sound(run, name, got)
+    return _sound(run, name, got) if name != PRICE else got  # `read_price` says where each fault is
 
 
 def _sound(run: Run, name: str, got: dict) -> dict:
@@ -100,50 +103,6 @@ def _sound(run: Run, name: str, got: dict) -> dict:
     if wrong:
         run.notes.append(f"{name} holds {len(wrong)} numbers that cannot be, which are left out. The first: {wrong[0]}.")
     return masked(schema.sound(got))
-
-
-def _read_pairs(run: Run) -> None:
-    table = _object(run, PAIRS, "there are no pictures of single pairs")
-    if not table:
-        return
-    columns, rows = table.get("columns"), table.get("rows")
-    if not isinstance(columns, list) or not isinstance(rows, list) or not all(name in columns for name in KNOWN_COLUMNS):
-        run.notes.append(f"{PAIRS} lacks rows or one of the columns {', '.join(KNOWN_COLUMNS)}: no pictures of single pairs.")
-        return
-    places = {name: columns.index(name) for name in PAIR_COLUMNS if name in columns}
-
-    def cell(row, name: str) -> float:
-        value = number(row[places[name]]) if name in places and places[name] < len(row) else None
-        return math.nan if value is None else value
-
-    read = [[cell(row, name) for name in PAIR_COLUMNS] for row in rows if isinstance(row, list)]
-    values = np.array(read, dtype=float).reshape(-1, len(PAIR_COLUMNS))
-    # Beyond this, differences of log-probabilities are meaningless and cannot be drawn.
-    values[np.abs(values) > 1e12] = np.nan
-    whole, run.pairs_in_file = np.isfinite(values[:, :4]).all(axis=1), len(rows)
-    if len(rows) > whole.sum():
-        run.notes.append(
-            f"{PAIRS}: {len(rows) - whole.sum()} of {len(rows)} pairs lack a finite log-probability. The pictures of single "
-            "pairs leave them out."
-        )
-    if whole.any():
-        run.held_out = HeldOut(values[whole])
-        if not np.isfinite(run.held_out.start_gap).all():
-            run.notes.append(f"{PAIRS}: the gap before training is not known for every pair.")
-    elif not rows:
-        run.notes.append(f"{PAIRS} holds no pairs.")
-    for setting, key in (
-        ("logps_reduction", "reduction"),
-        ("gamma", "gamma"),
-        ("beta", "beta"),
-        ("constraint", "constraint"),
-    ):
-        if key in table:
-            known = run.settings.setdefault(setting, table[key])
-            if known != table[key]:
-                run.notes.append(
-                    f"{PAIRS} says {key} = {table[key]!r}, but {METRICS} says {known!r}: they may be from different runs."
-                )
 
 
 def _read_price(run: Run) -> None:

@@ -13,15 +13,24 @@ from .price import Measurement
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Log-probabilities of n held-out pairs, (n, 6), nats, columns as in `PAIR_COLUMNS`; NaN where the start is not known."""
+    """n held-out pairs.
+
+    Attributes:
+        rows: log-probabilities, (n, 6), nats, columns as in `PAIR_COLUMNS`; NaN where the start is not known.
+        tokens: of the chosen and the rejected answers, (n, 2); None: not known.
+        slices: columns to part the pairs by, (n,) each, of texts and numbers.
+    """
 
     rows: np.ndarray
+    tokens: np.ndarray | None = None
+    slices: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def _column(self, name: str) -> np.ndarray:
+    def column(self, name: str) -> np.ndarray:
+        """A column of `PAIR_COLUMNS`, (n,)."""
         return self.rows[:, PAIR_COLUMNS.index(name)]
 
     def _gap(self, which: str) -> np.ndarray:
-        return self._column(f"{which}_chosen") - self._column(f"{which}_rejected")
+        return self.column(f"{which}_chosen") - self.column(f"{which}_rejected")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,7 +53,7 @@ class HeldOut:
     @property
     def reference(self) -> np.ndarray:
         """The reference's log-probabilities, (n, 2): chosen and rejected."""
-        return np.stack([self._column("ref_chosen"), self._column("ref_rejected")], axis=1)
+        return np.stack([self.column("ref_chosen"), self.column("ref_rejected")], axis=1)
 
     @property
     def starts_at_reference(self) -> bool:
@@ -54,7 +63,7 @@ class HeldOut:
 
     def shift(self, side: str) -> np.ndarray:
         """s_θ − s_ref of the "chosen" or "rejected" responses after training, (n,), nats."""
-        return self._column(f"policy_{side}") - self._column(f"ref_{side}")
+        return self.column(f"policy_{side}") - self.column(f"ref_{side}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,12 @@ from .style import QUIET, canvas, columns_of, legend, plain_ticks, run_style, ru
 #: With more logs than this, the training curve is a running mean, and the logs themselves are drawn faintly.
 MOST_LOGS = 60
 _FEW = 4
+#: The fractions drawn over steps: metric and title.
+FRACTIONS = (
+    ("in_undesirable_region", "In U (δ_ref < δ_θ < 0)"),
+    ("violation_rate", "Violations (δ_θ < γ)"),
+    ("prefers_chosen", "Prefers chosen (δ_θ > 0)"),
+)
 
 
 def series(run: Run, metric: str, of_training: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -136,15 +142,10 @@ def _finish(axes: Axes, runs: list[Run], title: str, unit: str) -> None:
 
 def fractions_over_steps(runs: list[Run]) -> tuple[Figure, list[str]]:
     """Draws U, violations and preferences over steps, in % of pairs, all runs in the same axes. And notes."""
-    chosen = (
-        ("in_undesirable_region", "In U (δ_ref < δ_θ < 0)"),
-        ("violation_rate", "Violations (δ_θ < γ)"),
-        ("prefers_chosen", "Prefers chosen (δ_θ > 0)"),
-    )
-    known = any(intervals(run, f"cpo/{metric}") for run in runs for metric, _ in chosen)
+    known = any(intervals(run, f"cpo/{metric}") for run in runs for metric, _ in FRACTIONS)
     bars = Line2D([], [], color=QUIET, marker="|", markersize=10, linestyle="", label="bars: exact 95 % intervals")
-    figure, (row,) = _frame(runs, len(chosen), more=[bars] if known else [])
-    for axes, (metric, title) in zip(row, chosen, strict=True):
+    figure, (row,) = _frame(runs, len(FRACTIONS), more=[bars] if known else [])
+    for axes, (metric, title) in zip(row, FRACTIONS, strict=True):
         _draw(axes, runs, f"cpo/{metric}", is_fraction=True)
         _finish(axes, runs, title, "pairs (%)")
         axes.set_ylim(-3, 103)

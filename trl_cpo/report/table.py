@@ -37,7 +37,7 @@ MAIN_SETTINGS = (
     "seed",
 )
 #: Settings left out: where a run writes, and who may push it, do not affect training.
-_BESIDE_THE_POINT = {"output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token"}
+BESIDE_THE_POINT = {"output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id", "push_to_hub_token"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def settings(runs: list[Run]) -> dict:
     Returns {"rows": [(name, [text or None for each run])], "equal": number of settings not in the rows}. Runs without any
     settings count as different in none.
     """
-    names = list(dict.fromkeys(name for run in runs for name in map(str, run.settings) if name not in _BESIDE_THE_POINT))
+    names = list(dict.fromkeys(name for run in runs for name in map(str, run.settings) if name not in BESIDE_THE_POINT))
     table = {name: [_shown(run.settings[name]) if name in run.settings else None for run in runs] for name in names}
     if len(runs) == 1:
         order = [name for name in MAIN_SETTINGS if name in table]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def load_sets(options: "PairArguments"):
-    """Training and held-out pairs as messages, reports on rows refused, how many were held out, and what was trained on.
+    """Training and held-out pairs as messages, reports on rows refused, "n of m" held out or None, and what was trained on.
 
     Pairs that are trained on are no held-out pairs.
 
@@ -40,8 +40,9 @@ def load_sets(options: "PairArguments"):
         if asked or error.known != [options.dataset_train_split]:
             raise
         count = options.held_out if options.held_out < 1 else int(options.held_out)
+        rows = len(train)
         train, test = hold_out(train, count, seed=0)
-        held_out = len(test)
+        held_out = f"{len(test):,} of {rows:,}"
     train = first_pairs(train, options.max_train_pairs)
     test, learned = _not_trained_on(test, train, options, sliced=held_out is not None)
     return train, first_pairs(test, options.max_test_pairs), reports, held_out, learned

@@ -50,7 +50,8 @@ class Decided:
             return decide(model, self._trainer.processing_class, self._rows)
         # Tokenizers and models of users raise what they like, and a count must not end a training.
         except Exception as error:
-            return self._not(f"{type(error).__name__}: {error}".split("\n")[0][:300])
+            self._not(f"{type(error).__name__}: {error}".split("\n")[0][:300])
+            return None
 
     def _not(self, reason: str) -> None:
         self._rows = None

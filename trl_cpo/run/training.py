@@ -1,20 +1,15 @@
 """One run: pairs and model in; a trained model, its log, its metrics and its held-out pairs out."""
 
-import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.models import read_config, source_of
-from ..decisions import in_words
-from ..files.atomic import write_json
-from ..files.masking import masked
-from ..files.run_files import LOG, METRICS, PAIRS
-from .card import add_results
+from ..files.run_files import LOG, METRICS
 from .data import load_sets, say_reports
 from .decided import Decided
-from .record import pairs_document, versions
+from .finished import Finished
 
 if TYPE_CHECKING:
     from .arguments import PairArguments, PolicyConfig, RunConfig
@@ -109,7 +104,6 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
     from ..engine.resume.checkpoints import clean_up, is_fresh
     from ..files.outputs import refuse_taken
     from ..logs.run_log import RunLog
-    from ..logs.summary import before_after, gain_and_price
     from ..trainer import CPOConstrainedTrainer
 
     state, started = PartialState(), time.time()
@@ -141,7 +135,7 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
     if not options.dataset_streaming:
         say_reports(reports, say)
     if held_out is not None:
-        say(f"      no test split: held {held_out} of {held_out + len(train_set)} pairs out")
+        say(f"      no test split: held {held_out} pairs out")
     left_out = learned["trained_on_left_out"]
     if left_out:
         say(f"      left {left_out} evaluation pairs out, which are trained on too")
@@ -188,7 +182,6 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
     before = starts[0] if starts else None
     after = trainer.evaluate()
     decisions = decided.document()
-    evaluated = after["eval_cpo/pairs"]
     if options.dataset_streaming:
         say_reports(reports, say)
 
@@ -196,66 +189,22 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
     trainer.save_model(str(output_dir))
     trainer.create_model_card(model_name=output_dir.name)
     if state.is_main_process:
-        write_json(
-            output_dir / PAIRS,
-            pairs_document(
-                trainer.evaluated_pairs["eval"],
-                degenerate=trainer.evaluated_degenerate["eval"],
-                reduction=args.logps_reduction,
-                gamma=args.gamma,
-                beta=args.beta,
-                constraint=args.constraint,
-                split=options.dataset_test_split if held_out is None else "held out",
-                # No reference is given here, so it is the policy at the start, unless it has followed the policy since.
-                start_is_reference=not args.sync_ref_model,
-                trained_on=left_out,
-            ),
+        finished = Finished(
+            options,
+            args,
+            policy,
+            trainer,
+            before,
+            after,
+            decisions=decisions,
+            data=reports,
+            trained_on=trained_on,
+            learned=learned,
+            split=options.dataset_test_split if held_out is None else "held out",
         )
-        record = {
-            "held_out_pairs": evaluated,
-            "before": before,
-            "after": after,
-            "seconds": round(time.time() - started, 1),
-            "data": {split: report.to_dict() for split, report in reports.items() if report is not None},
-            "pairs": {"dataset_name": options.dataset_name, "trained_on": trained_on, **learned},
-            "model": policy.model_name_or_path,
-            "seed": args.seed,
-            "versions": versions(),
-            # As text, an infinite option can be read back; JSON has no number for it.
-            # What was looked at before is in `before`, also of a run that was resumed.
-            "config": {
-                k: str(v) if v in (math.inf, -math.inf) else v for k, v in args.to_dict().items() if k != "eval_on_start"
-            },
-        }
-        table = before_after(
-            before, after, pairs=evaluated, gamma=args.gamma, reduction=args.logps_reduction, constraint=args.constraint
-        )
-        if decisions is not None:
-            record["decisions"] = decisions
-            table += f"\n\n{in_words(decisions)}"
-        sentence = None
-        if trainer.price is not None:
-            record["price"] = trainer.price.summary(time.time() - started)
-            sentence = gain_and_price(before, after, record["price"]["words"])
-        add_results(
-            output_dir / "README.md",
-            settings={
-                "base model": policy.model_name_or_path,
-                "pairs": options.dataset_name,
-                "constraint": args.constraint,
-                **{name: getattr(args, name) for name in ("gamma", "beta", "logps_reduction", "learning_rate")},
-            },
-            table=table,
-            sentence=sentence,
-        )
-        # Last, so that a folder with a metrics.json is a finished run.
-        write_json(output_dir / METRICS, masked(record))
-        if sentence is not None:
-            table += f"\n\n{sentence}\nMeasuring the price took {record['price']['seconds']:.0f} s."
+        summary = finished.write(output_dir, time.time() - started)
         say(
-            f"\n{table}\n"
-            + (f"{left_out} evaluation pairs were trained on, and are not counted\n" if left_out else "")
-            + f"\nmodel    {output_dir}\nmetrics  {output_dir / METRICS}\nlog      {run_log.file}\n"
+            f"\n{summary}\n\nmodel    {output_dir}\nmetrics  {output_dir / METRICS}\nlog      {run_log.file}\n"
             f"took {time.time() - started:.0f} s"
         )
     trainer.end()

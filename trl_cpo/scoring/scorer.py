@@ -39,7 +39,7 @@ class PreparedPairs:
     dataset: "Dataset"
     tokens: TokenPairs
     prompt_alone: Callable[[int], list[int]]
-    tokens_of_others: Callable[[int], tuple[int, int]]
+    tokens_of_others: Callable[[int], tuple[int, ...]]
 
 
 @dataclass(frozen=True)

@@ -622,7 +622,7 @@ def test_another_runs_checkpoint_is_taken_with_a_warning(tmp_path, tokenizer, sm
 def test_whatever_else_was_changed_is_named(tmp_path, tokenizer, small_model):
     """Everything that weights depend on: losses, schedule, optimizer, data; and nothing about where results go."""
     trainer_of(tmp_path, small_model, tokenizer, constraint="clip").train()
-    changed = dict(label_smoothing=0.1, adam_beta1=0.8, warmup_steps=1, max_length=500, max_steps=5)
+    changed = dict(ld_alpha=0.5, adam_beta1=0.8, warmup_steps=1, max_length=500, max_steps=5)
     with pytest.warns(UserWarning, match="Resuming from") as caught:
         trainer_of(
             tmp_path, small_model, tokenizer, constraint="clip", data=pairs_dataset(6, seed=3), **changed
