@@ -80,14 +80,14 @@ def document(before: Sequence[Decision] | None, after: Sequence[Decision]) -> di
 def in_words(found: Mapping[str, Any]) -> str:
     """The table of `document`, as text."""
     before, after, gain = found["before"], found["after"], found["gain"]
-    lines = [f"{'decisions on ' + str(after['rows']) + ' held-out rows':<47}{'before':>18}{'after':>18}{'gain, points':>18}"]
+    lines = [f"{'decisions on ' + str(after['rows']) + ' held-out rows':<50}{'before':>18}{'after':>18}{'gain, points':>18}"]
     for name, label in COUNTED.items():
         then, now = ("-" if part is None else _share(part[name]) for part in (before, after))
         change = "-"
         if gain is not None:
             share, low, high = (100 * gain[name][key] for key in ("share", "low", "high"))
             change = f"{share:+.0f} ({low:+.0f} to {high:+.0f})"
-        lines.append(f"{label:<47}{then:>18}{now:>18}{change:>18}")
+        lines.append(f"{label:<50}{then:>18}{now:>18}{change:>18}")
     lines.append("(95 % intervals in brackets: exact for shares, paired for gains)")
     return "\n".join(lines)
 
