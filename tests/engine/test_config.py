@@ -76,9 +76,9 @@ def test_all_faults_come_at_once(tmp_path):
 
 def test_the_command_line_says_so_and_leaves_no_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = main(["train", "--config", "demo", "--num_train_epochs", "0", "--output_dir", str(tmp_path / "out")])
+    code = main(["train", "--config", "demo", "--max_steps", "0", "--output_dir", str(tmp_path / "out")])
     assert code == 2
-    assert "num_train_epochs must be" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "max_steps must be" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
