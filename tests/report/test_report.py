@@ -717,7 +717,7 @@ def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which, wid
         page = make_report(
             [make_run(tmp_path / f"{'long-' * 20}{i}", seed=i, steps=10) for i in range(12)], tmp_path / "o"
         ).page
-        count = 8
+        count = 9
     else:
         folder = make_run(tmp_path / "r", steps=5)
         (folder / "pairs.json").unlink()
