@@ -104,7 +104,7 @@ def test_accelerate_launch_with_lora_twice(tmp_path, model_folder, hh_file):
         "gamma": 0.5,
         "constraint": "softplus",
     }
-    assert len(pairs["rows"]) == 2 and all(row[4:] == row[2:4] for row in pairs["rows"])
+    assert len(pairs["rows"]) == 2 and all(row[4:6] == row[2:4] for row in pairs["rows"])
     assert sum(row[0] - row[1] for row in pairs["rows"]) / 2 == pytest.approx(record["after"]["eval_cpo/gap"], abs=1e-4)
     assert sum(row[2] - row[3] for row in pairs["rows"]) / 2 == pytest.approx(record["before"]["eval_cpo/gap"], abs=1e-4)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
