@@ -4,6 +4,7 @@ A missing name stops the trainer at construction. Otherwise, after a rename upst
 exact resume would be lost silently.
 """
 
+import os
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,7 @@ from packaging.version import Version
 from trl import __version__ as trl_version
 
 #: The versions of TRL whose DPOTrainer the identity tests were run against.
-SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+SUPPORTED_TRL = SpecifierSet(">=1.15,<1.17")
 
 _DPO = "trl:DPOTrainer"
 
@@ -86,6 +87,16 @@ def check_upstream(version_of_trl: str | None = None) -> None:
             f"The installed libraries lack names that trl-cpo relies on: {', '.join(missing)}. Installed: "
             f"{', '.join(_versions())}. Install the versions in constraints.txt, or a trl-cpo that supports yours."
         )
+
+
+def check_kernels(device: str, version_of_trl: str = trl_version) -> None:
+    """Raises `ImportError` if TRL's fused head cannot run on this type of device: TRL 1.15 has it in Triton alone."""
+    if device != "cpu" or Version(version_of_trl) >= Version("1.16") or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    raise ImportError(
+        f"TRL {version_of_trl} computes log-probabilities on a GPU alone, and this run is on the CPU. Install a newer one: "
+        "pip install 'trl>=1.16,<1.17'. To try it all the same, slowly, set TRITON_INTERPRET=1."
+    )
 
 
 def missing_upstream() -> list[str]:
