@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from .config import CPOConstrainedConfig
 from .engine import DPOTrainer
@@ -14,6 +15,8 @@ from .metrics import COLUMNS, MetricLedger, PairView, per_pair
 from .multiplier import DualAscent, Multiplier
 from .pairs import PairLogps
 from .price import Limit, PriceTracker, keeps_last_within
+
+logger = logging.get_logger(__name__)
 
 
 class CPOConstrainedTrainer(DPOTrainer):
@@ -76,6 +79,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         self.price: PriceTracker | None = None
         self.leaves_out_degenerate = f"The {'' if args.is_plain_dpo else 'constraint and the '}cpo/ metrics leave"
         self.warn_of(args.cautions(), args)
+        follows = args.follows()
+        if follows and args.process_index == 0:
+            logger.warning_once(follows)  # no fault, so no Python warning
         callbacks = [] if self._dual is None else [DualAscent(self._dual)]
         return callbacks + ([Narrator(args.logps_reduction)] if args.narrate else [])
 

@@ -58,7 +58,19 @@ LAYOUT = {
     ),
     "config": (
         "its options",
-        {"_trl", "constraint_fields", "constraints", "engine", "faults", "hyperparameters", "metrics", "pairs", "price"},
+        {
+            "_trl",
+            "constraint_fields",
+            "constraints",
+            "engine",
+            "faults",
+            "hyperparameters",
+            "metrics",
+            "pairs",
+            "price",
+            "units",
+            "unset",
+        },
     ),
     "price": ("what training did to the model", {"engine", "faults", "files"}),
     "theory": ("closed forms, in float64", {"constraints", "gaps", "objective", "pairs"}),
@@ -81,6 +93,7 @@ LAYOUT = {
     "files": ("where to write, and whole; what is read", {"quoting"}),
     "quoting": ("other people's text, made harmless", set()),
     "units": ("nats per response or per token", set()),
+    "unset": ("defaults, told from the same value given", set()),
 }
 
 

@@ -124,6 +124,24 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     assert isinstance(args.gamma, float) and policy.lora_target_modules == ["q_proj", "v_proj"]
 
 
+@pytest.mark.parametrize(
+    ("recipes", "arguments", "taken", "said"),
+    [
+        ("sum", ["--logps_reduction", "mean"], (2.5, 0.05), "beta=0.2 and gamma=1 of the recipe are for logps_reduction='sum'"),
+        ("sum", ["--logps-reduction=mean", "--beta", "3"], (3.0, 0.05), "gamma=1 of the recipe are for logps_reduction='sum'"),
+        ("mean", ["--logps_reduction", "sum"], (0.1, 0.0), "beta=0.2 and gamma=1 of the recipe are for logps_reduction='mean'"),
+        ("mean", [], (0.2, 1.0), None),
+        ("mean", ["--logps_reduction", "mean"], (0.2, 1.0), None),
+        ("sum", [], (0.2, 1.0), None),
+    ],
+)
+def test_beta_and_gamma_of_a_recipe_hold_for_its_reduction(tmp_path, recipes, arguments, taken, said):
+    file = written(tmp_path, f"constraint: clip\nbeta: 0.2\ngamma: 1.0\nlogps_reduction: {recipes}\n")
+    _, args, _ = parse_run([*ON_CPU, *arguments], file)
+    assert (args.beta, args.gamma) == taken
+    assert args.follows() is None if said is None else said in args.follows()
+
+
 def test_environment_and_empty_values(tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_CPO_TEST_NAME", "before")
     file = written(tmp_path, "env: {TRL_CPO_TEST_NAME: 3}\nmax_test_pairs: null\nmodel_init_kwargs: {use_cache: false}\n")
