@@ -84,7 +84,7 @@ def test_the_arithmetic_in_the_recipes():
     assert f"{total / 1e9:.2f}e9 parameters" in text and f"{linear / 1e9:.2f}e9 in linear layers" in text
     assert f"{0.516 * linear / 1e9:.1f} GB" in text and f"{2 * head / 1e9:.2f}e9 (embedding and head" in text
     lora = adapter(3584, 18944, 28, 512, 16)
-    assert f"{lora / 1e6:.1f}e6 weights" in text and f"{16 * lora / 1e9:.1f} GB" in text
+    assert f"{lora / 1e6:.1f}e6 weights" in text and f"{8 * lora / 1e9:.1f} GB" in text
     text = said("full-zero3")
     assert f"= {16 * total / 1e9:.1f} GB, a quarter: {4 * total / 1e9:.1f} GB" in text
 
