@@ -156,7 +156,10 @@ class CPOConstrainedTrainer(DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # A training log may follow an evaluation, which leaves the model in evaluation mode.
         if self.model.training or "loss" in logs:
+            pairs = self._ledgers["train"].count
             logs.update(self._ledgers["train"].flush())
+            if pairs:
+                logs["cpo/pairs"] = pairs
             if self._dual is not None:
                 logs.update(self._dual.flush())
         super().log(logs, start_time)
