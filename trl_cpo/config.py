@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ._trl.loss import LOSS_READS, MEAN_OF
-from .constraint_fields import HYPERPARAMETERS, ConstraintFields
+from .constraint_fields import HYPERPARAMETERS, ConstraintFields, FormName
 from .constraints import CONSTRAINTS, Constraint
 from .constraints.dual_rule import DualRule
 from .engine.config import DPOConfig, documented
@@ -17,9 +18,19 @@ from .labels.form import SOFT_LOSSES
 from .metrics import MORE_IS_BETTER
 from .pairs import REDUCTIONS
 from .price.fields import PRICE_IS_BETTER, PriceFields, prepare_price, price_faults
+from .units import DEFAULTS_OF_MEANS, UNITS
+from .unset import UnsetNumber, UnsetText
 
 #: Of every `cpo/*` name that an evaluation logs, the price's too: whether more is better, or None.
 DIRECTIONS = {**MORE_IS_BETTER, **PRICE_IS_BETTER}
+
+
+def _unset(of: type, name: str, default: UnsetNumber | UnsetText):
+    """A field as `of` has it, whose default can be told from the same value given."""
+    about = dict(of.__dataclass_fields__[name].metadata)
+    if name in DEFAULTS_OF_MEANS:
+        about["help"] += f" Not given, it is {DEFAULTS_OF_MEANS[name]:g} under logps_reduction='mean'."
+    return field(default=default, metadata=about)
 
 
 def _own(metric: str | None) -> str | None:
@@ -42,11 +53,15 @@ class CPOConstrainedConfig(ConstraintFields, LabelFields, PriceFields, DPOConfig
         ValueError: naming every fault of these fields at once.
     """
 
+    constraint: FormName = _unset(ConstraintFields, "constraint", UnsetText("none"))
+    gamma: float = _unset(ConstraintFields, "gamma", UnsetNumber(HYPERPARAMETERS["gamma"].default))
+    beta: float = _unset(DPOConfig, "beta", UnsetNumber(DPOConfig.beta))
     logps_reduction: str = field(
         default="sum",
         metadata={
             "help": "How a response's log-probability is made of its tokens', for policy and reference alike: 'sum' "
-            "or 'mean' (per token). With 'mean' the loss 'sigmoid' is TRL's 'sigmoid_norm'.",
+            "or 'mean' (per token). With 'mean' the loss 'sigmoid' is TRL's 'sigmoid_norm', and beta and gamma that are not "
+            "given are the paper's, 2.5 and 0.05.",
             "choices": list(REDUCTIONS),
         },
     )
@@ -56,6 +71,7 @@ class CPOConstrainedConfig(ConstraintFields, LabelFields, PriceFields, DPOConfig
     )
 
     def __post_init__(self):
+        self._settle_unset()
         prepare_labels(self)
         if not price_faults(self):
             prepare_price(self)
@@ -65,6 +81,31 @@ class CPOConstrainedConfig(ConstraintFields, LabelFields, PriceFields, DPOConfig
         super().__post_init__()
         if self.logps_reduction == "mean":
             self.loss_type = [MEAN_OF.get(loss_type, loss_type) for loss_type in self.loss_type]
+
+    def _settle_unset(self) -> None:
+        """Gives β and γ that were not given their values, and keeps what was not given."""
+        self.chose_constraint = not isinstance(self.constraint, UnsetText)
+        self.constraint = self.constraint if self.chose_constraint else str.__str__(self.constraint)
+        #: Of β and γ, those that were not given. A resumed run keeps the values that they had.
+        self.not_given = tuple(name for name in DEFAULTS_OF_MEANS if isinstance(getattr(self, name), UnsetNumber))
+        for name in self.not_given:
+            setattr(self, name, DEFAULTS_OF_MEANS[name] if self.logps_reduction == "mean" else float(getattr(self, name)))
+
+    def keep(self, settings: Mapping[str, Any]) -> list[str]:
+        """Has β and γ that were not given be those of a run that is gone on with; returns what changed, `name=value` each.
+
+        Earlier versions gave means the defaults of sums. Where the reductions differ, nothing is kept.
+
+        Args:
+            settings: of the run, as its checkpoint holds them.
+        """
+        if settings.get("logps_reduction") != self.logps_reduction:
+            return []
+        kept = [name for name in self.not_given if settings.get(name, getattr(self, name)) != getattr(self, name)]
+        for name in kept:
+            setattr(self, name, settings[name])
+        self.not_given = tuple(name for name in self.not_given if name not in kept)
+        return [f"{name}={settings[name]:g}" for name in kept]
 
     def faults(self) -> list[str]:
         """What is wrong with these fields, one sentence each."""
@@ -115,7 +156,27 @@ class CPOConstrainedConfig(ConstraintFields, LabelFields, PriceFields, DPOConfig
             if name not in reads and getattr(self, name) != declared.default
         ]
         notes = [f"constraint={self.constraint!r} does not use {', '.join(unused)}."] if unused else []
+        notes += filter(None, [self._idle_gamma()])
         return notes + super().cautions() + self._best_model_cautions() + self.form.cautions()
+
+    def follows(self) -> str | None:
+        """Which of β and γ were not given and follow the reduction, in a sentence; None where none do."""
+        if self.logps_reduction != "mean" or not self.not_given:
+            return None
+        values = " and ".join(f"{name}={getattr(self, name):g}" for name in self.not_given)
+        follow = "it follows" if len(self.not_given) == 1 else "they follow"
+        return (
+            f"{values}: not given, so {follow} logps_reduction='mean' ({UNITS['mean']}). By sums beta is TRL's "
+            f"{DPOConfig.beta:g} and gamma 0."
+        )
+
+    def _idle_gamma(self) -> str | None:
+        if self.chose_constraint or not self.is_plain_dpo or "gamma" in self.not_given or not self.gamma:
+            return None
+        return (
+            f"gamma={self.gamma:g} changes nothing in training: no constraint was given, and constraint='none' is plain DPO. "
+            "Set constraint='clip' to train every pair towards gamma, or constraint='none' to compare."
+        )
 
     def _best_model_cautions(self) -> list[str]:
         name, said = self.metric_for_best_model, self.greater_is_better

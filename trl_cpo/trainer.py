@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from .config import CPOConstrainedConfig
 from .engine import DPOTrainer
@@ -18,6 +19,8 @@ from .logs.narration import Narrator
 from .metrics import METRICS, PairView, per_pair
 from .multiplier import DualAscent
 from .price import Limit, PriceTracker, keeps_last_within
+
+logger = logging.get_logger(__name__)
 
 
 class CPOConstrainedTrainer(DPOTrainer):
@@ -77,6 +80,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         self.price: PriceTracker | None = None
         self.leaves_out_degenerate = f"The {'' if args.is_plain_dpo else 'constraint and the '}cpo/ metrics leave"
         self.warn_of(args.cautions(), args)
+        follows = args.follows()
+        if follows and args.process_index == 0:
+            logger.warning_once(follows)  # no fault, so no Python warning
         return [Narrator(args.logps_reduction)] if args.narrate else []
 
     def data_given(self, args: CPOConstrainedConfig, datasets: Mapping[str, Any]) -> Carried:
@@ -142,7 +148,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # With several sets, DPOTrainer logs all its metrics under "eval_"; ours go under the set's own prefix.
         prefix, counts = f"{metric_key_prefix}_", ledger.counts(f"{metric_key_prefix}_")
-        output.metrics.update(ledger.flush(prefix) | counts)
+        output.metrics.update(ledger.flush(prefix) | {f"{prefix}cpo/pairs": 0} | counts)
         output.metrics.update(self._bounds.held(output.metrics, prefix))
         if self.price is not None:
             measured = self.price.at_evaluation(metric_key_prefix)
@@ -160,5 +166,7 @@ class CPOConstrainedTrainer(DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # A training log may follow an evaluation, which leaves the model in evaluation mode.
         if self.model.training or "loss" in logs:
-            logs.update(self._ledgers["train"].flush() | self._bounds.flush())
+            ledgers = self._ledgers["train"]
+            counts = ledgers.counts()
+            logs.update(ledgers.flush() | counts | self._bounds.flush())
         super().log(logs, start_time)

@@ -54,8 +54,8 @@ def solved(gamma, epsilon, floor, floor_epsilon):
     conditions = [
         lambda x: slack(x)[0] - (gammas - gap(x)),
         lambda x: slack(x)[1] - (REFERENCE[:, 0] - floor - logps(x)[:, 0]),
-        *(lambda x, g=g: epsilon[g] - (certainty * slack(x)[0])[GROUP == g].mean() for g in (0, 1)),
-        *(lambda x, g=g: floors[g] - (certainty * slack(x)[1])[GROUP == g].mean() for g in (0, 1)),
+        *(lambda x, g=g: epsilon[g] - (certainty * slack(x)[0])[g == GROUP].mean() for g in (0, 1)),
+        *(lambda x, g=g: floors[g] - (certainty * slack(x)[1])[g == GROUP].mean() for g in (0, 1)),
     ]
     start = np.concatenate([REFERENCE.ravel(), np.full(2 * n, 3.0)])
     bounds = [(-20, 20)] * (n * ANSWERS) + [(0, None)] * (2 * n)

@@ -69,6 +69,8 @@ LAYOUT = {
             "metrics",
             "pairs",
             "price",
+            "units",
+            "unset",
         },
     ),
     "price": ("what training did to the model", {"engine", "faults", "files"}),
@@ -96,6 +98,7 @@ LAYOUT = {
     "files": ("where to write, and whole; what is read", {"quoting"}),
     "quoting": ("other people's text, made harmless", set()),
     "units": ("nats per response or per token", set()),
+    "unset": ("defaults, told from the same value given", set()),
 }
 
 

@@ -28,11 +28,10 @@ class GroupLedgers:
         """The means since the last flush."""
         return {name: value for ledger in self._ledgers.values() for name, value in ledger.flush(prefix).items()}
 
-    def counts(self, prefix: str) -> dict[str, int]:
-        """The number of pairs since the last flush, of all and of each group."""
-        return {
-            f"{prefix}cpo/{group}/pairs" if group else f"{prefix}cpo/pairs": each.count for group, each in self._ledgers.items()
-        }
+    def counts(self, prefix: str = "") -> dict[str, int]:
+        """The number of pairs since the last flush, of all and of each group; without those that have none."""
+        counts = {f"{group}/" if group else "": ledger.count for group, ledger in self._ledgers.items()}
+        return {f"{prefix}cpo/{group}pairs": count for group, count in counts.items() if count}
 
     def clear(self) -> None:
         """Drops everything added."""
