@@ -87,6 +87,8 @@ class CPOConstrainedTrainer(DPOTrainer):
 
     def data_given(self, args: CPOConstrainedConfig, datasets: Mapping[str, Any]) -> Carried:
         self._columns = columns = LabelColumns.of(args, datasets)
+        if columns.fitted is not None and args.process_index == 0:
+            logger.warning_once(str(columns.fitted))
         self._gammas = columns.gammas(args.gamma)
         self._bounds = args.bounds(columns.groups, columns.epsilons())
         names = [*METRICS, *([FALLEN] if args.chosen_floor is not None else [])]

@@ -15,6 +15,12 @@ class FittedScale:
     high: float
     pairs: int
 
+    def __str__(self):
+        return (
+            f"score_scale: {self.scale:.4g} is the most likely on {self.pairs} held-out pairs with different scores (95 % interval "
+            f"{self.low:.4g} to {self.high:.4g})."
+        )
+
 
 def fit_scale(differences: np.ndarray) -> FittedScale:
     """η in `p = σ(η d)`, d the chosen answer's score less the rejected's: maximizes `Σ log σ(η d)`.
