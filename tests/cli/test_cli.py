@@ -111,6 +111,17 @@ def test_mistakes_exit_with_2_and_name_the_next_command(arguments, said, capsys,
     assert not command.group(1) or command.group(1).strip() in COMMANDS
 
 
+def test_train_without_arguments_shows_the_help_and_the_defaults(capsys, monkeypatch, tmp_path):
+    def reached(*_, **__):
+        raise AssertionError("a run was started")
+
+    monkeypatch.setattr("trl_cpo.cli.options.parse_run", reached)
+    assert main(["train"]) == 2
+    err = capsys.readouterr().err
+    assert "--dataset_name D" in err and "usage: trl-cpo train" in err
+    assert "with constraint clip, gamma 0 and beta 0.1" in err
+
+
 def test_exit_codes(monkeypatch, capsys):
     """Each of the documented codes, through a command that ends in each way."""
 

@@ -54,11 +54,24 @@ LAYOUT = {
     "recipes": ("settings with a name", set()),
     "trainer": (
         "compute_loss with the constraint",
-        {"config", "engine", "logs", "metrics", "multiplier", "pairs", "price"},
+        {"config", "engine", "labels", "logs", "metrics", "multiplier", "price"},
     ),
     "config": (
         "its options",
-        {"_trl", "constraint_fields", "constraints", "engine", "faults", "hyperparameters", "metrics", "pairs", "price"},
+        {
+            "_trl",
+            "constraint_fields",
+            "constraints",
+            "engine",
+            "faults",
+            "hyperparameters",
+            "labels",
+            "metrics",
+            "pairs",
+            "price",
+            "units",
+            "unset",
+        },
     ),
     "price": ("what training did to the model", {"engine", "faults", "files"}),
     "theory": ("closed forms, in float64", {"constraints", "gaps", "objective", "pairs"}),
@@ -66,6 +79,10 @@ LAYOUT = {
     "_trl": ("the seam: all of upstream's insides", {"data", "pairs"}),
     "objective": ("the pair loss by itself, for tests and theory", {"pairs"}),
     "constraint_fields": ("the forms' hyperparameters as options", {"constraints", "hyperparameters"}),
+    "labels": (
+        "how sure a pair is, by how much, of which group",
+        {"constraints", "faults", "hyperparameters", "metrics", "multiplier", "pairs"},
+    ),
     "multiplier": ("the dual variable", {"constraints"}),
     "constraints": ("one form of the constraint a file", {"hyperparameters", "pairs"}),
     "metrics": ("what is logged of the gap", {"gaps", "pairs"}),
@@ -81,6 +98,7 @@ LAYOUT = {
     "files": ("where to write, and whole; what is read", {"quoting"}),
     "quoting": ("other people's text, made harmless", set()),
     "units": ("nats per response or per token", set()),
+    "unset": ("defaults, told from the same value given", set()),
 }
 
 

@@ -168,6 +168,27 @@ def test_a_run_goes_on_from_its_latest_checkpoint(run, tmp_path, model_folder, h
     assert "no whole checkpoint-* folder in other" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_resumed_run_keeps_beta_and_gamma_that_nobody_gave(run, tmp_path, model_folder, hh_file):
+    """Earlier versions trained means with the defaults of sums. Whoever resumes such a run gives the command of then."""
+    options = [
+        "--model_name_or_path",
+        model_folder,
+        "--dataset_name",
+        hh_file,
+        *TINY,
+        "--logps_reduction",
+        "mean",
+        "--no_price",
+    ]
+    options += ["--output_dir", "mine", "--save_strategy", "steps", "--save_steps", "1"]
+    run(*options, "--max_steps", "1", "--beta", "0.1", "--gamma", "0")
+    done = run(*options, "--resume_from_checkpoint", "latest")
+    assert "beta=0.1 and gamma=0, as in mine/checkpoint-1: not given here" in done.stdout
+    config = json.loads((tmp_path / "mine" / "metrics.json").read_text())["config"]
+    assert (config["beta"], config["gamma"]) == (0.1, 0.0)
+    assert "no longer the same run" not in done.stderr
+
+
 def test_a_stream_is_counted_as_it_is_read(run, tmp_path, model_folder, hh_file):
     data = tmp_path / "data"
     data.mkdir()

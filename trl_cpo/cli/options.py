@@ -41,10 +41,13 @@ def parse_run(
         UserError: an option or a key of the recipe is unknown, given twice, or has an invalid value.
     """
     parser = run_parser(program)
+    not_taken: dict[str, float] = {}
     if config is not None:
         values = read_config(config)
         environment = _environment(values.pop("env", None), f"{config}: env", program)
-        parser.set_defaults_with_config(**checked(values, parser, config))
+        values = checked(values, parser, config)
+        not_taken = _of_another_reduction(values, parser, arguments)
+        parser.set_defaults_with_config(**{name: value for name, value in values.items() if name not in not_taken})
         os.environ.update(environment)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -55,7 +58,17 @@ def parse_run(
         raise UserError(f"{error}\nAll options: {program} --help") from error
     if unknown:
         parser.error("\n".join(unknown_options(unknown, [*option_strings(parser), "--config"])))
-    return tuple(parsed)
+    pairs, args, policy = parsed
+    args.not_taken = not_taken
+    return pairs, args, policy
+
+
+def _of_another_reduction(values: dict[str, Any], parser: RunParser, arguments: Sequence[str]) -> dict[str, float]:
+    """β and γ of a recipe whose unit the command line changes: nats per response and per token differ a hundredfold."""
+    recipes = values.get("logps_reduction", RunConfig.logps_reduction)
+    parser.set_defaults_with_config(logps_reduction=recipes)
+    runs = parser.parse_known_args(list(arguments))[0].logps_reduction
+    return {} if runs == recipes else {name: values[name] for name in ("beta", "gamma") if name in values}
 
 
 def _environment(given: Any, where: str, program: str) -> dict[str, str]:

@@ -82,6 +82,7 @@ def _for_cpu(options: argparse.Namespace) -> bool:
 
 def _request(options: argparse.Namespace, args, policy, device: str):
     from ..plan import PlanRequest
+    from ..plan.shape import default_targets
 
     model = options.model or policy.model_name_or_path
     kind = options.parallel or ("ddp" if options.gpus > 1 else "single")
@@ -96,9 +97,11 @@ def _request(options: argparse.Namespace, args, policy, device: str):
             "plan needs the number of pairs in a micro-batch, which --tokens_per_step does not fix.\nGive it instead: trl-cpo "
             "plan --per_device_train_batch_size N …"
         )
-    targets = policy.lora_target_modules or ["all-linear"]
+    config, targets = _config(model, args, policy), policy.lora_target_modules
+    if policy.use_peft and not targets:
+        targets = default_targets(config.model_type)
     return PlanRequest(
-        config=_config(model, args, policy),
+        config=config,
         gpus=options.gpus,
         parallel="single" if options.gpus == 1 and kind == "ddp" else kind,
         offload=options.offload,
@@ -106,9 +109,10 @@ def _request(options: argparse.Namespace, args, policy, device: str):
         weight_bytes=2 if policy.dtype in ("bfloat16", "float16") else 4,
         bits=bits,
         nested=bool(policy.use_bnb_nested_quant),
+        quant_storage=policy.bnb_4bit_quant_storage or "uint8",
         autocast=bool(args.bf16 or args.fp16),
         lora_rank=policy.lora_r if policy.use_peft else 0,
-        lora_targets=tuple([targets] if isinstance(targets, str) else targets),
+        lora_targets=targets if isinstance(targets, str) else tuple(targets or ()),
         precomputed=bool(args.precompute_ref_log_probs),
         checkpointing=bool(args.gradient_checkpointing),
         packed=bool(packed),

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +29,8 @@ most used options (--help-all lists all of TRL's DPOConfig, ModelConfig and Scri
   --dataset_name D               hub name, .jsonl[.gz], .json or .parquet file, folder, 'demo' or 'demo-answers'
   --output_dir DIR               by default outputs/<dataset>-<constraint>, numbered if taken
   --constraint C                 {_FORMS}
-  --gamma G                      the preference gap to reach, >= 0, in nats
-  --beta B                       DPO's beta
+  --gamma G                      the preference gap to reach, >= 0, in nats (default: 0; 0.05 for means)
+  --beta B                       DPO's beta (default: 0.1; 2.5 for means)
   --logps_reduction R            sum (nats per response) or mean (nats per token)
   --learning_rate LR             --num_train_epochs N, --max_steps N, --seed N
   --per_device_train_batch_size  --gradient_accumulation_steps N, --max_length N
@@ -71,11 +72,14 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if not options.config and not options.passed_on:
         from ..run.arguments import PairArguments, PolicyConfig, RunConfig
+        from . import command_parser
 
+        print(f"{command_parser('train').format_help()}", file=sys.stderr)
         raise UserError(
             f"nothing to train was named. By default it would be {PolicyConfig.model_name_or_path} on "
-            f"{PairArguments.dataset_name}, downloaded from the hub, with constraint {RunConfig.constraint}: name any of them "
-            "to start.\nMinutes on a CPU, without a hub: trl-cpo train --config demo; the options: trl-cpo train --help"
+            f"{PairArguments.dataset_name}, downloaded from the hub, with constraint {RunConfig.constraint}, gamma "
+            f"{RunConfig.gamma:g} and beta {RunConfig.beta:g}: name any of them to start.\n"
+            "Minutes on a CPU, without a hub: trl-cpo train --config demo; the options: trl-cpo train --help"
         )
     config = options.config[0] if options.config else None
     refuse_missing(options.passed_on, {} if config is None else read_config(config))
