@@ -13,8 +13,8 @@ the majority's answer is chosen. votes: p from the counts, (k + 1/2)/6 (Jeffreys
 quality, the posterior's log odds being the sum of theirs. Scored: how often the policy prefers the answer that is truly better,
 on 2,000 new pairs.
 
-**groups**: 300 pairs, two in three of a group that wants one utility, the others of a group that wants one opposed to it on part
-of the features. Scored: each group's share of new pairs that are right.
+**groups**: 300 pairs, two in three of a group that wants one utility, the others of a group that wants the opposite on half of
+the features. Scored: each group's share of new pairs that are right.
 
 Learning rate and steps are those of the first try, the same for all arms. β was lowered from 1 to 0.3 after it, as half of the
 arms did not get to the KL at which they are compared; the two arms of the groups with a higher cap were added then, as both

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..data.models import end_tokens, source_of
+from ..data.votes import count_votes
 from ..scoring.scored_pairs import ScoredPairs
 from ..scoring.scorer import ROW, PreparedPairs, Scorer
 from ..scoring.steps import PairSet, read_set, score_roles
@@ -91,7 +92,14 @@ def audit(request: AuditRequest, say: Callable[[str], None] = lambda _: None) ->
         "seed": request.seed,
         "settings": vars(request.settings),
         "sets": [
-            {"set": name, "rows": one.rows, "refused": one.refused, "preflight": preflights[name]} for name, one in sets.items()
+            {
+                "set": name,
+                "rows": one.rows,
+                "refused": one.refused,
+                "preflight": preflights[name],
+                "judgements": count_votes(one.pairs).report(),
+            }
+            for name, one in sets.items()
         ],
     }
     if request.preflight_only:

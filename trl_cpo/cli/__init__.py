@@ -28,6 +28,7 @@ COMMANDS = {
     "recipes": "recipes",
     "plan": "plan",
     "audit": "audit",
+    "votes": "votes",
     "certify": "certify",
     "report": "report",
 }
