@@ -1,16 +1,20 @@
 """CPOConstrainedConfig: DPOConfig and the fields of the constraint."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ._trl.loss import LOSS_READS, MEAN_OF
 from .constraint_fields import HYPERPARAMETERS, ConstraintFields, FormName
 from .constraints import CONSTRAINTS, Constraint
+from .constraints.dual_rule import DualRule
 from .engine.config import DPOConfig, documented
 from .faults import is_finite, is_true_or_false, one_of
 from .hyperparameters import fault
+from .labels.bounds import Bounds
+from .labels.fields import LabelFields, label_faults, prepare_labels
+from .labels.form import SOFT_LOSSES
 from .metrics import MORE_IS_BETTER
 from .pairs import REDUCTIONS
 from .price.fields import PRICE_IS_BETTER, PriceFields, prepare_price, price_faults
@@ -36,7 +40,7 @@ def _own(metric: str | None) -> str | None:
 
 @documented
 @dataclass
-class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
+class CPOConstrainedConfig(ConstraintFields, LabelFields, PriceFields, DPOConfig):
     r"""
     Configuration of [`CPOConstrainedTrainer`]: every field of [`~trl.DPOConfig`] and of the engine, and the constraint's.
 
@@ -68,6 +72,7 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
 
     def __post_init__(self):
         self._settle_unset()
+        prepare_labels(self)
         if not price_faults(self):
             prepare_price(self)
         if self.greater_is_better is None:
@@ -115,18 +120,26 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
             faults.append(one_of("logps_reduction", self.logps_reduction, REDUCTIONS))
         known, out_of_range = not faults, self._out_of_range()
         faults += [*out_of_range.values(), *is_true_or_false("narrate", self.narrate), *super().faults()]
-        faults += price_faults(self)
+        faults += [*price_faults(self), *label_faults(self)]
         if known and set(self.loss_type) <= set(LOSS_READS):
             faults += self._combination_faults(out_of_range)
         return faults
 
     @property
     def is_plain_dpo(self) -> bool:
-        return self.constraint == "none"
+        return self.constraint == "none" and not self.labels_act
 
     @property
     def adds_loss(self) -> bool:
-        return self.form.adds_loss
+        return self.form.adds_loss or self.has_soft_labels or self.chosen_floor is not None
+
+    def bounds(self, groups: Sequence[str], epsilons: Mapping[str, float]) -> Bounds:
+        """The bounds that are asked for, for groups of these names; `epsilons` are the constraint's, by group."""
+        floor, weight, rule = self.chosen_floor, self.chosen_floor_weight, None
+        if floor is not None and weight is None:
+            # Step size and cap are the defaults of 'lagrangian'.
+            rule = DualRule(self.chosen_floor_epsilon, 0.1 * self.beta**2, self.beta)
+        return Bounds(self.form.dual_rule, floor=floor, floor_weight=weight, floor_rule=rule, groups=groups, epsilons=epsilons)
 
     @property
     def form(self) -> Constraint:
@@ -188,8 +201,12 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
     def _combination_faults(self, out_of_range: dict[str, str]) -> list[str]:
         form, faults = self.form, []
         sound_beta = isinstance(self.beta, (int, float)) and is_finite(self.beta) and self.beta > 0
-        if (form.moves_target or form.adds_loss) and not sound_beta:
-            faults.append(f"beta must be a finite number > 0 under constraint={self.constraint!r}; got {self.beta!r}.")
+        if not self.is_plain_dpo and not sound_beta:
+            under = f"under constraint={self.constraint!r}" if self.constraint != "none" else "with labels or a chosen floor"
+            faults.append(f"beta must be a finite number > 0 {under}; got {self.beta!r}.")
+        elif self.chosen_floor_weight is None and self.chosen_floor is not None and self.beta > 1e100:
+            # its square, of which the multiplier's step size is made, may be beyond any float
+            faults.append(f"beta must be at most 1e100 with a chosen floor; got {self.beta!r}.")
         own = form.hyperparameters().keys() - Constraint.hyperparameters().keys()
         if not faults and own.isdisjoint(out_of_range):  # only sound numbers can be compared
             faults += form.faults()
@@ -201,33 +218,65 @@ class CPOConstrainedConfig(ConstraintFields, PriceFields, DPOConfig):
                     f"logps_reduction='mean' with loss_type {summed}: TRL defines it on summed log-probabilities. Use "
                     "'sigmoid', 'sigmoid_norm', 'ipo' or 'sft', or logps_reduction='sum'."
                 )
-        if form.moves_target:
+        if form.moves_target or self.margin_column is not None:
             faults += self._target_faults(reads)
+        if self.has_soft_labels:
+            faults += self._soft_label_faults(reads)
         return faults
+
+    def _soft_label_faults(self, reads: dict[str, str]) -> list[str]:
+        faults, how = [], {name: SOFT_LOSSES[name] for name in reads if name in SOFT_LOSSES}
+        undefined = [name for name in reads if name not in SOFT_LOSSES]
+        if undefined:
+            faults.append(
+                f"A probability of labels is not defined for loss_type {undefined}. Use 'sigmoid', 'sigmoid_norm' or 'ipo', "
+                "each also beside 'sft'."
+            )
+        if {"term", "target"} <= set(how.values()):
+            faults.append(
+                f"With a probability of labels, loss_type {list(reads)} mixes losses that take it up in different ways. Use "
+                "either 'ipo' or 'sigmoid'."
+            )
+        if self.logps_reduction == "sum" and "mean" in reads.values():
+            faults.append(
+                f"loss_type {[n for n, read in reads.items() if read == 'mean']} averages log-probabilities per token: with a "
+                "probability of labels set logps_reduction='mean'."
+            )
+        if self.use_weighting:
+            faults.append("use_weighting=True and a probability of labels both weigh a pair. Leave one of them out.")
+        if self.f_divergence_type != "reverse_kl":
+            faults.append(
+                f"A probability of labels is defined for f_divergence_type='reverse_kl' alone; got {self.f_divergence_type!r}."
+            )
+        return faults
+
+    @property
+    def _mover(self) -> str:
+        return f"constraint={self.constraint!r}" if self.form.moves_target else f"margin_column={self.margin_column!r}"
 
     def _target_faults(self, reads: dict[str, str]) -> list[str]:
         faults = []
         one_side = [name for name, read in reads.items() if read == "one side"]
         if one_side:
             faults.append(
-                f"constraint={self.constraint!r} moves the target margin of a pair, and loss_type {one_side} reads one "
+                f"{self._mover} moves the target margin of a pair, and loss_type {one_side} reads one "
                 "side's log-ratio by itself, where a margin has no meaning. Use 'sigmoid', 'hinge', 'robust', "
                 "'exo_pair', 'discopop', 'aot', 'sigmoid_norm', 'ipo' or 'sft', or constraint='penalty'."
             )
         averaged = [name for name, read in reads.items() if read == "mean"]
         if self.logps_reduction == "sum" and averaged:
             faults.append(
-                f"loss_type {averaged} averages log-probabilities per token: under constraint={self.constraint!r} set "
+                f"loss_type {averaged} averages log-probabilities per token: under {self._mover} set "
                 "logps_reduction='mean', so that gamma and the target are per token as well."
             )
         if all(read == "no reference" for read in reads.values()):
             faults.append(
-                f"loss_type {list(reads)} reads no reference, so constraint={self.constraint!r} would change nothing. "
+                f"loss_type {list(reads)} reads no reference, so {self._mover} would change nothing. "
                 "Add a preference loss such as 'sigmoid', or use constraint='penalty' or 'none'."
             )
         if self.f_divergence_type != "reverse_kl":
             faults.append(
-                f"constraint={self.constraint!r} is defined for f_divergence_type='reverse_kl' alone; got "
+                f"{self._mover} is defined for f_divergence_type='reverse_kl' alone; got "
                 f"{self.f_divergence_type!r}, which bends each side's log-ratio before they are compared, so that no "
                 "target margin on their difference exists. Use 'reverse_kl', or constraint='penalty'."
             )

@@ -54,7 +54,7 @@ LAYOUT = {
     "recipes": ("settings with a name", set()),
     "trainer": (
         "compute_loss with the constraint",
-        {"config", "engine", "logs", "metrics", "multiplier", "pairs", "price"},
+        {"config", "engine", "labels", "logs", "metrics", "multiplier", "price"},
     ),
     "config": (
         "its options",
@@ -65,6 +65,7 @@ LAYOUT = {
             "engine",
             "faults",
             "hyperparameters",
+            "labels",
             "metrics",
             "pairs",
             "price",
@@ -78,6 +79,10 @@ LAYOUT = {
     "_trl": ("the seam: all of upstream's insides", {"data", "pairs"}),
     "objective": ("the pair loss by itself, for tests and theory", {"pairs"}),
     "constraint_fields": ("the forms' hyperparameters as options", {"constraints", "hyperparameters"}),
+    "labels": (
+        "how sure a pair is, by how much, of which group",
+        {"constraints", "faults", "hyperparameters", "metrics", "multiplier", "pairs"},
+    ),
     "multiplier": ("the dual variable", {"constraints"}),
     "constraints": ("one form of the constraint a file", {"hyperparameters", "pairs"}),
     "metrics": ("what is logged of the gap", {"gaps", "pairs"}),
