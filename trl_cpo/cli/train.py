@@ -98,11 +98,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _how_to_go_on(options: argparse.Namespace, args: "RunConfig") -> str:
     """What is left of an interrupted run, and the command that goes on with it; empty on all processes but the first."""
-    from ..engine.resume.checkpoints import newest_checkpoint
+    from ..run.training import last_checkpoint
 
     if int(os.environ.get("RANK", "0")) or not args.output_dir or not Path(args.output_dir).is_dir():
         return ""
-    newest = newest_checkpoint(args.output_dir)
+    newest = last_checkpoint(args.output_dir)
     if newest is None:
         done = "No checkpoint was written (--save_strategy steps --save_steps N writes them): this starts from the beginning"
     else:
