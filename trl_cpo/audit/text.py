@@ -23,6 +23,9 @@ def render(document: dict) -> str:
     )
     for audited in document["sets"]:
         lines += ["", _title(document, audited)]
+        for reason in audited.get("refused_for", ()):
+            rows = ", ".join(map(str, reason["rows"])) + (", …" if reason["count"] > len(reason["rows"]) else "")
+            lines += _wrapped(f"{reason['count']} {reason['reason']}: {reason['says']} (rows {rows})")
         lines += _preflight(audited["preflight"]) + _judgements(audited.get("judgements"))
         if audited.get("all"):
             lines += _standing(audited["all"]) + _pull(audited["all"], settings) + _length(audited["all"])

@@ -119,8 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             tell(f"{name}: {error}")
             return WRONG_USE
-        except KeyboardInterrupt:
-            tell(f"{name}: interrupted")
+        except KeyboardInterrupt as stop:
+            # With a message, it is a command's own and says what to do next.
+            tell(f"{name}: interrupted" + (f". {stop}" if str(stop) else ""))
             return INTERRUPTED
         except BrokenPipeError:
             # The reader (head, less) has closed the pipe.

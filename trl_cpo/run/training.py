@@ -47,6 +47,13 @@ def checkpoint_of(args: "RunConfig") -> str | None:
     return None if found is None else str(found)
 
 
+def last_checkpoint(output_dir: str) -> Path | None:
+    """The checkpoint that an interrupted run would go on from, as this process sees it; None where it has written none."""
+    from ..engine.resume.checkpoints import newest_checkpoint
+
+    return newest_checkpoint(output_dir)
+
+
 def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -> Path:
     """Trains, evaluates on the held-out pairs before and after, and gives the run's folder.
 
