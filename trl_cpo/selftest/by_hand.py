@@ -75,16 +75,15 @@ def expected(
     """
     policy, reference = (copy.deepcopy(each).double().eval() for each in (policy, reference))
     policy.zero_grad()
-    chosen, rejected, ref_chosen, ref_rejected = [], [], [], []
+    answers: tuple[list[_Answer], ...] = ([], [], [], [])
+    chosen, rejected, ref_chosen, ref_rejected = answers
     for pair in pairs:
         shared = min(len(token_ids(pair[side])) for side in ("chosen", "rejected")) + 1
         for side, ours, theirs in (("chosen", chosen, ref_chosen), ("rejected", rejected, ref_rejected)):
             ours.append(_answer(policy, pair["prompt"], pair[side], shared, ld_alpha))
             with torch.no_grad():
                 theirs.append(_answer(reference, pair["prompt"], pair[side], shared, ld_alpha))
-    s_chosen, s_rejected, r_chosen, r_rejected = (
-        torch.stack([answer.logp for answer in side]) for side in (chosen, rejected, ref_chosen, ref_rejected)
-    )
+    s_chosen, s_rejected, r_chosen, r_rejected = (torch.stack([answer.logp for answer in side]) for side in answers)
     gap, ref_gap = s_chosen - s_rejected, r_chosen - r_rejected
     loss = loss_of(gap, ref_gap).sum() / len(pairs)
     loss.backward()

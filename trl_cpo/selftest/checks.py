@@ -121,17 +121,18 @@ def identity(folder: Path) -> Iterator[str]:
         adapter = LoraConfig(r=2, lora_dropout=0.3, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
         return {"model": materials.model(0, dropout=0.3), "peft_config": adapter}
 
-    cases = {
+    cases: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any] | None]]] = {
         "full": ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, lambda: None),
         "LoRA": ({"disable_dropout": False, "ld_alpha": 0.4}, lora),
     }
+    arms: tuple[tuple[type, type, dict[str, Any]], ...] = (
+        (trl.DPOTrainer, trl.DPOConfig, {}),
+        (CPOConstrainedTrainer, CPOConstrainedConfig, {"constraint": "none", "check_reference": False}),
+    )
     for name, (options, parts) in cases.items():
         common: dict[str, Any] = dict(max_steps=2, optim="adamw_torch", **options)
-        runs = []
-        for cls, config, own in (
-            (trl.DPOTrainer, trl.DPOConfig, {}),
-            (CPOConstrainedTrainer, CPOConstrainedConfig, {"constraint": "none", "check_reference": False}),
-        ):
+        runs: list[_Run] = []
+        for cls, config, own in arms:
             torch.manual_seed(0)
             given = parts()
             torch.manual_seed(0)
@@ -207,7 +208,7 @@ def clip_precomputed(folder: Path) -> Iterator[str]:
 
 def penalty_accumulated(folder: Path) -> Iterator[str]:
     """penalty over accumulated micro-batches agrees with its formula."""
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "penalty_weight": WEIGHT}
+    options: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "penalty_weight": WEIGHT}
     yield from _against_formulas(folder, "penalty", by_hand.penalty(BETA, GAMMA, WEIGHT), **options)
 
 
@@ -261,7 +262,9 @@ def run(first: bool = False) -> dict[str, list[str]]:
             except (KeyboardInterrupt, MemoryError):
                 raise
             except BaseException as error:  # whatever upstream does, even SystemExit, is an answer
-                reasons = ["".join(traceback.format_exception_only(error)).strip().replace("\n", " ")]
+                said = "".join(traceback.format_exception_only(error)).strip().replace("\n", " ")
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                reasons = [f"{said} ({Path(last.filename).name}, line {last.lineno}, in {last.name})"]
             if reasons:
                 failed[name] = reasons
                 if first:
