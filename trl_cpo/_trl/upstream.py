@@ -34,7 +34,7 @@ OVERRIDDEN = {
     "_get_dataloader": "an evaluation is whole, whatever training drops",
     "get_train_dataloader": "tokens_per_step",
     "evaluation_loop": "log-probabilities and metrics of every held-out pair",
-    "log": "cpo/* metrics as means over pairs",
+    "log": "cpo/* metrics as means over pairs; no time below zero",
     "train": "resumes only from complete checkpoints; SIGTERM",
     "_save_checkpoint": "checkpoints appear complete, with the state that transformers loses",
     "_save": "weights on every machine under save_on_each_node",

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +89,8 @@ class ScoreStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(about, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
             replace_file(self.folder / MANIFEST, text.encode())
+            # By the clock of the disk: this process may have another one than those that write beside it.
+            now = (self.folder / MANIFEST).stat().st_mtime
         except OSError as error:
             raise OSError(
                 f"Log-probabilities are stored as they are computed, and {self.folder} cannot be written: {error}. Set "
@@ -97,7 +98,7 @@ class ScoreStore:
             ) from error
         for leftover in self.folder.glob(DRAFTS):
             try:
-                if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                if now - leftover.stat().st_mtime > _STALE_SECONDS:
                     leftover.unlink()
             except OSError:
                 continue  # its process just renamed it
