@@ -21,7 +21,7 @@ from typing import Any
 
 from ..files import schema
 from ..files.atomic import write_json
-from ..files.cache import cache_root, is_own
+from ..files.cache import ForeignCache, cache_folder, is_own
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,24 @@ _KEPT_GROUPS = ("LC_", "LD_", "DYLD_", "CONDA_", "TRITON_")
 def tried() -> tuple[dict[str, list[str]], bool]:
     """The reasons against the installed TRL, by check (empty: it passed), and whether a remembered pass says so."""
     about = subject()
-    file = cache_root() / "selftest" / f"{_digest(about)}.json"
-    if _remembered(file, about):
+    file = _file(about)
+    if file is not None and _remembered(file, about):
         return {}, True
     outcome = _run(about)
-    if not outcome["failed"]:
+    if file is not None and not outcome["failed"]:
         _remember(file, outcome)
     return outcome["failed"], False
+
+
+def _file(about: dict[str, Any]) -> Path | None:
+    """Where a pass is remembered; None where nothing can be."""
+    try:
+        return cache_folder("selftest") / f"{_digest(about)}.json"
+    except ForeignCache as error:
+        logger.warning("The self-test runs, and is not remembered. %s", error)
+    except OSError as error:
+        logger.info("The self-test is not remembered: %s", error)
+    return None
 
 
 @cache
@@ -95,7 +106,7 @@ def _remembered(file: Path, about: dict[str, Any]) -> bool:
         return False
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or not is_own(status) or status.st_mode & stat.S_IWGRP:
+        if not stat.S_ISREG(status.st_mode) or not is_own(status, file.parent) or status.st_mode & stat.S_IWGRP:
             logger.warning("%s is not used: others can write it, or did. The self-test runs.", file)
             return False
         document = _document(os.read(descriptor, _LARGEST + 1))
@@ -106,7 +117,6 @@ def _remembered(file: Path, about: dict[str, Any]) -> bool:
 
 def _remember(file: Path, outcome: dict[str, Any]) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, outcome)
         file.chmod(0o600)
     except OSError as error:

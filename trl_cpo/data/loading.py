@@ -16,7 +16,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files.cache import cache_root
+from ..files.cache import cache_folder
 from ..quoting import harmless, names
 from . import hh
 from .demo import PAIR_FILES
@@ -220,8 +220,7 @@ def _identified(file: Path) -> tuple[list[str], list[tuple[str, ...]]]:
     if re.fullmatch(r"[\w./@+=, -]*", path) is None:
         # datasets reads brackets and double colons as parts of an address.
         ending = next(ending for ending in FILE_KINDS if file.name.endswith(ending))
-        link = cache_root() / "pairs" / f"{content}{ending}"
-        link.parent.mkdir(parents=True, exist_ok=True)
+        link = cache_folder("pairs") / f"{content}{ending}"
         if not link.is_symlink() or os.readlink(link) != path:
             draft = link.with_name(f".{content}-{secrets.token_hex(4)}.tmp")
             os.symlink(path, draft)

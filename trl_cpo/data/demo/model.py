@@ -50,11 +50,14 @@ def demo_model_folder() -> Path:
 
     Raises:
         DemoModelError: the folder does not exist yet, and a required package is missing or the conversion failed.
+        ForeignCache: the folder is another user's, or open to everybody.
     """
     # Imported here, because this file is also run as a script outside the package.
-    from ...files.cache import cache_root
+    from ...files.cache import cache_root, refuse_foreign
 
     target, source = cache_root() / NAME, _source()
+    if target.is_dir():
+        refuse_foreign(target)
     origin = None if source is None else describe(source)
     if is_whole(target, origin):
         return target

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...files.atomic import DRAFTS, replace_file
+from ...files.cache import is_trusted
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +116,10 @@ class ScoreStore:
 
         file = self.file(shard)
         try:
-            found = load(file.read_bytes())
+            with open(os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as stream:
+                if not is_trusted(os.fstat(stream.fileno()), self.folder):
+                    return self._refuse(file, "another user wrote it, or everybody can write it")
+                found = load(stream.read())
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
