@@ -48,8 +48,8 @@ def refuse_bombs(files: Iterable[str | Path]) -> None:
 
 def _too_large(limit: int) -> str:
     return (
-        f"unpacks to more than {limit:,}: {TIMES} times its size at most is taken for pairs. If that is meant, unpack it into a "
-        ".jsonl file yourself, and give that."
+        f"unpacks to more than {limit:,}: {TIMES} times its size at most is taken for pairs. If that is meant, unpack it into "
+        "a .jsonl file yourself, and give that."
     )
 
 
