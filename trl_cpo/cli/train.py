@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..constraint_names import FORM_NAMES
-from .errors import UserError, user_errors
+from .errors import UserError, lost_process, user_errors
 from .output import patient_output
 
 if TYPE_CHECKING:
@@ -92,6 +92,11 @@ def run(options: argparse.Namespace) -> int:
             raise KeyboardInterrupt(_how_to_go_on(options, parsed[1])) from error
         except Exception as error:
             _refuse_disk(error, parsed[1])
+            if lost_process(error):
+                raise UserError(
+                    "another process of this run has ended, so that this one cannot go on. The other one's message says "
+                    "why, and what to do next."
+                ) from error
             raise
     return 0
 
