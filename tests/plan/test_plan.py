@@ -25,13 +25,17 @@ from transformers import (
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.cli import main
+from trl_cpo.cli.recipe_files import read_config
 from trl_cpo.plan import PlanRequest, cheapest, estimate
 from trl_cpo.plan.activations import kept_by
 from trl_cpo.plan.changes import LADDER
+from trl_cpo.plan.known import known_config, known_models
 from trl_cpo.plan.memory import HEAD_COPIES, adapters, optimizer, weights
 from trl_cpo.plan.shape import NF4_BYTES, default_targets, shape_of
 from trl_cpo.plan.size import parse_size, shown
 from trl_cpo.plan.text import as_text
+from trl_cpo.recipes import names
+from trl_cpo.run.arguments import PolicyConfig
 
 from helpers.paths import ROOT
 from helpers.tiny import make_model, pairs_dataset, training_options
@@ -78,6 +82,26 @@ def test_lora_is_pefts(config, targets):
     lora = LoraConfig(r=4, target_modules=targets[0] if len(targets) == 1 else targets, task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
     assert shape_of(config).lora_weights(4, targets) == model.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize(
+    "name, weights",
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248),
+    ],
+)
+def test_configs_that_ship_are_those_of_the_published_models(name, weights):
+    """The numbers of weights are those that the models' pages state."""
+    assert shape_of(known_config(name)).weights == weights
+
+
+def test_a_config_ships_for_the_model_of_each_recipe_and_the_default():
+    models = {read_config(name)["model_name_or_path"] for name in names()} | {PolicyConfig.model_name_or_path}
+    assert models - {"demo"} == set(known_models())
+    assert known_config("somebody/something") is None
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
@@ -437,6 +461,21 @@ class TestCommand:
         document = json.loads(capsys.readouterr().out)
         assert document["request"]["gpus"] == 4 and document["fits"] is None
         assert sum(document["terms"].values()) == pytest.approx(document["peak"], abs=20)
+
+    @pytest.mark.parametrize("name", [name for name in names() if not name.startswith("demo")])
+    def test_a_recipe_needs_no_network(self, name, capsys, monkeypatch):
+        monkeypatch.setattr("trl_cpo.data.models.read_config", lambda *_, **__: pytest.fail("looked for on the hub"))
+        assert self.plan("--config", name) == 0
+        assert "million weights" in capsys.readouterr().out
+
+    def test_another_revision_or_a_folder_is_looked_for(self, capsys, tmp_path, monkeypatch):
+        name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert self.plan("--model", name, "--model_revision", "other") == 2
+        assert f"Cannot load the model {name}" in capsys.readouterr().err
+        monkeypatch.chdir(tmp_path)
+        TINY.save_pretrained(tmp_path / name)
+        assert self.plan("--model", name, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["weights"] < 1e6
 
     def test_lora_without_targets_is_pefts(self, folder, capsys):
         found = {}

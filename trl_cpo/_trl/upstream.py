@@ -20,7 +20,7 @@ from trl import __version__ as trl_version
 from . import trial
 
 #: The versions of TRL whose DPOTrainer the identity tests were run against.
-SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+SUPPORTED_TRL = SpecifierSet(">=1.15,<1.17")
 
 _DPO = "trl:DPOTrainer"
 
@@ -139,6 +139,16 @@ def on_trial() -> Iterator[None]:
     finally:
         if not before:
             _accepted.discard(trl_version)
+
+
+def check_kernels(device: str, version_of_trl: str = trl_version) -> None:
+    """Raises `ImportError` if TRL's fused head cannot run on this type of device: TRL 1.15 has it in Triton alone."""
+    if device != "cpu" or Version(version_of_trl) >= Version("1.16") or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    raise ImportError(
+        f"TRL {version_of_trl} computes log-probabilities on a GPU alone, and this run is on the CPU. Install a newer one: "
+        "pip install 'trl>=1.16,<1.17'. To try it all the same, slowly, set TRITON_INTERPRET=1."
+    )
 
 
 def missing_upstream() -> list[str]:

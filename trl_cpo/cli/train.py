@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 
 from ..constraint_names import FORM_NAMES
 from .errors import UserError, lost_process, user_errors
+from .imports import fast_imports
+from .needs import refuse_missing
 from .output import patient_output
+from .recipe_files import read_config
 
 if TYPE_CHECKING:
     from ..run.arguments import RunConfig
@@ -80,10 +83,13 @@ def run(options: argparse.Namespace) -> int:
             f"{RunConfig.gamma:g} and beta {RunConfig.beta:g}: name any of them to start.\n"
             "Minutes on a CPU, without a hub: trl-cpo train --config demo; the options: trl-cpo train --help"
         )
-    from .options import parse_run
+    config = options.config[0] if options.config else None
+    refuse_missing(options.passed_on, {} if config is None else read_config(config))
+    with fast_imports():
+        from ..run.training import train
+        from .options import parse_run
 
-    parsed = parse_run(options.passed_on, options.config[0] if options.config else None)
-    from ..run.training import train
+    parsed = parse_run(options.passed_on, config)
 
     with user_errors("All options: trl-cpo train --help"), patient_output():
         try:

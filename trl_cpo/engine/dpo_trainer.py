@@ -30,7 +30,7 @@ from .._trl.datasets import (
 )
 from .._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
 from .._trl.models import config_of, drifting_parameters, model_id, reference_origin
-from .._trl.upstream import check_upstream
+from .._trl.upstream import check_kernels, check_upstream
 from ..data import validation
 from ..pairs import PairLogps
 from .batching import BalancedSampler, TokenBudget, pair_tokens
@@ -116,6 +116,7 @@ class DPOTrainer(ResumableTrainer):
     ):
         check_upstream()
         args = self._config(args, model)
+        check_kernels(args.device.type)
         # Not passed on as `callbacks`, because the user's come first.
         own_callbacks = self.set_up(args)
         processing_class = preflight(
