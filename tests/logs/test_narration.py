@@ -61,8 +61,13 @@ def test_displacement(chosen, rejected, words):
     ],
 )
 def test_the_undesirable_region_of_held_out_pairs(before, after, words):
-    earlier = None if before is None else held_out(in_u=before)
+    earlier = None if before is None else held_out(in_u=before, chosen=-1.0)
     assert f"; {words} " in sentence(earlier, held_out(in_u=after), prefix="eval_")
+
+
+def test_the_reference_itself_has_no_pair_in_u_to_compare_with():
+    said = sentence(held_out(prefers=0.2), held_out(chosen=2.0, in_u=0.3, prefers=0.4), prefix="eval_")
+    assert said.endswith("; 30 % of 40 held-out pairs in U; the policy prefers chosen on 40 %, up from 20 %")
 
 
 def test_training_logs_are_of_different_pairs_and_are_not_compared():
@@ -123,7 +128,17 @@ def test_said_at_the_first_log_and_at_the_end():
 
 def test_held_out_pairs_come_before_training_pairs():
     others = held_out("eval_b_", in_u=0.9)
-    said = told([held_out(in_u=0.2), others, log(in_u=0.5), log(in_u=0.6), held_out(in_u=0.1), others, {"train_runtime": 1.0}])
+    said = told(
+        [
+            held_out(in_u=0.2, chosen=1.0),
+            others,
+            log(in_u=0.5),
+            log(in_u=0.6),
+            held_out(in_u=0.1),
+            others,
+            {"train_runtime": 1.0},
+        ]
+    )
     assert len(said) == 2 and "50 % of 40 training pairs" in said[0]
     assert said[1].startswith("[end, step 50]") and "10 % of 40 held-out pairs in U, down from 20 %" in said[1]
 
@@ -134,16 +149,14 @@ def test_an_evaluation_after_training_is_waited_for():
     state.is_world_process_zero = True
     said, narrator = [], Narrator("sum")
     narrator._say = lambda when, words: said.append(f"[{when}] {words}")
-    state.log_history = [{**held_out(in_u=0.2), "step": 0}, {**log(), "step": 5}, {**log(), "step": 9}]
+    state.log_history = [{**held_out(prefers=0.2), "step": 0}, {**log(), "step": 5}, {**log(), "step": 9}]
     narrator.on_evaluate(None, state, TrainerControl())
     narrator.on_train_end(None, state, TrainerControl())
     assert said == []
-    state.log_history.append({**held_out(in_u=0.1), "step": 9})
+    state.log_history.append({**held_out(prefers=0.3), "step": 9})
     narrator.on_evaluate(None, state, TrainerControl())
     narrator.on_evaluate(None, state, TrainerControl())
-    assert (
-        len(said) == 1 and said[0].startswith("[end, step 9]") and "10 % of 40 held-out pairs in U, down from 20 %" in said[0]
-    )
+    assert len(said) == 1 and said[0].startswith("[end, step 9]") and "chosen on 30 %, up from 20 %" in said[0]
 
 
 def test_said_once_where_there_is_one_log_and_never_elsewhere():

@@ -40,8 +40,9 @@ LAYOUT = {
     ),
     "run": (
         "one training run, from pairs to a folder",
-        {"config", "constraint_fields", "data", "decisions", "engine", "files", "logs", "pairs", "trainer"},
+        {"config", "constraint_fields", "data", "decisions", "engine", "files", "labels", "logs", "pairs", "trainer"},
     ),
+    "selftest": ("an untested TRL against plain formulas", {"_trl", "config", "files", "trainer"}),
     "decisions": ("the right option: preferred, likeliest, given", {"intervals"}),
     "audit": (
         "look before you train",
@@ -76,7 +77,7 @@ LAYOUT = {
     "price": ("what training did to the model", {"engine", "faults", "files"}),
     "theory": ("closed forms, in float64", {"constraints", "gaps", "objective", "pairs"}),
     "engine": ("DPOTrainer: exact resume, packing, guards", {"_trl", "data", "faults", "files", "pairs"}),
-    "_trl": ("the seam: all of upstream's insides", {"data", "pairs"}),
+    "_trl": ("the seam: all of upstream's insides", {"data", "files", "pairs"}),
     "objective": ("the pair loss by itself, for tests and theory", {"pairs"}),
     "constraint_fields": ("the forms' hyperparameters as options", {"constraints", "hyperparameters"}),
     "labels": (

@@ -1,6 +1,7 @@
 """The seam: all code that depends on internals of TRL and transformers.
 
 upstream       supported versions, and the methods and private attributes relied on
+trial          an untested TRL is tried: the self-test, in a process of its own
 loss           DPOTrainer's loss at a moved target, observed from outside
 models         where a model was loaded from, and which one is the reference
 datasets       how pairs are tokenized and loaded

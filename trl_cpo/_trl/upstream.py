@@ -1,11 +1,13 @@
 """What this package relies on inside TRL and transformers: versions, overridden methods, private names.
 
 A missing name stops the trainer at construction. Otherwise, after a rename upstream our override would never be called, and
-exact resume would be lost silently.
+exact resume would be lost silently. An untested TRL is refused, or tried where the user asks for it (`trial`).
 """
 
 import os
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import CodeType
@@ -14,6 +16,8 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from trl import __version__ as trl_version
+
+from . import trial
 
 #: The versions of TRL whose DPOTrainer the identity tests were run against.
 SUPPORTED_TRL = SpecifierSet(">=1.15,<1.17")
@@ -31,7 +35,7 @@ OVERRIDDEN = {
     "_get_dataloader": "an evaluation is whole, whatever training drops",
     "get_train_dataloader": "tokens_per_step",
     "evaluation_loop": "log-probabilities and metrics of every held-out pair",
-    "log": "cpo/* metrics as means over pairs",
+    "log": "cpo/* metrics as means over pairs; no time below zero",
     "train": "resumes only from complete checkpoints; SIGTERM",
     "_save_checkpoint": "checkpoints appear complete, with the state that transformers loses",
     "_save": "weights on every machine under save_on_each_node",
@@ -74,14 +78,25 @@ READ = {
 }
 
 
+# Versions that passed in this process, or that are being tried in it.
+_accepted: set[str] = set()
+
+
 def check_upstream(version_of_trl: str | None = None) -> None:
-    """Raises `ImportError` if the installed TRL is not supported, or a name that this package relies on is missing."""
+    """Raises `ImportError` if the installed TRL is not supported, or a name that this package relies on is missing.
+
+    Where the user allows it, an untested TRL is tried, and taken with a warning if it passes.
+    """
     found = trl_version if version_of_trl is None else version_of_trl
-    if not SUPPORTED_TRL.contains(Version(found).base_version):
+    supported = SUPPORTED_TRL.contains(Version(found).base_version) or found in _accepted
+    word = os.environ.get(trial.ALLOWED_BY, "")
+    if not supported and word != "1":
         raise ImportError(
             f"TRL {found} is installed; trl-cpo supports TRL {SUPPORTED_TRL}. It relies on internals of DPOTrainer that "
             "change between releases, so another version could silently train on wrong numbers. Install a supported one: "
-            f"pip install 'trl{SUPPORTED_TRL}'."
+            f"pip install 'trl{SUPPORTED_TRL}'. Or try this one: with {trial.ALLOWED_BY}=1 in the environment a self-test "
+            "runs first, which takes some ten seconds, and the trainer is refused unless it passes."
+            + (f" {trial.ALLOWED_BY} is {word[:40]!r} now, not '1'." if word else "")
         )
     missing = missing_upstream()
     if missing:
@@ -89,6 +104,41 @@ def check_upstream(version_of_trl: str | None = None) -> None:
             f"The installed libraries lack names that trl-cpo relies on: {', '.join(missing)}. Installed: "
             f"{', '.join(_versions())}. Install the versions in constraints.txt, or a trl-cpo that supports yours."
         )
+    if not supported:
+        _try(found)
+
+
+def _try(found: str) -> None:
+    """Raises `ImportError` unless the self-test passes, now or remembered; warns of what it cannot see."""
+    failed, remembered = trial.tried()
+    if failed:
+        reasons = [f"{check}: {reason}" for check, reasons in failed.items() for reason in reasons]
+        more = f" … and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+        raise ImportError(
+            f"TRL {found} is not one that trl-cpo supports ({SUPPORTED_TRL}), and it failed the self-test: "
+            f"{'; '.join(reasons[:4])}{more}. Install a supported one: pip install 'trl{SUPPORTED_TRL}'. All reasons: "
+            "python -m trl_cpo.selftest."
+        )
+    _accepted.add(found)
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(
+            f"TRL {found} is not one that trl-cpo supports ({SUPPORTED_TRL}); it passed the self-test"
+            f"{' before' if remembered else ''}. The self-test cannot see {trial.BLIND}. Before a long run, train a few steps "
+            "with constraint='none' and with trl.DPOTrainer on your own machine, and compare the losses.",
+            stacklevel=4,
+        )
+
+
+@contextmanager
+def on_trial() -> Iterator[None]:
+    """Within the block the installed TRL is taken as it is: the self-test judges it."""
+    before = trl_version in _accepted
+    _accepted.add(trl_version)
+    try:
+        yield
+    finally:
+        if not before:
+            _accepted.discard(trl_version)
 
 
 def check_kernels(device: str, version_of_trl: str = trl_version) -> None:

@@ -29,6 +29,7 @@ COMMANDS = {
     "recipes": "recipes",
     "plan": "plan",
     "audit": "audit",
+    "votes": "votes",
     "certify": "certify",
     "report": "report",
 }
@@ -121,8 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             tell(f"{name}: {error}")
             return WRONG_USE
-        except KeyboardInterrupt:
-            tell(f"{name}: interrupted")
+        except KeyboardInterrupt as stop:
+            # With a message, it is a command's own and says what to do next.
+            tell(f"{name}: interrupted" + (f". {stop}" if str(stop) else ""))
             return INTERRUPTED
         except BrokenPipeError:
             # The reader (head, less) has closed the pipe.

@@ -1,6 +1,7 @@
 """Errors that the user can mend: `UserError`, the nearest valid name, and which other exceptions count as such."""
 
 import difflib
+import re
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,15 @@ class UserError(Exception):
     The message says what was got and what is allowed, and ends with the next command. `trl-cpo` prints it without a
     traceback and exits with 2.
     """
+
+
+# As gloo and NCCL say that the process at the other end is gone.
+_LOST = re.compile(r"[Cc]onnection (closed|reset) by peer|remote process exited|remote worker crashing")
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an error only says that another process of a launch has ended."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:

@@ -1,14 +1,16 @@
 """`trl-cpo train`: trains one run, from a recipe, options, or both."""
 
 import argparse
+import os
 import re
+import shlex
 import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..constraint_names import FORM_NAMES
-from .errors import UserError, user_errors
+from .errors import UserError, lost_process, user_errors
 from .imports import fast_imports
 from .needs import refuse_missing
 from .output import patient_output
@@ -94,10 +96,52 @@ def run(options: argparse.Namespace) -> int:
     with user_errors("All options: trl-cpo train --help"), patient_output():
         try:
             train(*parsed)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(_how_to_go_on(options, parsed[1])) from error
         except Exception as error:
             _refuse_disk(error, parsed[1])
+            if lost_process(error):
+                raise UserError(
+                    "another process of this run has ended, so that this one cannot go on. The other one's message says "
+                    "why, and what to do next."
+                ) from error
             raise
     return 0
+
+
+def _how_to_go_on(options: argparse.Namespace, args: "RunConfig") -> str:
+    """What is left of an interrupted run, and the command that goes on with it; empty on all processes but the first."""
+    from ..run.training import last_checkpoint
+
+    if int(os.environ.get("RANK", "0")) or not args.output_dir or not Path(args.output_dir).is_dir():
+        return ""
+    newest = last_checkpoint(args.output_dir)
+    if newest is None:
+        done = "No checkpoint was written (--save_strategy steps --save_steps N writes them): this starts from the beginning"
+    else:
+        done = f"{newest} is the last checkpoint. To go on from there"
+    words = [] if options.config is None else ["--config", options.config[0]]
+    words += _without(options.passed_on, ("output_dir", "resume_from_checkpoint"))
+    words += ["--output_dir", str(args.output_dir), "--resume_from_checkpoint", "latest"]
+    start = "accelerate launch … -m trl_cpo train" if "RANK" in os.environ else "trl-cpo train"
+    return f"{done}:\n{start} {shlex.join(words)}"
+
+
+def _without(words: list[str], names: tuple[str, ...]) -> list[str]:
+    """A command line without some options and their values."""
+    kept, skips = [], False
+    for word in words:
+        if word.startswith("--"):
+            name, equals, _ = word[2:].partition("=")
+            named = name.replace("-", "_") in names
+            skips = named and not equals
+            if named:
+                continue
+        elif skips:
+            skips = False
+            continue
+        kept.append(word)
+    return kept
 
 
 def _refuse_disk(error: Exception, args: "RunConfig") -> None:

@@ -16,10 +16,11 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files.cache import cache_root
+from ..files.cache import cache_folder
 from ..quoting import harmless, names
 from . import hh
 from .demo import PAIR_FILES
+from .expansion import Bomb, refuse_bombs
 from .rows import first_pairs, refusal
 
 if TYPE_CHECKING:
@@ -195,6 +196,8 @@ def _check_split(split: str, known: list[str], name: str, slices: bool = True) -
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
+    except SourceError:
+        raise
     except Exception as error:
         # datasets wraps the real error in a general one.
         cause = error.__cause__ or error
@@ -208,10 +211,18 @@ def _from_files(kind: str, files: dict[str, Path], name: str, split: str, stream
     missing = [str(file) for file in files.values() if not file.is_file()]
     if missing:
         raise SourceError(f"{name} lacks {', '.join(missing)}. Install trl-cpo again.")
+    _refuse_bombs(files.values())
     with _readable(name):
         # As lists that are resolved already: datasets would take a name for a pattern, and a file's time for its identity.
         listed = {key: datasets.data_files.DataFilesList(*_identified(file)) for key, file in files.items()}
         return datasets.load_dataset(kind, data_files=listed, split=split, streaming=streaming)
+
+
+def _refuse_bombs(files: Iterable[str | Path]) -> None:
+    try:
+        refuse_bombs(files)
+    except Bomb as error:
+        raise SourceError(str(error)) from error
 
 
 def _identified(file: Path) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -220,8 +231,7 @@ def _identified(file: Path) -> tuple[list[str], list[tuple[str, ...]]]:
     if re.fullmatch(r"[\w./@+=, -]*", path) is None:
         # datasets reads brackets and double colons as parts of an address.
         ending = next(ending for ending in FILE_KINDS if file.name.endswith(ending))
-        link = cache_root() / "pairs" / f"{content}{ending}"
-        link.parent.mkdir(parents=True, exist_ok=True)
+        link = cache_folder("pairs") / f"{content}{ending}"
         if not link.is_symlink() or os.readlink(link) != path:
             draft = link.with_name(f".{content}-{secrets.token_hex(4)}.tmp")
             os.symlink(path, draft)
@@ -242,6 +252,7 @@ def _digest(files: Iterable[str | Path]) -> str:
 def _from_saved(folder: Path, split: str, streaming: bool):
     import datasets
 
+    _refuse_bombs(sorted(folder.rglob("*.arrow")))
     with _readable(str(folder)):
         saved = datasets.load_from_disk(str(folder))
     if not isinstance(saved, datasets.DatasetDict):
@@ -264,7 +275,9 @@ def _from_loader(name: str, split: str, streaming: bool, config: str | None, dat
         )
     with _readable(name):
         builder = datasets.load_dataset_builder(name, config, data_dir=data_dir)
-        cache = _cache_of(builder.config.data_files) if is_folder else None
+        local = _local_files(builder.config.data_files) if is_folder else []
+        _refuse_bombs(local)
+        cache = os.path.join(datasets.config.HF_DATASETS_CACHE, "trl_cpo", _digest(local)) if local else None
     # Known before any download, unless the dataset's loader gives neither.
     known = [str(key) for key in (builder.info.splits or builder.config.data_files or ())]
     if known:
@@ -274,14 +287,10 @@ def _from_loader(name: str, split: str, streaming: bool, config: str | None, dat
         return datasets.load_dataset(name, config, data_dir=data_dir, split=split, streaming=streaming, **own)
 
 
-def _cache_of(data_files: dict[str, list[str]] | None) -> str | None:
-    """The cache of a folder's data files, by their contents; None where some of them are elsewhere."""
-    import datasets
-
+def _local_files(data_files: dict[str, list[str]] | None) -> list[str]:
+    """A folder's data files; none where some of them are elsewhere."""
     files = [file for key in sorted(data_files or ()) for file in data_files[key]]
-    if not files or not all(os.path.isfile(file) for file in files):
-        return None
-    return os.path.join(datasets.config.HF_DATASETS_CACHE, "trl_cpo", _digest(files))
+    return files if all(os.path.isfile(file) for file in files) else []
 
 
 def _is_streamed(dataset) -> bool:

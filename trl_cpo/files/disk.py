@@ -10,8 +10,10 @@ _REFUSALS = {
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG", "EIO")
     if hasattr(errno, name)
 }
-# As safetensors says it, and as torch does where a file could not be written to its end.
-_FULL = re.compile(r"No space left on device|os error 28\b")
+# As libraries written in Rust say it, such as safetensors; in words; and as torch does where a file could not be written to
+# its end.
+_NUMBERED = re.compile(r"\(os error (\d+)\)")
+_FULL = re.compile(r"No space left on device")
 _CUT_OFF = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+")
 
 
@@ -29,8 +31,10 @@ def refusal(error: BaseException) -> str | None:
         if isinstance(error, OSError) and error.errno in _REFUSALS:
             where = "A file" if error.filename is None else os.fsdecode(error.filename)
             return f"{where} cannot be used: {os.strerror(error.errno or 0)}."
-        if isinstance(error, Exception) and _FULL.search(str(error)):
-            return f"A file cannot be written: {os.strerror(errno.ENOSPC)}."
+        numbered = _NUMBERED.search(str(error))
+        number = int(numbered[1]) if numbered else errno.ENOSPC if _FULL.search(str(error)) else 0
+        if isinstance(error, Exception) and number in _REFUSALS:
+            return f"A file cannot be written: {os.strerror(number)}."
         if isinstance(error, RuntimeError) and _CUT_OFF.search(str(error)):
             return "A file could not be written to its end: the disk is full, or was taken away."
         error = error.__cause__ or error.__context__  # type: ignore[assignment]

@@ -17,8 +17,8 @@ class FittedScale:
 
     def __str__(self):
         return (
-            f"score_scale: {self.scale:.4g} is the most likely on {self.pairs} held-out pairs with different scores (95 % interval "
-            f"{self.low:.4g} to {self.high:.4g})."
+            f"score_scale: {self.scale:.4g} is the most likely on {self.pairs} held-out pairs with different scores (95 % "
+            f"interval {self.low:.4g} to {self.high:.4g})."
         )
 
 

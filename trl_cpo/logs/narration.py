@@ -24,9 +24,9 @@ def sentence(
     """One line about displacement and U, from one or two logs; None if `after` holds no pairs.
 
     Two evaluations are over the same pairs, and are compared: "both log-probs fall, chosen less (-4.6 and -40.8 nats per
-    response); 7 % of 60 held-out pairs in U, down from 21 %; the policy prefers chosen on 52 %, up from 18 %". Two training
-    logs are over different pairs, and stand side by side: "…; 75 % of 4 training pairs in U, 0 % of 4 others in the first
-    log; …".
+    response); 7 % of 60 held-out pairs in U, down from 21 %; the policy prefers chosen on 52 %, up from 18 %". Where the
+    first is of the reference itself, which has no pair in U, the share in U stands alone. Two training logs are over
+    different pairs, and stand side by side: "…; 75 % of 4 training pairs in U, 0 % of 4 others in the first log; …".
 
     Args:
         before: an earlier log with the `cpo/*` metrics, for comparison, or None.
@@ -49,6 +49,8 @@ def sentence(
         than = dict.fromkeys((_IN_U, _PREFERS), "")
         if earlier is not None and earlier.get(_PAIRS) == now.get(_PAIRS):
             than = {name: _than(now[name], earlier[name]) for name in than}
+            if max(abs(earlier[_CHOSEN]), abs(earlier[_REJECTED])) < _UNMOVED:
+                than[_IN_U] = ""  # no pair of a policy that is its reference is in U
         said = f"{_share(_IN_U, now, 'held-out pairs')} in U{than[_IN_U]}; "
         said += f"the policy prefers chosen on {_percent(now[_PREFERS])}{than[_PREFERS]}"
     return f"{_displacement(now[_CHOSEN], now[_REJECTED], unit)}; {said}"

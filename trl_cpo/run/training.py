@@ -47,6 +47,13 @@ def checkpoint_of(args: "RunConfig") -> str | None:
     return None if found is None else str(found)
 
 
+def last_checkpoint(output_dir: str) -> Path | None:
+    """The checkpoint that an interrupted run would go on from, as this process sees it; None where it has written none."""
+    from ..engine.resume.checkpoints import newest_checkpoint
+
+    return newest_checkpoint(output_dir)
+
+
 def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -> Path:
     """Trains, evaluates on the held-out pairs before and after, and gives the run's folder.
 
@@ -106,7 +113,7 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
     from ..logs.run_log import RunLog
     from ..trainer import CPOConstrainedTrainer
 
-    state, started = PartialState(), time.time()
+    state, started = PartialState(), time.monotonic()
 
     def say(text: str) -> None:
         if state.is_main_process:
@@ -205,10 +212,10 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
             learned=learned,
             split=options.dataset_test_split if held_out is None else "held out",
         )
-        summary = finished.write(output_dir, time.time() - started)
+        summary = finished.write(output_dir, time.monotonic() - started)
         say(
             f"\n{summary}\n\nmodel    {output_dir}\nmetrics  {output_dir / METRICS}\nlog      {run_log.file}\n"
-            f"took {time.time() - started:.0f} s"
+            f"took {time.monotonic() - started:.0f} s"
         )
     trainer.end()
     return output_dir

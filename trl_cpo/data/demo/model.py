@@ -13,7 +13,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,11 +50,14 @@ def demo_model_folder() -> Path:
 
     Raises:
         DemoModelError: the folder does not exist yet, and a required package is missing or the conversion failed.
+        ForeignCache: the folder is another user's, or open to everybody.
     """
     # Imported here, because this file is also run as a script outside the package.
-    from ...files.cache import cache_root
+    from ...files.cache import cache_root, refuse_foreign
 
     target, source = cache_root() / NAME, _source()
+    if target.is_dir():
+        refuse_foreign(target)
     origin = None if source is None else describe(source)
     if is_whole(target, origin):
         return target
@@ -101,11 +103,11 @@ def build(target: Path, source: Path, convert: Callable[[Path, Path], None]) -> 
     with FileLock(target.parent / f".{target.name}.lock"):
         if is_whole(target, origin):
             return target
-        _remove_stale(target)
         print(f"Converting {NAME} into {target} (once, about 40 s)", file=sys.stderr, flush=True)
         folder = target.parent / f".{target.name}.building-{os.getpid()}-{secrets.token_hex(4)}"
         folder.mkdir()
         try:
+            _remove_stale(target, folder.stat().st_mtime)
             convert(source, folder)
             files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
             manifest = {"format": FORMAT, "source": origin, "files": files}
@@ -130,14 +132,15 @@ def _put_in_place(folder: Path, target: Path, origin: dict[str, Any]) -> None:
             raise
 
 
-def _remove_stale(target: Path) -> None:
+def _remove_stale(target: Path, now: float) -> None:
+    """`now` is the disk's: this process may have another clock than those that write beside it."""
     for folder in target.parent.glob(f".{target.name}.building-*"):
         try:
             newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
         except OSError:
             # Its process has just renamed or removed it.
             continue
-        if time.time() - newest > _STALE_SECONDS:
+        if now - newest > _STALE_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
 
 

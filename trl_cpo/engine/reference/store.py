@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-import time
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...files.atomic import DRAFTS, replace_file
+from ...files.cache import is_trusted
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class ScoreStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(about, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
             replace_file(self.folder / MANIFEST, text.encode())
+            # By the clock of the disk: this process may have another one than those that write beside it.
+            now = (self.folder / MANIFEST).stat().st_mtime
         except OSError as error:
             raise OSError(
                 f"Log-probabilities are stored as they are computed, and {self.folder} cannot be written: {error}. Set "
@@ -97,7 +100,7 @@ class ScoreStore:
             ) from error
         for leftover in self.folder.glob(DRAFTS):
             try:
-                if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                if now - leftover.stat().st_mtime > _STALE_SECONDS:
                     leftover.unlink()
             except OSError:
                 continue  # its process just renamed it
@@ -113,7 +116,10 @@ class ScoreStore:
 
         file = self.file(shard)
         try:
-            found = load(file.read_bytes())
+            with open(os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as stream:
+                if not is_trusted(os.fstat(stream.fileno()), self.folder):
+                    return self._refuse(file, "another user wrote it, or everybody can write it")
+                found = load(stream.read())
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -16,7 +16,7 @@ from datasets.fingerprint import Hasher
 
 from ..._trl.datasets import TOKENIZED_COLUMNS, is_its_collator
 from ..._trl.models import model_id
-from ...files.cache import cache_root
+from ...files.cache import ForeignCache, cache_folder, cache_root
 from ..model_state import evaluation_mode
 from ..precision import float32_products
 from .digests import text_digest, tokens_digest, weights_digest
@@ -78,7 +78,7 @@ class ReferenceTables:
 
         Raises:
             BadScores: the reference gives NaN, infinities or zeros.
-            OSError: the cache folder cannot be written.
+            OSError: the cache folder cannot be written, or is another user's.
         """
         accelerator, reference = source.accelerator, source.reference
         weights = self._weights or agreed(
@@ -93,9 +93,10 @@ class ReferenceTables:
             layout = Layout.by_length(_row_tokens(lengths, source.max_length), batch_size)
         parts = key_parts(source, dataset, packed)
         parts |= {"weights": weights, "tokens": agreed(accelerator, tokens), "pairs": len(dataset), "order": layout.order}
-        store = ScoreStore(cache_root() / "scores" / text_digest(parts), layout.shards)
+        key = text_digest(parts)
+        store = ScoreStore(cache_root() / "scores" / key, layout.shards)
         about = {"key": parts, "dataset": name, "model": model_id(source.model)}
-        found, missing = from_main(accelerator, lambda: stored(store, layout, about))
+        found, missing = from_main(accelerator, lambda: _stored(key, store, layout, about))
         if missing:
             self._score(source, dataset, found, missing, store, layout, name)
         elif accelerator.is_main_process:
@@ -120,6 +121,17 @@ class ReferenceTables:
         if accelerator.is_main_process:
             seconds = time.perf_counter() - started
             logger.info("Scored %d pairs of the %s dataset in %.1f s, %.2f a second", todo, name, seconds, todo / seconds)
+
+
+def _stored(key: str, store: ScoreStore, layout: Layout, about: dict[str, Any]) -> tuple[ScoreTable, list[int]]:
+    """What is stored, in a folder of this user's."""
+    try:
+        cache_folder("scores", key)
+    except ForeignCache:
+        raise
+    except OSError:
+        pass  # said when the store is opened
+    return stored(store, layout, about)
 
 
 def _row_tokens(lengths: dict[str, np.ndarray], max_length: int | None) -> np.ndarray:

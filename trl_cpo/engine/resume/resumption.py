@@ -146,7 +146,7 @@ class Resumption(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Restores the counters from the checkpoint; training has just zeroed them."""
-        self._begun, self.earlier_seconds = time.time(), 0.0
+        self._begun, self.earlier_seconds = time.monotonic(), 0.0
         self._postponed = self._within_epoch = self._stopped_early = False
         trainer, saved = self._trainer, self._state
         for own in self._stateful.values():
@@ -167,6 +167,11 @@ class Resumption(TrainerCallback):
         self._load_stateful()
         if self._syncs_reference and (self._folder / _REFERENCE_FILE).exists():
             load_model(trainer.accelerator.unwrap_model(trainer.ref_model), self._folder / _REFERENCE_FILE)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has trained, the time before an interruption included; a clock that is set plays no part."""
+        return self.earlier_seconds + time.monotonic() - self._begun
 
     @staticmethod
     def _warn_of_an_earlier_run(run_dir: str) -> None:
@@ -272,7 +277,7 @@ class Resumption(TrainerCallback):
                     "data": self._data_facts(),
                     "stream": self._stream_place(),
                     **{name: own.state_dict() for name, own in self._stateful.items()},
-                    "seconds": self.earlier_seconds + time.time() - self._begun,
+                    "seconds": self.seconds,
                     "processes": states,
                 },
             )

@@ -1,5 +1,6 @@
 """DPOTrainer with exact resume."""
 
+import time
 from collections.abc import Mapping
 
 import trl
@@ -90,5 +91,13 @@ class ResumableTrainer(trl.DPOTrainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        # The summary covers the whole run, including the time before the interruption.
-        return super()._finalize_training(trial, num_train_samples, start_time - self._resumption.earlier_seconds)
+        # The summary covers the whole run, including the time before the interruption. The clock may have been set since.
+        return super()._finalize_training(trial, num_train_samples, time.time() - self._resumption.seconds)
+
+    def log(self, logs, start_time=None):
+        """TRL's log, without the times of an evaluation in which the clock was set back."""
+        for name in [name for name, value in logs.items() if name.endswith("_runtime") and value < 0]:
+            start = name.removesuffix("runtime")
+            for impossible in (name, f"{start}samples_per_second", f"{start}steps_per_second"):
+                logs.pop(impossible, None)
+        super().log(logs, start_time)
