@@ -1,7 +1,9 @@
 """LoRA and QLoRA adapters after training: saved, loaded again, merged, trained further; the weights below never change."""
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -139,9 +141,13 @@ def test_a_reference_that_cannot_follow_is_allowed(biased):
 
 def test_parameters_unfrozen_by_hand_are_refused_before_and_after_construction(biased):
     model = get_peft_model(make_model(), lora())
-    model.get_input_embeddings().weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="1 trained parameters lie outside the adapter .*embed_tokens"):
+    embedding = model.get_input_embeddings().weight.requires_grad_(True)
+    if Version(peft.__version__) < Version("0.21"):  # freezes it where DPOTrainer adds the reference's adapter
         biased(model=model)
+        assert not embedding.requires_grad
+    else:
+        with pytest.raises(ValueError, match="1 trained parameters lie outside the adapter .*embed_tokens"):
+            biased(model=model)
     trainer = biased(lora(), make_model())
     trainer.model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(ValueError, match="embed_tokens"):
