@@ -40,7 +40,7 @@ LAYOUT = {
     ),
     "run": (
         "one training run, from pairs to a folder",
-        {"config", "constraint_fields", "data", "decisions", "engine", "files", "logs", "pairs", "trainer"},
+        {"config", "constraint_fields", "data", "decisions", "engine", "files", "labels", "logs", "pairs", "trainer"},
     ),
     "selftest": ("an untested TRL against plain formulas", {"_trl", "config", "files", "trainer"}),
     "decisions": ("the right option: preferred, likeliest, given", {"intervals"}),
