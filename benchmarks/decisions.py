@@ -5,10 +5,11 @@ Searches the demo's recipe: constraints and plain DPO on the embedded decisions,
     python -m benchmarks.decisions run --arms clip-1 --options '{"learning_rate": 0.001}' --steps 30 60
     python -m benchmarks.decisions table benchmarks/decisions.json
 
-Each run trains the embedded model with LoRA and AdamW at a constant learning rate, so that what is measured after some steps
-is what a run of so many steps would give. It has a loop of its own, for speed: the beginning that all prompts share is
-computed once a batch, and the reference once for all arms, which makes a step two to three times cheaper than the trainer's.
-Targets, losses and clipping of gradients are the trainer's; the order of the pairs is not.
+Each run trains the embedded model with LoRA and AdamW. The learning rate is constant, so that what is measured after some
+steps is what a run of so many steps would give; with {"schedule": "linear"} it falls to 0 and only the last step counts. It
+has a loop of its own, for speed: the beginning that all prompts share is computed once a batch, and the reference once for
+all arms, which makes a step two to three times cheaper than the trainer's. Targets, losses and clipping of gradients are the
+trainer's; the order of the pairs is not.
 
 Measured each time: decisions on the held-out rows (trl_cpo/decisions.py), and on the package's general prompts KL to the
 start on the policy's own samples, in nats a token, and the share of repeated 3-grams of greedy answers. Results are added to
@@ -33,7 +34,7 @@ from trl_cpo.price.meter import PriceMeter
 from trl_cpo.price.questions import gather_questions
 
 #: Of every arm, unless it or the command says otherwise.
-BASE = {"learning_rate": 1e-3, "batch": 4, "target_modules": None, "sft": 0.0}
+BASE = {"learning_rate": 1e-3, "schedule": "constant", "batch": 4, "target_modules": None, "sft": 0.0}
 #: What differs in each arm: the constraint and its fields.
 ARMS: dict[str, dict[str, Any]] = {
     "start": {"constraint": "none", "beta": 1.0},
@@ -111,6 +112,8 @@ class Search:
                 tokens = sum(len(self.tokenizer(self.train[row]["chosen"])["input_ids"]) + 1 for row in batch)
                 loss = loss - settings["sft"] * pairs.policy_chosen.sum() / tokens
             loss.mean().backward()
+            if settings["schedule"] == "linear":
+                optimizer.param_groups[0]["lr"] = settings["learning_rate"] * (1 - (step - 1) / max(measured_at))
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()

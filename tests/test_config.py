@@ -1,13 +1,16 @@
 """CPOConstrainedConfig: validation, what mean log-probabilities mean, and bfloat16."""
 
 import dataclasses
+import json
+import pickle
+from types import SimpleNamespace
 
 import pytest
 from constraint_cases import case_of
 from trl import DPOConfig, TrlParser
 
 import trl_cpo.engine.config as engine_config
-from trl_cpo import CPOConstrainedConfig
+from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo._trl.loss import LOSS_READS
 from trl_cpo.constraint_fields import HYPERPARAMETERS
 from trl_cpo.constraints import CONSTRAINTS
@@ -161,3 +164,84 @@ def test_the_form_has_the_values_that_were_given(name, tmp_path):
     (note,) = [n for n in config(tmp_path, constraint=name, gamma=1.0, **given).cautions() if "does not use" in n]
     given.pop("logps_reduction")
     assert all(f"{field}=0.75" in note for field in given)
+
+
+class TestWhatWasNotGiven:
+    def test_beta_and_gamma_follow_the_reduction(self, tmp_path):
+        sums, means = config(tmp_path), config(tmp_path, logps_reduction="mean")
+        assert (sums.beta, sums.gamma) == (DPOConfig(str(tmp_path), use_cpu=True).beta, 0.0)
+        assert (means.beta, means.gamma) == (2.5, 0.05)
+        given = config(tmp_path, logps_reduction="mean", beta=0.1, gamma=0.0)
+        assert (given.beta, given.gamma) == (0.1, 0.0)
+
+    @pytest.mark.parametrize("fields", [{}, {"logps_reduction": "mean"}, {"beta": 0.3, "constraint": "clip"}])
+    def test_a_config_holds_plain_values(self, tmp_path, fields):
+        """So that checkpoints, records and copies of it are as they were."""
+        made = config(tmp_path, **fields)
+        assert {type(made.beta), type(made.gamma), type(made.constraint)} == {float, str}
+        again = dataclasses.replace(made)
+        assert (again.beta, again.gamma, again.constraint) == (made.beta, made.gamma, made.constraint)
+        assert again.not_given == () and again.chose_constraint
+        default = CPOConstrainedConfig.__dataclass_fields__["beta"].default
+        assert default == DPOConfig.beta and json.dumps(default) == repr(default) == "0.1"
+
+    @pytest.mark.parametrize(
+        ("fields", "said"),
+        [
+            ({"logps_reduction": "mean"}, "beta=2.5 and gamma=0.05: not given, so they follow logps_reduction='mean'"),
+            ({"logps_reduction": "mean", "beta": 1.0}, "gamma=0.05: not given, so it follows logps_reduction='mean'"),
+        ],
+    )
+    def test_that_they_follow_is_said(self, tmp_path, fields, said):
+        made = config(tmp_path, **fields)
+        assert said in made.follows() and made.cautions() == []
+
+    def test_gamma_without_a_constraint_is_warned_of(self, tmp_path):
+        (note,) = config(tmp_path, gamma=1.0).cautions()
+        assert "Set constraint='clip' to train every pair towards gamma" in note
+
+    def test_the_trainer_says_it_once(self, monkeypatch, tmp_path):
+        said = []
+        monkeypatch.setattr("trl_cpo.trainer.logger.warning_once", said.append)
+        CPOConstrainedTrainer.set_up(SimpleNamespace(warn_of=lambda *_: None), config(tmp_path, logps_reduction="mean"))
+        CPOConstrainedTrainer.set_up(SimpleNamespace(warn_of=lambda *_: None), config(tmp_path))
+        assert len(said) == 1 and "beta=2.5" in said[0]
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"constraint": "none", "gamma": 1.0},
+            {"constraint": "clip", "gamma": 1.0},
+            {"constraint": "none", "logps_reduction": "mean", "beta": 2.5, "gamma": 0.05},
+            {"gamma": 0.0},
+        ],
+    )
+    def test_what_was_given_needs_no_word(self, tmp_path, fields):
+        made = config(tmp_path, **fields)
+        assert made.cautions() == [] and made.follows() is None
+
+    def test_trls_parser_tells_it_too(self, tmp_path):
+        common = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False"]
+
+        def parsed(*options):
+            return TrlParser([CPOConstrainedConfig]).parse_args_and_config([*common, *options])[0]
+
+        means = parsed("--logps_reduction", "mean", "--gamma", "0.2")
+        assert (means.beta, means.gamma, means.not_given) == (2.5, 0.2, ("beta",))
+        assert "constraint='clip'" in parsed("--gamma", "1.0").cautions()[0]
+        assert parsed("--gamma", "1.0", "--constraint", "none").cautions() == []
+
+    def test_a_config_that_an_earlier_version_pickled_is_as_it_was(self, tmp_path):
+        args = config(tmp_path, gamma=1.0, logps_reduction="mean")
+        for name in ("chose_constraint", "not_given"):
+            del vars(args)[name]
+        again = pickle.loads(pickle.dumps(args))
+        assert again.cautions() == [] and again.follows() is None and again.keep({"logps_reduction": "mean", "beta": 9.0}) == []
+
+    def test_a_run_that_is_gone_on_with_keeps_its_values(self, tmp_path):
+        earlier = {"logps_reduction": "mean", "beta": 0.1, "gamma": 0.0}
+        args = config(tmp_path, constraint="clip", logps_reduction="mean", gamma=0.3)
+        assert args.keep(earlier) == ["beta=0.1"] and (args.beta, args.gamma) == (0.1, 0.3)
+        assert args.keep(earlier) == [] and args.follows() is None
+        assert config(tmp_path).keep(earlier) == []

@@ -234,16 +234,16 @@ def test_the_step_uses_the_multiplier_of_before_it_and_evaluation_moves_nothing(
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            seen.append(trainers[0]._dual.value)
+            seen.append(trainers[0]._bounds.multipliers["dual"].parts[""].value)
 
     trainers = []
 
     class Ours(CPOConstrainedTrainer):
         def compute_loss(self, *args, **kwargs):
             trainers[:] = [self]
-            before = self._dual.value
+            before = self._bounds.multipliers["dual"].parts[""].value
             loss = super().compute_loss(*args, **kwargs)
-            assert self._dual.value == before
+            assert self._bounds.multipliers["dual"].parts[""].value == before
             return loss
 
     trainer = Ours(
@@ -271,9 +271,9 @@ def test_the_step_uses_the_multiplier_of_before_it_and_evaluation_moves_nothing(
     first = logs[0]
     # At the first step policy and reference are the same: DPO's loss is log 2.
     assert first["loss"] == pytest.approx(math.log(2) + 0.3 * first["cpo/violation"], rel=1e-4)
-    multiplier = trainer._dual.value
+    multiplier = trainer._bounds.multipliers["dual"].parts[""].value
     evaluated = trainer.evaluate()
-    assert trainer._dual.value == multiplier
+    assert trainer._bounds.multipliers["dual"].parts[""].value == multiplier
     assert evaluated["eval_cpo/slack"] == -evaluated["eval_cpo/violation"]
     assert evaluated["eval_cpo/holds"] == float(evaluated["eval_cpo/violation"] <= 0)
 

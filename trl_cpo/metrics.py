@@ -1,7 +1,7 @@
 """The `cpo/*` metrics: a literal table of names and formulas, and sums that average correctly over batches."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,11 @@ from .pairs import PairLogps
 
 @dataclass(frozen=True)
 class PairView:
-    """A batch of pairs as the metrics see it: log-probabilities, target margins (B,) in nats, and γ in nats."""
+    """A batch of pairs as the metrics see it: log-probabilities, target margins (B,) in nats, and γ in nats, or (B,)."""
 
     pairs: PairLogps
     target: Tensor
-    gamma: float
+    gamma: float | Tensor
 
 
 #: Metric name (logged as `cpo/<name>`) to (formula as text, function giving one value per pair, (B,)). What is logged is
@@ -64,6 +64,9 @@ MORE_IS_BETTER: dict[str, bool | None] = {
     "escaped": True,
     "chosen_logps_shift": True,
     "rejected_logps_shift": False,
+    "chosen_floor_violation": False,
+    "chosen_floor_slack": True,
+    "chosen_floor_holds": True,
     "slack": True,
     "holds": True,
     "pairs": None,
@@ -86,22 +89,27 @@ class MetricLedger:
     """Sums of per-pair metrics: a mean over several batches weighs every pair equally, whatever the batch sizes.
 
     Sums stay on the device until `flush`, so adding a batch does not wait for it.
+
+    Args:
+        names: of the columns; those of `per_pair` unless said otherwise.
+        group: of the pairs that are added: the metrics are logged as `cpo/<group>/<name>`. Empty: all pairs.
     """
 
     #: Empty: the warning about a checkpoint of another trainer already mentions the metrics.
     starts_anew = ""
 
-    def __init__(self):
+    def __init__(self, names: Sequence[str] = tuple(METRICS), group: str = ""):
+        self.names, self._place = tuple(names), f"cpo/{group}/" if group else "cpo/"
         self._sums: list[Tensor] = []
         # Sums counted before the interruption of a resumed run, (batches, metrics), float64.
-        self._resumed = torch.zeros(0, len(METRICS), dtype=torch.float64)
+        self._resumed = torch.zeros(0, len(self.names), dtype=torch.float64)
         #: Pairs added since the last flush.
         self.count = 0
         #: Pairs left out of the means since the last flush, by reason (`trl_cpo.engine.guards`).
         self.left_out: Counter[str] = Counter()
 
     def add(self, rows: Tensor) -> None:
-        """Adds one batch: the result of `per_pair`, (B, len(METRICS))."""
+        """Adds one batch: a column for each name, (B, K)."""
         self._sums.append(rows.sum(dim=0))
         self.count += len(rows)
 
@@ -110,12 +118,14 @@ class MetricLedger:
 
         Also returns how many pairs were left out, by reason. Without pairs there are no means.
         """
-        left_out = {f"{prefix}cpo/{reason}": number for reason, number in self.left_out.items()}
+        left_out = {f"{prefix}{self._place}{reason}": number for reason, number in self.left_out.items()}
         self.left_out.clear()
         if not self.count:
             return left_out
         totals = self._rows().sum(dim=0)
-        means = {f"{prefix}cpo/{name}": total / self.count for name, total in zip(METRICS, totals.tolist(), strict=True)}
+        means = {
+            f"{prefix}{self._place}{name}": total / self.count for name, total in zip(self.names, totals.tolist(), strict=True)
+        }
         self.clear()
         return means | left_out
 
@@ -125,19 +135,19 @@ class MetricLedger:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything added since the last flush, as exact plain numbers: the count, and each metric's sum per batch."""
-        sums = dict(zip(METRICS, self._rows().T.tolist(), strict=True))
+        sums = dict(zip(self.names, self._rows().T.tolist(), strict=True))
         return {"count": self.count, "left_out": dict(self.left_out), "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replaces the sums with those of a `state_dict`. Raises `ValueError` if it holds other metrics."""
-        if state["sums"].keys() != METRICS.keys():
-            other = sorted(state["sums"].keys() ^ METRICS.keys())
+        if state["sums"].keys() != set(self.names):
+            other = sorted(state["sums"].keys() ^ set(self.names))
             raise ValueError(
                 f"The saved metrics are not this version's: {', '.join(other)} on one side only. Resume with the version "
                 "of trl-cpo that wrote the checkpoint."
             )
         self.clear()
-        self._resumed = torch.tensor([state["sums"][name] for name in METRICS], dtype=torch.float64).T.contiguous()
+        self._resumed = torch.tensor([state["sums"][name] for name in self.names], dtype=torch.float64).T.contiguous()
         self.count = int(state["count"])
         self.left_out.update(state["left_out"])
 

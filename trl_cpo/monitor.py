@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .data.loading import to_conversational
-from .data.reading import first_pairs, read_pairs
+from .data.reading import read_pairs
+from .data.rows import first_pairs
 from .faults import is_finite
 from .files.atomic import write_json
 from .files.masking import masked

@@ -1,6 +1,7 @@
 """The multiplier λ of a constrained objective, updated once per optimizer step."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -20,8 +21,10 @@ class Multiplier:
     #: Said where a checkpoint that is resumed from holds no multiplier.
     starts_anew = "the multiplier starts from dual_init"
 
-    def __init__(self, rule: DualRule):
+    def __init__(self, rule: DualRule, name: str = "cpo/"):
         self.rule = rule
+        #: What its numbers are logged under.
+        self.name = name
         #: Pairs of a mean step, where steps hold different numbers of pairs.
         self.mean_pairs: float | None = None
         self.reset()
@@ -62,14 +65,14 @@ class Multiplier:
         window["held"] += violation <= self.rule.epsilon
 
     def flush(self) -> dict[str, float]:
-        """`cpo/lambda`, `cpo/slack` and `cpo/holds` of the window, which starts anew; empty if no step was made in it."""
+        """`lambda`, `slack` and `holds` of the window under `name`, which starts anew; empty if no step was made in it."""
         window, self._window = self._window, dict(_EMPTY)
         if not window["steps"]:
             return {}
         return {
-            "cpo/lambda": self.value,
-            "cpo/slack": self.rule.epsilon - window["violation"] / window["pairs"],
-            "cpo/holds": window["held"] / window["steps"],
+            f"{self.name}lambda": self.value,
+            f"{self.name}slack": self.rule.epsilon - window["violation"] / window["pairs"],
+            f"{self.name}holds": window["held"] / window["steps"],
         }
 
     def state_dict(self) -> dict[str, float]:
@@ -92,11 +95,22 @@ class Multiplier:
         self._window = {name: state[name] for name in self._window}
 
 
-class DualAscent(TrainerCallback):
-    """Steps a `Multiplier` when the optimizer has stepped, before anything is logged or saved."""
+class Steps(Protocol):
+    """What `DualAscent` steps."""
 
-    def __init__(self, multiplier: Multiplier):
+    def begin(self) -> None: ...
+
+    def step(self) -> None: ...
+
+
+class DualAscent(TrainerCallback):
+    """Steps a `Multiplier`, or several as one, when the optimizer has stepped, before anything is logged or saved."""
+
+    def __init__(self, multiplier: Steps):
         self._multiplier = multiplier
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._multiplier.begin()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._multiplier.step()

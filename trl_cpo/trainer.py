@@ -1,19 +1,26 @@
 """CPOConstrainedTrainer: DPOTrainer with a constraint on the preference gap."""
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from .config import CPOConstrainedConfig
 from .engine import DPOTrainer
+from .engine.dpo_trainer import Carried
+from .labels.bounds import FALLEN
+from .labels.columns import LabelColumns
+from .labels.form import LabelledForm, PairLabels
+from .labels.ledgers import GroupLedgers
 from .logs.narration import Narrator
-from .metrics import COLUMNS, MetricLedger, PairView, per_pair
-from .multiplier import DualAscent, Multiplier
-from .pairs import PairLogps
+from .metrics import METRICS, PairView, per_pair
+from .multiplier import DualAscent
 from .price import Limit, PriceTracker, keeps_last_within
+
+logger = logging.get_logger(__name__)
 
 
 class CPOConstrainedTrainer(DPOTrainer):
@@ -68,59 +75,73 @@ class CPOConstrainedTrainer(DPOTrainer):
 
     def set_up(self, args: CPOConstrainedConfig) -> list[TrainerCallback]:
         self._form = args.form
-        rule = self._form.dual_rule
-        self._dual = None if rule is None else Multiplier(rule)
-        self._ledgers = {"train": MetricLedger(), "eval": MetricLedger()}
         self._limit = Limit()
         #: What training did to the model, by evaluation; None unless `args.price`.
         self.price: PriceTracker | None = None
         self.leaves_out_degenerate = f"The {'' if args.is_plain_dpo else 'constraint and the '}cpo/ metrics leave"
         self.warn_of(args.cautions(), args)
-        callbacks = [] if self._dual is None else [DualAscent(self._dual)]
-        return callbacks + ([Narrator(args.logps_reduction)] if args.narrate else [])
+        follows = args.follows()
+        if follows and args.process_index == 0:
+            logger.warning_once(follows)  # no fault, so no Python warning
+        return [Narrator(args.logps_reduction)] if args.narrate else []
+
+    def data_given(self, args: CPOConstrainedConfig, datasets: Mapping[str, Any]) -> Carried:
+        self._columns = columns = LabelColumns.of(args, datasets)
+        if columns.fitted is not None and args.process_index == 0:
+            logger.warning_once(str(columns.fitted))
+        self._gammas = columns.gammas(args.gamma)
+        self._bounds = args.bounds(columns.groups, columns.epsilons())
+        names = [*METRICS, *([FALLEN] if args.chosen_floor is not None else [])]
+        self._ledgers = {mode: GroupLedgers(names, columns.groups) for mode in ("train", "eval")}
+        return Carried(columns.carried, [DualAscent(self._bounds)] if self._bounds.multipliers else [])
+
+    def with_columns(self, dataset, name: str):
+        return self._columns.attached(dataset, name)
 
     def constructed(self) -> None:
+        if self._gammas is not None:
+            self._gammas = self._gammas.to(self.accelerator.device)
         if self.args.price:
             self.price = PriceTracker.of(self, self._limit)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """DPOTrainer's loss at the constraint's target margin, plus what the constraint adds.
+        """DPOTrainer's loss at the constraint's target margin, plus what the constraint and other bounds add.
 
         `mean_i ℓ(δ_θ,i; t_i) + mean_i added_i`, in nats. Degenerate pairs keep DPO's target and get nothing added.
         Raises the same errors as [`~trl_cpo.engine.DPOTrainer.guarded_loss`].
         """
+        inputs, labels = self._columns.taken(inputs)
+        form = self._labelled(labels)
         return self.guarded_loss(
             model,
             inputs,
             return_outputs,
             num_items_in_batch,
             reduction=self.args.logps_reduction,
-            target_of=self._form.target if self._form.moves_target else None,
-            added_loss=self._added_loss,
+            target_of=form.target if form.moves_target else None,
+            added_loss=lambda pairs: self._bounds.added_loss(form, pairs),
+            beside=labels.rows(),
         )
 
-    def _added_loss(self, pairs: PairLogps) -> Tensor | None:
-        return self._form.added_loss(pairs, 0.0 if self._dual is None else self._dual.value)
+    def _labelled(self, labels: PairLabels) -> LabelledForm:
+        return LabelledForm(self._form, labels, self._gammas, list(zip(self.loss_types, self.loss_weights, strict=True)))
 
     def on_batch(self, batch) -> None:
         pairs, targets = batch.counted()
-        rows = per_pair(PairView(pairs, targets, self._form.gamma))
-        ledger = self._ledgers["train" if self.model.training else "eval"]
-        ledger.add(rows)
-        ledger.left_out.update(batch.left_out())
-        if self.model.training and self._dual is not None and len(rows):
-            self._dual.observe(rows[:, COLUMNS[self._dual.rule.signal]])
+        form = self._labelled(PairLabels.from_rows(batch.counted_beside(), self._columns.present))
+        rows = self._bounds.metrics(per_pair(PairView(pairs, targets, form.gamma)), pairs)
+        training = self.model.training
+        self._ledgers["train" if training else "eval"].add(rows, form.labels.group, batch.left_out())
+        if training:
+            self._bounds.observe(rows, form)
 
     def stateful(self):
-        states: dict[str, Any] = {"metrics": self._ledgers["train"]}
-        if self.args.max_kl is not None:
-            states["max_kl"] = self._limit
-        return states if self._dual is None else states | {"dual": self._dual}
+        limit = {} if self.args.max_kl is None else {"max_kl": self._limit}
+        return {**self._ledgers["train"].stateful(), **limit, **self._bounds.stateful()}
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        if self._dual is not None:
-            self._dual.mean_pairs = self.mean_pairs
+        self._bounds.pairs_of_a_step(self.mean_pairs, self._columns.shares or {})
         return loader
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
@@ -128,12 +149,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         ledger.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # With several sets, DPOTrainer logs all its metrics under "eval_"; ours go under the set's own prefix.
-        pairs, prefix = ledger.count, f"{metric_key_prefix}_"
-        output.metrics.update(ledger.flush(prefix))
-        output.metrics[f"{prefix}cpo/pairs"] = pairs
-        if self._dual is not None and pairs:
-            slack = self._dual.rule.epsilon - output.metrics[f"{prefix}cpo/{self._dual.rule.signal}"]
-            output.metrics[f"{prefix}cpo/slack"], output.metrics[f"{prefix}cpo/holds"] = slack, float(slack >= 0)
+        prefix, counts = f"{metric_key_prefix}_", ledger.counts(f"{metric_key_prefix}_")
+        output.metrics.update(ledger.flush(prefix) | {f"{prefix}cpo/pairs": 0} | counts)
+        output.metrics.update(self._bounds.held(output.metrics, prefix))
         if self.price is not None:
             measured = self.price.at_evaluation(metric_key_prefix)
             output.metrics.update({f"{prefix}{name}": value for name, value in measured.items()})
@@ -150,7 +168,7 @@ class CPOConstrainedTrainer(DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # A training log may follow an evaluation, which leaves the model in evaluation mode.
         if self.model.training or "loss" in logs:
-            logs.update(self._ledgers["train"].flush())
-            if self._dual is not None:
-                logs.update(self._dual.flush())
+            ledgers = self._ledgers["train"]
+            counts = ledgers.counts()
+            logs.update(ledgers.flush() | counts | self._bounds.flush())
         super().log(logs, start_time)

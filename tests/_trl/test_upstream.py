@@ -136,11 +136,39 @@ def test_every_private_name_of_upstream_that_is_read_is_listed():
 
 def test_unsupported_trl_is_named():
     upstream.check_upstream(trl.__version__)
+    upstream.check_upstream("1.15.0")
     upstream.check_upstream("1.16.3")
-    for version in ("1.15.0", "1.17.0", "0.9.6", "2.0.0"):
+    for version in ("1.14.2", "1.17.0", "0.9.6", "2.0.0"):
         with pytest.raises(ImportError) as error:
             upstream.check_upstream(version)
         assert version in str(error.value) and str(upstream.SUPPORTED_TRL) in str(error.value)
+
+
+def test_trl_without_a_head_for_cpus_is_refused_there(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ImportError, match=r"TRL 1\.15\.0 computes .* on a GPU alone.*pip install 'trl>=1\.16"):
+        upstream.check_kernels("cpu", "1.15.0")
+    upstream.check_kernels("cpu", "1.16.0")
+    upstream.check_kernels("cuda", "1.15.0")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    upstream.check_kernels("cpu", "1.15.0")
+
+
+def test_trainer_and_scoring_ask_whether_the_head_runs(monkeypatch, tmp_path, small_model):
+    from transformers import AutoModelForCausalLM
+
+    from trl_cpo._trl.reference import fused_head
+
+    def asked(device):
+        raise ImportError(f"asked for {device}")
+
+    monkeypatch.setattr("trl_cpo.engine.dpo_trainer.check_kernels", asked)
+    monkeypatch.setattr("trl_cpo._trl.reference.check_kernels", asked)
+    args, model = CPOConstrainedConfig(**training_options(tmp_path)), AutoModelForCausalLM.from_pretrained(small_model)
+    with pytest.raises(ImportError, match="asked for cpu"):
+        CPOConstrainedTrainer(model="nowhere", args=args)
+    with pytest.raises(ImportError, match="asked for cpu"):
+        fused_head(model).__enter__()
 
 
 def test_only_the_seam_and_the_overrides_know_the_inside_of_trl():

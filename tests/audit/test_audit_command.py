@@ -312,6 +312,35 @@ def test_hh_text_and_several_splits(audit, tmp_path):
     assert (train["set"], train["all"]["pairs"], train["refused"], train["rows"]) == ("train", 3, 1, 4)
     assert (test["set"], test["all"]["pairs"], test["refused"]) == ("test", 2, 0)
     assert {pair["row"] for pair in train["worst"]} <= {0, 2, 3}
+    (reason,) = train["refused_for"]
+    assert (reason["reason"], reason["count"], reason["rows"]) == ("not_a_dialogue", 1, [1]) and test["refused_for"] == []
+    out = audit("--split", "train", "--preflight-only", dataset=str(folder))[1]
+    assert f"  1 not_a_dialogue: {reason['says']} (rows 1)" in out
+
+
+def test_each_pair_is_written_where_asked(audit, tmp_path, ref_model_folder):
+    """The numbers that the document's fractions are made of."""
+    out = tmp_path / "pairs.jsonl"
+    code, text, err = audit("--json", "--pairs", out, "--ref-model", ref_model_folder, "--slice", "kind")
+    assert code == FAULTY, err
+    document = json.loads(text)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["row"] for row in rows] == [n for n in range(N) if n not in (5, 7)] and len(rows) == counted(
+        document, "misaligned", "sum"
+    )[1]
+    for name in ("sum", "mean"):
+        assert sum(row["misaligned"][name] for row in rows) == counted(document, "misaligned", name)[0]
+    assert sum(row["in_undesirable_region"]["sum"] for row in rows) == counted(document, "policy", "in_undesirable_region")[0]
+    for row in rows:
+        assert row["ref_gap"]["sum"] == row["ref_chosen"] - row["ref_rejected"]
+        assert row["gap"]["sum"] == row["policy_chosen"] - row["policy_rejected"]
+        assert row["slices"] == {"kind": "even" if row["row"] % 2 == 0 else "odd"} and row["reward_gap"] == row["row"] % 3 - 0.5
+    code, text, err = audit("--pairs", out)
+    assert code == 2 and "exists and is not overwritten" in err
+    code, text, err = audit("--pairs", tmp_path / "no" / "x.jsonl")
+    assert code == 2 and "in a folder that does not exist" in err
+    code, text, err = audit("--pairs", tmp_path / "y.jsonl", "--preflight-only")
+    assert code == 2 and "scores nothing" in err and not (tmp_path / "y.jsonl").exists()
 
 
 def test_refusals_say_what_to_do_and_exit_with_2(audit, tmp_path, model_folder, tokenizer):

@@ -57,6 +57,17 @@ def test_help_answers_within_a_second(arguments):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_misspelt_recipe_is_answered_before_anything_heavy_is_imported(command):
+    code = (
+        "import sys\nfrom trl_cpo.cli import main\ncode = main(sys.argv[1:])\n"
+        "print(code, [m for m in ('torch', 'trl', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, command, "--config", "dmeo"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2 []\n" and "Did you mean demo?" in done.stderr
+
+
 def test_python_dash_m_and_the_script_are_the_same(tmp_path):
     entry = Path(sys.executable).with_name("trl-cpo")
     for command in ([sys.executable, "-m", "trl_cpo"], [str(entry)]):
@@ -98,6 +109,17 @@ def test_mistakes_exit_with_2_and_name_the_next_command(arguments, said, capsys,
     command = re.search(r"trl-cpo( \w+)?", last.partition(": ")[2] or last)
     assert command, f"no next command in {last!r}"
     assert not command.group(1) or command.group(1).strip() in COMMANDS
+
+
+def test_train_without_arguments_shows_the_help_and_the_defaults(capsys, monkeypatch, tmp_path):
+    def reached(*_, **__):
+        raise AssertionError("a run was started")
+
+    monkeypatch.setattr("trl_cpo.cli.options.parse_run", reached)
+    assert main(["train"]) == 2
+    err = capsys.readouterr().err
+    assert "--dataset_name D" in err and "usage: trl-cpo train" in err
+    assert "with constraint clip, gamma 0 and beta 0.1" in err
 
 
 def test_exit_codes(monkeypatch, capsys):

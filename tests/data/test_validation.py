@@ -152,7 +152,10 @@ def test_caution_for_inverse_logp_comes_once(make):
         ({"constraint": "none", "alpha": 0.5, "tau": 9.0}, "does not use tau=9.0, alpha=0.5"),
         ({"constraint": "clip", "penalty_weight": 3.0}, "does not use penalty_weight=3.0"),
         ({"constraint": "softplus", "alpha": 2.0}, "alpha=2.0 is above 1"),
-        ({"constraint": "inverse_prob", "logps_reduction": "mean"}, "gamma=0 makes constraint='inverse_prob' plain DPO"),
+        (
+            {"constraint": "inverse_prob", "logps_reduction": "mean", "gamma": 0.0},
+            "gamma=0 makes constraint='inverse_prob' plain DPO",
+        ),
         ({"constraint": "penalty", "penalty_weight": 0.0}, "penalty_weight=0 makes"),
     ],
 )

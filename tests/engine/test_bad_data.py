@@ -337,7 +337,7 @@ def test_the_constraint_asks_nothing_of_pairs_that_compare_nothing(make, tokeniz
     expected = expected + weight * torch.where(good, torch.relu(3.0 - pairs.gap), 0.0)
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
     if form == "lagrangian":
-        (signal,) = trainer._dual._seen
+        ((signal, _),) = trainer._bounds.multipliers["dual"]._seen
         assert torch.equal(signal, torch.relu(3.0 - pairs.gap)[good])
     logged = trainer._ledgers["train"].flush()
     assert logged["cpo/incomparable_pairs"] == 3

@@ -38,6 +38,17 @@ RUNS = {
     "full softplus precomputed": {"options": {"constraint": "softplus", "precompute_ref_log_probs": True}},
     "full penalty adamw": {"options": {"constraint": "penalty", "max_grad_norm": 1.0, **ADAMW, **PRICE}, "accumulate": 2},
     "full lagrangian explicit resumed": {"ref_model": REFERENCE, "resume": True, "options": LAGRANGIAN},
+    "full lagrangian labels resumed": {
+        "resume": True,
+        "options": {
+            **LAGRANGIAN,
+            "probability_column": "sure",
+            "margin_column": "better",
+            "group_column": "topic",
+            "gamma_by_group": {"odd": 0.5},
+            "chosen_floor": 0.01,
+        },
+    },
     "full clip tokens resumed": {
         "rounds": 2,
         "resume": True,
@@ -84,6 +95,12 @@ def launched(tmp_path_factory, model_folder, ref_model_folder):
         folder = tmp_path_factory.mktemp(kind)
         data = {}
         for split, rows in (("train", pair_rows(TRAIN_PAIRS)), ("test", pair_rows(EVAL_PAIRS, seed=5))):
+            for number, row in enumerate(rows):
+                row |= {
+                    "sure": 0.6 + 0.3 * (number % 2),
+                    "better": 0.1 * (number % 3),
+                    "topic": ("even", "odd")[number % 3 == 0],
+                }
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             data[split] = str(folder / f"{split}.jsonl")
         runs = [{**run, "ref_model": ref_model_folder} if "ref_model" in run else run for run in runs]

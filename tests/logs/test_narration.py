@@ -17,8 +17,14 @@ def log(chosen=0.0, rejected=0.0, in_u=0.0, prefers=0.5, **more):
         "cpo/rejected_logps_shift": rejected,
         "cpo/in_undesirable_region": in_u,
         "cpo/prefers_chosen": prefers,
+        "cpo/pairs": 40,
         **more,
     }
+
+
+def held_out(name="eval_", **values):
+    """The same of an evaluation."""
+    return {f"{name}{key}": value for key, value in log(**values).items()}
 
 
 @pytest.mark.parametrize(
@@ -44,32 +50,58 @@ def test_displacement(chosen, rejected, words):
 @pytest.mark.parametrize(
     "before, after, words",
     [
-        (None, 0.21, "21 % of pairs in U;"),
-        (None, 0.0, "0 % of pairs in U;"),
-        (0.21, 0.07, "7 % of pairs in U, down from 21 %;"),
-        (0.07, 0.21, "21 % of pairs in U, up from 7 %;"),
-        (0.0, 0.004, "under 1 % of pairs in U, up from 0 %;"),
-        (0.996, 1.0, "100 % of pairs in U, up from over 99 %;"),
-        (0.211, 0.2149, "21 % of pairs in U, as before;"),
-        (0.0, 0.0, "0 % of pairs in U, as before;"),
+        (None, 0.21, "21 % of 40 held-out pairs in U;"),
+        (None, 0.0, "0 % of 40 held-out pairs in U;"),
+        (0.21, 0.07, "7 % of 40 held-out pairs in U, down from 21 %;"),
+        (0.07, 0.21, "21 % of 40 held-out pairs in U, up from 7 %;"),
+        (0.0, 0.004, "under 1 % of 40 held-out pairs in U, up from 0 %;"),
+        (0.996, 1.0, "100 % of 40 held-out pairs in U, up from over 99 %;"),
+        (0.211, 0.2149, "21 % of 40 held-out pairs in U, as before;"),
+        (0.0, 0.0, "0 % of 40 held-out pairs in U, as before;"),
     ],
 )
-def test_the_undesirable_region(before, after, words):
-    earlier = None if before is None else log(in_u=before)
-    assert f"; {words} " in sentence(earlier, log(in_u=after))
+def test_the_undesirable_region_of_held_out_pairs(before, after, words):
+    earlier = None if before is None else held_out(in_u=before, chosen=-1.0)
+    assert f"; {words} " in sentence(earlier, held_out(in_u=after), prefix="eval_")
+
+
+def test_the_reference_itself_has_no_pair_in_u_to_compare_with():
+    said = sentence(held_out(prefers=0.2), held_out(chosen=2.0, in_u=0.3, prefers=0.4), prefix="eval_")
+    assert said.endswith("; 30 % of 40 held-out pairs in U; the policy prefers chosen on 40 %, up from 20 %")
+
+
+def test_training_logs_are_of_different_pairs_and_are_not_compared():
+    first, last = log(in_u=0.0, prefers=0.25, **{"cpo/pairs": 4}), log(in_u=0.75, prefers=0.5, **{"cpo/pairs": 1234})
+    assert sentence(first, last).endswith(
+        "; 75 % of 1,234 training pairs in U, 0 % of 4 others in the first log; the policy prefers chosen on 50 %, and on 25 % "
+        "in the first log"
+    )
+    assert sentence(None, last).endswith("; 75 % of 1,234 training pairs in U; the policy prefers chosen on 50 %")
+
+
+def test_evaluations_of_other_pairs_are_not_compared():
+    said = sentence(held_out(in_u=0.1), held_out(in_u=0.3, **{"cpo/pairs": 41}), prefix="eval_")
+    assert "30 % of 41 held-out pairs in U; " in said and "from" not in said
+
+
+def test_logs_of_earlier_versions_do_not_say_how_many():
+    earlier = {name: value for name, value in log(in_u=0.1).items() if name != "cpo/pairs"}
+    assert "10 % of training pairs in U;" in sentence(None, earlier)
 
 
 def test_what_the_policy_prefers_and_the_unit():
-    said = sentence(log(prefers=0.18), log(-0.01, -0.02, prefers=0.52), "nats per token")
+    said = sentence(
+        held_out(prefers=0.18), held_out(chosen=-0.01, rejected=-0.02, prefers=0.52), "nats per token", prefix="eval_"
+    )
     assert said.endswith("; the policy prefers chosen on 52 %, up from 18 %") and "-0.02 nats per token)" in said
     assert "\n" not in said
 
 
 def test_nothing_to_tell():
     assert sentence(None, {}) is None and sentence(log(), {"loss": 1.0}) is None
-    assert sentence(None, log(chosen=math.nan)) is None
-    assert "from" not in sentence({"loss": 1.0}, log())
-    assert "from" not in sentence(log(in_u=math.nan), log(in_u=0.3))
+    assert sentence(None, log(chosen=math.nan)) is None and sentence(None, log(), prefix="eval_") is None
+    assert "first log" not in sentence({"loss": 1.0}, log())
+    assert "from" not in sentence(held_out(in_u=math.nan), held_out(in_u=0.3), prefix="eval_")
 
 
 def told(logs, first_process=True, end=True):
@@ -88,13 +120,43 @@ def told(logs, first_process=True, end=True):
 
 
 def test_said_at_the_first_log_and_at_the_end():
-    evaluation = {f"eval_{key}": value for key, value in log(in_u=0.9).items()}
-    said = told(
-        [evaluation, log(in_u=0.21), evaluation, log(in_u=0.5), evaluation, log(in_u=0.07), evaluation, {"train_runtime": 1.0}]
-    )
+    said = told([log(in_u=0.21), log(in_u=0.5), log(in_u=0.07), {"train_runtime": 1.0}])
     assert len(said) == 2
-    assert said[0].startswith("[first log, step 20]") and "21 % of pairs in U;" in said[0]
-    assert said[1].startswith("[end, step 80]") and "7 % of pairs in U, down from 21 %" in said[1]
+    assert said[0].startswith("[first log, step 10]") and "21 % of 40 training pairs in U;" in said[0]
+    assert said[1].startswith("[end, step 40]") and "7 % of 40 training pairs in U, 21 % of 40 others" in said[1]
+
+
+def test_held_out_pairs_come_before_training_pairs():
+    others = held_out("eval_b_", in_u=0.9)
+    said = told(
+        [
+            held_out(in_u=0.2, chosen=1.0),
+            others,
+            log(in_u=0.5),
+            log(in_u=0.6),
+            held_out(in_u=0.1),
+            others,
+            {"train_runtime": 1.0},
+        ]
+    )
+    assert len(said) == 2 and "50 % of 40 training pairs" in said[0]
+    assert said[1].startswith("[end, step 50]") and "10 % of 40 held-out pairs in U, down from 20 %" in said[1]
+
+
+def test_an_evaluation_after_training_is_waited_for():
+    """As `trl-cpo train` has it: held-out pairs before the first step and after training."""
+    state = TrainerState()
+    state.is_world_process_zero = True
+    said, narrator = [], Narrator("sum")
+    narrator._say = lambda when, words: said.append(f"[{when}] {words}")
+    state.log_history = [{**held_out(prefers=0.2), "step": 0}, {**log(), "step": 5}, {**log(), "step": 9}]
+    narrator.on_evaluate(None, state, TrainerControl())
+    narrator.on_train_end(None, state, TrainerControl())
+    assert said == []
+    state.log_history.append({**held_out(prefers=0.3), "step": 9})
+    narrator.on_evaluate(None, state, TrainerControl())
+    narrator.on_evaluate(None, state, TrainerControl())
+    assert len(said) == 1 and said[0].startswith("[end, step 9]") and "chosen on 30 %, up from 20 %" in said[0]
 
 
 def test_said_once_where_there_is_one_log_and_never_elsewhere():

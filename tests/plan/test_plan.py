@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
+import bitsandbytes
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,17 +20,24 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     Qwen2Config,
+    SmolLM3Config,
 )
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.cli import main
+from trl_cpo.cli.recipe_files import read_config
 from trl_cpo.plan import PlanRequest, cheapest, estimate
 from trl_cpo.plan.activations import kept_by
 from trl_cpo.plan.changes import LADDER
-from trl_cpo.plan.memory import HEAD_COPIES, optimizer, weights
-from trl_cpo.plan.shape import NF4_BYTES, shape_of
+from trl_cpo.plan.known import known_config, known_models
+from trl_cpo.plan.memory import HEAD_COPIES, adapters, optimizer, weights
+from trl_cpo.plan.shape import NF4_BYTES, default_targets, shape_of
 from trl_cpo.plan.size import parse_size, shown
+from trl_cpo.plan.text import as_text
+from trl_cpo.recipes import names
+from trl_cpo.run.arguments import PolicyConfig
 
+from helpers.paths import ROOT
 from helpers.tiny import make_model, pairs_dataset, training_options
 
 SIZES = dict(
@@ -73,6 +84,56 @@ def test_lora_is_pefts(config, targets):
     assert shape_of(config).lora_weights(4, targets) == model.get_nb_trainable_parameters()[0]
 
 
+@pytest.mark.parametrize(
+    "name, weights",
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248),
+    ],
+)
+def test_configs_that_ship_are_those_of_the_published_models(name, weights):
+    """The numbers of weights are those that the models' pages state."""
+    assert shape_of(known_config(name)).weights == weights
+
+
+def test_a_config_ships_for_the_model_of_each_recipe_and_the_default():
+    models = {read_config(name)["model_name_or_path"] for name in names()} | {PolicyConfig.model_name_or_path}
+    assert models - {"demo"} == set(known_models())
+    assert known_config("somebody/something") is None
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
+@pytest.mark.parametrize("config", [TINY, Qwen2Config(**SIZES), FAMILIES[-1]], ids=lambda c: c.model_type)
+def test_lora_without_targets_has_pefts_own(config):
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=4, task_type="CAUSAL_LM"))
+    targets = default_targets(config.model_type)
+    assert shape_of(config).lora_weights(4, targets) == model.get_nb_trainable_parameters()[0]
+    assert shape_of(config).lora_weights(4, targets) < shape_of(config).lora_weights(4, "all-linear")
+
+
+def test_where_peft_has_no_default_targets_they_are_asked_for():
+    with pytest.raises(ValueError, match="PEFT has no default layers for LoRA on a smollm3 model"):
+        default_targets("smollm3")
+    model = AutoModelForCausalLM.from_config(SmolLM3Config(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    with pytest.raises(ValueError, match="target_modules"):
+        get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("pattern", [r".*\.(q_proj|o_proj)", ".*down_proj", "q_proj"])
+def test_one_target_is_a_pattern_as_in_peft(pattern):
+    lora = LoraConfig(r=4, target_modules=pattern, task_type="CAUSAL_LM")
+    if pattern == "q_proj":
+        with pytest.raises(ValueError, match="not found"):
+            get_peft_model(AutoModelForCausalLM.from_config(TINY), lora)
+        with pytest.raises(ValueError, match=r"Give '\.\*q_proj' or several of .*, v_proj"):
+            shape_of(TINY).lora_weights(4, pattern)
+        return
+    model = get_peft_model(AutoModelForCausalLM.from_config(TINY), lora)
+    assert shape_of(TINY).lora_weights(4, pattern) == model.get_nb_trainable_parameters()[0]
+
+
 def test_a_target_that_no_layer_has_is_refused():
     with pytest.raises(ValueError, match="no linear layer is named c_attn; choose from .*q_proj"):
         shape_of(TINY).lora_weights(4, ["c_attn"])
@@ -90,6 +151,91 @@ def test_four_bit_weights_are_bitsandbytes(tmp_path):
     request = PlanRequest(config=model.config, bits=4, lora_rank=4)
     assert weights(request, shape_of(model.config)) == pytest.approx(real, rel=1e-3)
     assert NF4_BYTES == 0.5625
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_qlora_trains_as_many_bytes_as_trl_has_it_train(tmp_path, tokenizer, bits):
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
+    quantization = BitsAndBytesConfig(load_in_4bit=True) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
+    trainer = CPOConstrainedTrainer(
+        model=str(tmp_path / "model"),
+        processing_class=tokenizer,
+        train_dataset=pairs_dataset(4),
+        args=CPOConstrainedConfig(**training_options(tmp_path, constraint="clip")),
+        peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"),
+        quantization_config=quantization,
+    )
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    config = trainer.model.config
+    request = PlanRequest(config=config, bits=bits, lora_rank=4, lora_targets=default_targets(config.model_type))
+    assert adapters(request, shape_of(config)) == sum(p.numel() * p.element_size() for p in trained)
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
+def test_fsdp2_shards_four_bits_that_are_stored_as_floats(storage):
+    """Accelerate leaves a frozen 4-bit weight out of the sharding unless it is_floating_point()."""
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", quant_storage=getattr(torch, storage)).to("cpu")
+    request = PlanRequest(config=LLAMA_8B, gpus=8, parallel="fsdp2", bits=4, lora_rank=16, quant_storage=storage)
+    shape = shape_of(LLAMA_8B)
+    assert request.shards_quantized == layer.weight.is_floating_point()
+    whole = NF4_BYTES * shape.quantizable
+    others = request.held_bytes * (shape.weights - shape.quantizable)
+    assert weights(request, shape) == pytest.approx(whole / (8 if storage != "uint8" else 1) + others / 8)
+
+
+def test_a_70b_model_in_four_bits_is_whole_on_every_device_of_fsdp2():
+    big = LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    request = PlanRequest(
+        config=big, gpus=8, parallel="fsdp2", bits=4, weight_bytes=2, lora_rank=16, micro_batch=1, max_length=512
+    )
+    assert weights(request, shape_of(big)) > 38e9
+    changes, after = cheapest(request, 30e9)
+    assert [change.option for change in changes] == ["--bnb_4bit_quant_storage bfloat16"]
+    assert after.resident["weights"] < 6e9
+
+
+@pytest.mark.slow
+def test_zeros_state_is_deepspeeds(tmp_path):
+    """Stage by stage, with and without mixed precision, all weights and adapters: what DeepSpeed holds after a step."""
+    program = ROOT / "tests" / "processes" / "zero_state.py"
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(cases) == 6
+    for case in cases:
+        request = PlanRequest(
+            config=TINY,
+            parallel=f"zero{case['stage']}",
+            autocast=case["bf16"],
+            lora_rank=case["rank"],
+            lora_targets=default_targets("llama"),
+        )
+        shape = shape_of(TINY)
+        held = weights(request, shape) + adapters(request, shape) + optimizer(request, shape)
+        # DeepSpeed pads each partition to a multiple of its alignment.
+        assert held == pytest.approx(case["held"], rel=0.002), case
+
+
+def test_offloading_takes_as_much_of_the_machines_memory_as_deepspeed_says():
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    request = PlanRequest(config=LLAMA_8B, gpus=8, parallel="zero3", offload=True, precomputed=True, micro_batch=1)
+    found, shape = estimate(request), shape_of(LLAMA_8B)
+    theirs, *_ = estimate_zero3_model_states_mem_needs(shape.weights, shape.block, 8, additional_buffer_factor=1)
+    assert found.machine_memory == pytest.approx(theirs)
+    assert estimate(dataclasses.replace(request, precomputed=False)).machine_memory == found.machine_memory + 2 * shape.weights
+    assert estimate(dataclasses.replace(request, offload=False)).machine_memory == 0
+    frozen = estimate(dataclasses.replace(request, lora_rank=16)).machine_memory
+    assert frozen == pytest.approx(2 * shape.weights + 18 * shape.lora_weights(16, "all-linear"))
 
 
 @pytest.mark.parametrize("optim, kind", [("adamw_torch", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
@@ -135,16 +281,16 @@ def test_activations_are_what_a_real_forward_keeps(config, rows, tokens):
     ids, mask = torch.randint(0, 256, (rows, tokens)), torch.ones(rows, tokens, dtype=torch.long)
     mask[0, -3:] = 0
     real = kept_in(lambda: model.base_model(input_ids=ids, attention_mask=mask, use_cache=False), model)
-    block, around = kept_by(config, dtype=torch.float32, autocast=False, lora=False)
+    block, around = kept_by(config, dtype=torch.float32, autocast=False)
     assert 3 * block.padded(rows, tokens) + around.padded(rows, tokens) == pytest.approx(real, rel=0.03)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [(), "all-linear", ("q_proj", "v_proj")], ids=["full", "lora", "lora-qv"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lora):
     prompt, answer, batch = 60, 40, 3
     model = make_model()
-    adapters = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    adapters = LoraConfig(r=8, target_modules=lora, task_type="CAUSAL_LM") if lora else None
     trainer = CPOConstrainedTrainer(
         model=model,
         ref_model=None if lora else make_model(),
@@ -169,6 +315,7 @@ def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lor
         device="cpu",
         autocast=False,
         lora_rank=8 if lora else 0,
+        lora_targets=lora,
         checkpointing=False,
         packed=packed,
         micro_batch=batch,
@@ -234,6 +381,7 @@ class TestWhatMustHold:
             for rank in (0, 4)
             for optim in ("adamw_torch", "adamw_torch_fused")
         ]
+        starts.append(dataclasses.replace(BASE, parallel="fsdp2", lora_rank=4, bits=4))
         for change in LADDER:
             assert any(change.made(request) is not None for request in starts), change.option
 
@@ -313,6 +461,40 @@ class TestCommand:
         document = json.loads(capsys.readouterr().out)
         assert document["request"]["gpus"] == 4 and document["fits"] is None
         assert sum(document["terms"].values()) == pytest.approx(document["peak"], abs=20)
+
+    @pytest.mark.parametrize("name", [name for name in names() if not name.startswith("demo")])
+    def test_a_recipe_needs_no_network(self, name, capsys, monkeypatch):
+        monkeypatch.setattr("trl_cpo.data.models.read_config", lambda *_, **__: pytest.fail("looked for on the hub"))
+        assert self.plan("--config", name) == 0
+        assert "million weights" in capsys.readouterr().out
+
+    def test_another_revision_or_a_folder_is_looked_for(self, capsys, tmp_path, monkeypatch):
+        name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert self.plan("--model", name, "--model_revision", "other") == 2
+        assert f"Cannot load the model {name}" in capsys.readouterr().err
+        monkeypatch.chdir(tmp_path)
+        TINY.save_pretrained(tmp_path / name)
+        assert self.plan("--model", name, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["weights"] < 1e6
+
+    def test_lora_without_targets_is_pefts(self, folder, capsys):
+        found = {}
+        for targets in ([], ["--lora_target_modules", "q_proj", "v_proj"], ["--lora_target_modules", "all-linear"]):
+            assert self.plan("--model", folder, "--use_peft", *targets, "--json") == 0
+            found[" ".join(targets)] = json.loads(capsys.readouterr().out)["terms"]["adapters"]
+        default, named, every = found.values()
+        assert default == named < every
+
+    def test_offloading_says_what_the_machine_must_have(self, folder, capsys):
+        options = ["--model", folder, "--gpus", 2, "--parallel", "zero3", "--offload"]
+        assert self.plan(*options) == 0
+        assert "Offloading takes 3 MB of the machine's memory for all its devices together" in capsys.readouterr().out
+
+    def test_advice_to_offload_says_it_too(self):
+        request = PlanRequest(config=LLAMA_8B, gpus=2, parallel="zero3", micro_batch=1, precomputed=True)
+        remedy = cheapest(request, 30e9)
+        assert "offload" in remedy[0][-1].option
+        assert "Offloading takes 144.5 GB of the machine's memory" in as_text(estimate(request), 30e9, remedy)
 
     def test_a_recipe(self, folder, capsys):
         assert self.plan("--config", "hh-rlhf-qlora-24gb", "--model", folder, "--memory", "24GB") == 0

@@ -40,7 +40,7 @@ LAYOUT = {
     ),
     "run": (
         "one training run, from pairs to a folder",
-        {"config", "constraint_fields", "data", "decisions", "engine", "files", "logs", "pairs", "trainer"},
+        {"config", "constraint_fields", "data", "decisions", "engine", "files", "labels", "logs", "pairs", "trainer"},
     ),
     "selftest": ("an untested TRL against plain formulas", {"_trl", "config", "files", "trainer"}),
     "decisions": ("the right option: preferred, likeliest, given", {"intervals"}),
@@ -55,11 +55,24 @@ LAYOUT = {
     "recipes": ("settings with a name", set()),
     "trainer": (
         "compute_loss with the constraint",
-        {"config", "engine", "logs", "metrics", "multiplier", "pairs", "price"},
+        {"config", "engine", "labels", "logs", "metrics", "multiplier", "price"},
     ),
     "config": (
         "its options",
-        {"_trl", "constraint_fields", "constraints", "engine", "faults", "hyperparameters", "metrics", "pairs", "price"},
+        {
+            "_trl",
+            "constraint_fields",
+            "constraints",
+            "engine",
+            "faults",
+            "hyperparameters",
+            "labels",
+            "metrics",
+            "pairs",
+            "price",
+            "units",
+            "unset",
+        },
     ),
     "price": ("what training did to the model", {"engine", "faults", "files"}),
     "theory": ("closed forms, in float64", {"constraints", "gaps", "objective", "pairs"}),
@@ -67,12 +80,16 @@ LAYOUT = {
     "_trl": ("the seam: all of upstream's insides", {"data", "files", "pairs"}),
     "objective": ("the pair loss by itself, for tests and theory", {"pairs"}),
     "constraint_fields": ("the forms' hyperparameters as options", {"constraints", "hyperparameters"}),
+    "labels": (
+        "how sure a pair is, by how much, of which group",
+        {"constraints", "faults", "hyperparameters", "metrics", "multiplier", "pairs"},
+    ),
     "multiplier": ("the dual variable", {"constraints"}),
     "constraints": ("one form of the constraint a file", {"hyperparameters", "pairs"}),
     "metrics": ("what is logged of the gap", {"gaps", "pairs"}),
     "constraint_names": ("the same names, without torch", set()),
     "hyperparameters": ("one declaration each: default, help, bounds", {"faults"}),
-    "logs": ("a run's log, and in words", {"files", "units"}),
+    "logs": ("a run's log, and in words", {"files", "quoting", "units"}),
     "pairs": ("log-probabilities of a batch of pairs", {"units"}),
     "data": ("reading, HH-RLHF, validation, the demo's pairs", {"files", "quoting"}),
     "gaps": ("regions of the gap", set()),
@@ -82,6 +99,7 @@ LAYOUT = {
     "files": ("where to write, and whole; what is read", {"quoting"}),
     "quoting": ("other people's text, made harmless", set()),
     "units": ("nats per response or per token", set()),
+    "unset": ("defaults, told from the same value given", set()),
 }
 
 

@@ -84,7 +84,7 @@ def test_the_arithmetic_in_the_recipes():
     assert f"{total / 1e9:.2f}e9 parameters" in text and f"{linear / 1e9:.2f}e9 in linear layers" in text
     assert f"{0.516 * linear / 1e9:.1f} GB" in text and f"{2 * head / 1e9:.2f}e9 (embedding and head" in text
     lora = adapter(3584, 18944, 28, 512, 16)
-    assert f"{lora / 1e6:.1f}e6 weights" in text and f"{16 * lora / 1e9:.1f} GB" in text
+    assert f"{lora / 1e6:.1f}e6 weights" in text and f"{8 * lora / 1e9:.1f} GB" in text
     text = said("full-zero3")
     assert f"= {16 * total / 1e9:.1f} GB, a quarter: {4 * total / 1e9:.1f} GB" in text
 
@@ -122,6 +122,24 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     _, args, policy = parse_run([*ON_CPU, "--beta", "0.7"], file)
     assert (args.beta, args.gamma, args.learning_rate) == (0.7, 1.0, 1e-6)
     assert isinstance(args.gamma, float) and policy.lora_target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("recipes", "arguments", "taken", "said"),
+    [
+        ("sum", ["--logps_reduction", "mean"], (2.5, 0.05), "beta=0.2 and gamma=1 of the recipe are for logps_reduction='sum'"),
+        ("sum", ["--logps-reduction=mean", "--beta", "3"], (3.0, 0.05), "gamma=1 of the recipe are for logps_reduction='sum'"),
+        ("mean", ["--logps_reduction", "sum"], (0.1, 0.0), "beta=0.2 and gamma=1 of the recipe are for logps_reduction='mean'"),
+        ("mean", [], (0.2, 1.0), None),
+        ("mean", ["--logps_reduction", "mean"], (0.2, 1.0), None),
+        ("sum", [], (0.2, 1.0), None),
+    ],
+)
+def test_beta_and_gamma_of_a_recipe_hold_for_its_reduction(tmp_path, recipes, arguments, taken, said):
+    file = written(tmp_path, f"constraint: clip\nbeta: 0.2\ngamma: 1.0\nlogps_reduction: {recipes}\n")
+    _, args, _ = parse_run([*ON_CPU, *arguments], file)
+    assert (args.beta, args.gamma) == taken
+    assert args.follows() is None if said is None else said in args.follows()
 
 
 def test_environment_and_empty_values(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 
 from trl_cpo.certificates import certify_run
 from trl_cpo.cli import main
+from trl_cpo.cli.train import _without
 from trl_cpo.logs.run_log import read_log
 from trl_cpo.run.arguments import PairArguments, PolicyConfig
 
@@ -166,6 +168,80 @@ def test_a_run_goes_on_from_its_latest_checkpoint(run, tmp_path, model_folder, h
     assert list(map(numbers, read_log(mine / "log.jsonl"))) == list(map(numbers, log))
     done = run(*TINY, "--output_dir", "other", "--resume_from_checkpoint", "latest", check=False)
     assert "no whole checkpoint-* folder in other" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(run, tmp_path, model_folder, hh_file, monkeypatch):
+    """Stopped at the second log, after the first checkpoint; then the command as it was printed."""
+    from trl_cpo.logs.run_log import RunLog
+
+    stops, log = [2], RunLog.on_log
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if stops and state.global_step == stops[0]:
+            stops.clear()
+            raise KeyboardInterrupt
+        return log(self, args, state, control, logs=logs, **kwargs)
+
+    monkeypatch.setattr(RunLog, "on_log", on_log)
+    (tmp_path / "my recipe.yaml").write_text("constraint: clip\ngamma: 1.0\n")
+    options = ["--config", "my recipe.yaml", "--model_name_or_path", model_folder, "--dataset_name", hh_file, *TINY]
+    options += ["--output-dir=mine", "--no_price"]
+    options += ["--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "1"]
+    done = run(*options, check=False)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    *_, said, command = done.stderr.strip().splitlines()
+    assert said.endswith("interrupted. mine/checkpoint-1 is the last checkpoint. To go on from there:")
+    assert command.endswith("--output_dir mine --resume_from_checkpoint latest") and command.count("mine") == 1
+    assert command.startswith("trl-cpo train --config 'my recipe.yaml'")
+    out = run(*shlex.split(command)[2:]).stdout
+    assert "step     2/2 train" in out and "step     1/2 train" not in out
+
+
+def test_ctrl_c_before_a_checkpoint_says_so(run, tmp_path, model_folder, hh_file, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    options = ["--model_name_or_path", model_folder, "--dataset_name", hh_file, *TINY, "--no_price"]
+    with monkeypatch.context() as patch:
+        patch.setattr("trl_cpo.run.training.load_sets", stop)
+        done = run(*options, check=False)
+        assert done.returncode == 130 and "No checkpoint was written" in done.stderr
+        command = done.stderr.rstrip().splitlines()[-1]
+        assert command.endswith("--output_dir outputs/pairs-clip --resume_from_checkpoint latest")
+        patch.setenv("RANK", "1")
+        assert run(*options, "--output_dir", "other", check=False).stderr.rstrip().endswith("interrupted")
+    out = run(*shlex.split(command)[2:]).stdout
+    assert "holds no whole checkpoint yet: starting from the beginning" in out and "step     2/2 train" in out
+
+
+def test_options_are_taken_out_with_their_values():
+    words = ["--output_dir", "a", "--beta", "-1", "--resume-from-checkpoint=b", "--targets", "q", "v", "--output-dir", "c"]
+    assert _without(words, ("output_dir", "resume_from_checkpoint")) == ["--beta", "-1", "--targets", "q", "v"]
+
+
+def test_a_resumed_run_keeps_beta_and_gamma_that_nobody_gave(run, tmp_path, model_folder, hh_file):
+    """Earlier versions trained means with the defaults of sums. Whoever resumes such a run gives the command of then."""
+    options = [
+        "--model_name_or_path",
+        model_folder,
+        "--dataset_name",
+        hh_file,
+        *TINY,
+        "--logps_reduction",
+        "mean",
+        "--no_price",
+    ]
+    options += ["--output_dir", "mine", "--save_strategy", "steps", "--save_steps", "1"]
+    run(*options, "--max_steps", "1", "--beta", "0.1", "--gamma", "0")
+    done = run(*options, "--resume_from_checkpoint", "latest")
+    assert "beta=0.1 and gamma=0, as in mine/checkpoint-1: not given here" in done.stdout
+    config = json.loads((tmp_path / "mine" / "metrics.json").read_text())["config"]
+    assert (config["beta"], config["gamma"]) == (0.1, 0.0)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "None" not in card and f"| base model | {model_folder} |" in card
+    assert all(f"| {row} |" in card for row in ("constraint | clip", "gamma | 0.0", "beta | 0.1"))
+    assert f"{len(json.loads((tmp_path / 'mine' / 'pairs.json').read_text())['rows'])} held-out pairs" in card
+    assert "no longer the same run" not in done.stderr
 
 
 def test_a_stream_is_counted_as_it_is_read(run, tmp_path, model_folder, hh_file):

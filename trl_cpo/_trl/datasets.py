@@ -1,12 +1,13 @@
 """How DPOTrainer tokenizes datasets and loads training pairs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,22 @@ def is_its_collator(collator: Any) -> bool:
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     return type(collator) is DataCollatorForPreference
+
+
+class ColumnsBeside:
+    """A collator, DPOTrainer's own or another, that also hands on columns of numbers, (B,) each; the collator drops them."""
+
+    def __init__(self, collator: Any, names: Sequence[str]):
+        self.collator, self.names = collator, tuple(names)
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        columns = {name: torch.tensor([example[name] for example in examples]) for name in self.names}
+        return {**self.collator(examples), **columns}
+
+
+def of_tokens_alone(collator: Any) -> Any:
+    """The collator without the columns that `ColumnsBeside` adds: what a reference is scored with."""
+    return collator.collator if isinstance(collator, ColumnsBeside) else collator
 
 
 #: The columns of a pair that hold its text.

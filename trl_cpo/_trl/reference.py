@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from .models import Reference
+from .upstream import check_kernels
 
 #: What DPOTrainer calls the adapter that it takes for its reference.
 REFERENCE_ADAPTER = "ref"
@@ -145,6 +146,7 @@ def fused_head(model: Any) -> Iterator[None]:
     from trl.trainer.utils import add_fused_lm_head
 
     base = model.get_base_model() if is_peft_model(model) else model
+    check_kernels(base.device.type)
     own = vars(base).get("forward")
     add_fused_lm_head(base)
     try:

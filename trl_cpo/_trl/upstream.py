@@ -20,7 +20,7 @@ from trl import __version__ as trl_version
 from . import trial
 
 #: The versions of TRL whose DPOTrainer the identity tests were run against.
-SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+SUPPORTED_TRL = SpecifierSet(">=1.15,<1.17")
 
 _DPO = "trl:DPOTrainer"
 
@@ -30,6 +30,7 @@ OVERRIDDEN = {
     "compute_ref_log_probs": "the reference goes through the packed forward",
     "_precompute_ref_logps": "reference tables that outlive a run, keyed by the actual weights",
     "_prepare_dataset": "invalid datasets are refused with an explanation",
+    "_set_signature_columns_if_needed": "columns of labels reach the collator",
     "_get_train_sampler": "balance_tokens",
     "_get_dataloader": "an evaluation is whole, whatever training drops",
     "get_train_dataloader": "tokens_per_step",
@@ -56,6 +57,7 @@ READ = {
         "_precompute_engine",
         "_push_from_checkpoint",
         "_remove_unused_columns",
+        "_signature_columns",
         "_tokenizer",
         "_total_loss_scalar",
         "_total_train_tokens",
@@ -137,6 +139,16 @@ def on_trial() -> Iterator[None]:
     finally:
         if not before:
             _accepted.discard(trl_version)
+
+
+def check_kernels(device: str, version_of_trl: str = trl_version) -> None:
+    """Raises `ImportError` if TRL's fused head cannot run on this type of device: TRL 1.15 has it in Triton alone."""
+    if device != "cpu" or Version(version_of_trl) >= Version("1.16") or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    raise ImportError(
+        f"TRL {version_of_trl} computes log-probabilities on a GPU alone, and this run is on the CPU. Install a newer one: "
+        "pip install 'trl>=1.16,<1.17'. To try it all the same, slowly, set TRITON_INTERPRET=1."
+    )
 
 
 def missing_upstream() -> list[str]:

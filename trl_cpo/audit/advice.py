@@ -52,10 +52,13 @@ def interval(fraction: dict) -> str:
 
 
 def times(value: float) -> str:
-    """A ratio of times, with no more digits than it is worth."""
+    """A ratio of times to two digits: more would be false, as its interval is wide."""
     if value >= 1e6:
         return f"10^{math.floor(math.log10(value))}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value >= 10 else f"{value:.1f}"
+    if value < 9.95:
+        return f"{value:.1f}"
+    power = max(math.floor(math.log10(value)) - 1, 0)
+    return f"{round(value / 10**power) * 10**power:,}"
 
 
 def _faults(preflight: dict):
@@ -114,13 +117,13 @@ def _main(numbers: dict, settings: dict):
         return "dpo_as_fast", (
             f"{interval(misaligned)} of pairs start misaligned, but not deeply for β = {beta:g} "
             f"(βD is {depth['50%']['value']:.2g} at the median, {depth['90%']['value']:.2g} on the worst tenth): "
-            f"DPO takes {times(half['value'])} times clip's time to δ = 0 on the median of them, "
+            f"DPO takes about {times(half['value'])} times clip's time to δ = 0 on the median of them, "
             f"at most {times(tenth['value'])} times on nine of ten. In speed DPO is as good. What it lacks is "
             "the meaning of its loss: at its target these pairs still prefer the rejected answer. Train with "
             "constraint='none', and if cpo/in_undesirable_region does not fall, use constraint='clip'."
         )
     needs = (
-        f"{interval(misaligned)} of pairs start misaligned, and DPO aims below 0 on them. On the median one DPO needs "
+        f"{interval(misaligned)} of pairs start misaligned, and DPO aims below 0 on them. On the median one DPO needs about "
         f"{times(half['value'])} times as long to δ = 0 as clip with γ = {gamma:g}, on the worst tenth at least "
         f"{times(tenth['value'])} times"
     )

@@ -1,17 +1,19 @@
 """One audit from a request to its document: read, look through, score, measure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..data.models import end_tokens, source_of
+from ..data.votes import count_votes
 from ..scoring.scored_pairs import ScoredPairs
 from ..scoring.scorer import ROW, PreparedPairs, Scorer
 from ..scoring.steps import PairSet, read_set, score_roles
 from ..scoring.token_pairs import answer_tokens
 from .command import train_command
 from .document import FORMAT, audited_set
+from .export import pair_rows
 from .measures import Settings
 from .preflight import digests, examine
 
@@ -43,8 +45,16 @@ class AuditRequest:
     scorer: Scorer = field(default_factory=Scorer)
 
 
-def audit(request: AuditRequest, say: Callable[[str], None] = lambda _: None) -> dict:
-    """The audit's document. `say` is told, line by line, what is being done.
+def audit(
+    request: AuditRequest,
+    say: Callable[[str], None] = lambda _: None,
+    export: Callable[[Iterable[dict]], None] = lambda _: None,
+) -> dict:
+    """The audit's document.
+
+    Args:
+        say: told, line by line, what is being done.
+        export: given the rows of each set's pairs (`export.pair_rows`).
 
     Raises:
         ValueError: models, pairs or columns that cannot be audited, in words; before any scoring where it can be known then.
@@ -91,7 +101,15 @@ def audit(request: AuditRequest, say: Callable[[str], None] = lambda _: None) ->
         "seed": request.seed,
         "settings": vars(request.settings),
         "sets": [
-            {"set": name, "rows": one.rows, "refused": one.refused, "preflight": preflights[name]} for name, one in sets.items()
+            {
+                "set": name,
+                "rows": one.rows,
+                "refused": one.refused,
+                "refused_for": list(one.refused_for),
+                "preflight": preflights[name],
+                "judgements": count_votes(one.pairs).report(),
+            }
+            for name, one in sets.items()
         ],
     }
     if request.preflight_only:
@@ -100,11 +118,19 @@ def audit(request: AuditRequest, say: Callable[[str], None] = lambda _: None) ->
     roles = {"ref": model} if ref_model is None else {"ref": ref_model, "policy": model}
     scored = score_roles(scorer, roles, prepared, tokenizer, say)
     for entry in document["sets"]:
-        entry.update(_numbers(request, sets[entry["set"]], prepared[entry["set"]], entry, scored[entry["set"]]))
+        name = entry["set"]
+        entry.update(_numbers(request, sets[name], prepared[name], entry, scored[name], export))
     return document
 
 
-def _numbers(request: AuditRequest, one: PairSet, prepared: PreparedPairs, entry: dict, logps: dict[str, np.ndarray]) -> dict:
+def _numbers(
+    request: AuditRequest,
+    one: PairSet,
+    prepared: PreparedPairs,
+    entry: dict,
+    logps: dict[str, np.ndarray],
+    export: Callable[[Iterable[dict]], None],
+) -> dict:
     tokens = prepared.tokens
     chosen_tokens, rejected_tokens, degenerate = answer_tokens(tokens, request.scorer.truncation)
     if degenerate.all():
@@ -129,6 +155,7 @@ def _numbers(request: AuditRequest, one: PairSet, prepared: PreparedPairs, entry
         slices={name: column(name, object) for name in request.slices},
     )
     kept = np.flatnonzero(~degenerate)
+    export(pair_rows(entry["set"], pairs.take(kept), [tokens.rows[at] for at in kept]))
     audited = audited_set(
         entry["set"],
         pairs.take(kept),

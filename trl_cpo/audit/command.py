@@ -4,8 +4,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: The loss by means that is advised where sums are length: the paper's values.
-_MEANS = {"gamma": 0.05, "beta": 2.5, "reduction": "mean"}
+from ..units import DEFAULTS_OF_MEANS
+
+#: The loss by means that is advised where sums are length.
+_MEANS = {**DEFAULTS_OF_MEANS, "reduction": "mean"}
 #: Advice after which plain DPO is what to train.
 _PLAIN = ("dpo_as_good", "undecided", "dpo_as_fast", "nothing_to_escape")
 

@@ -23,7 +23,10 @@ def render(document: dict) -> str:
     )
     for audited in document["sets"]:
         lines += ["", _title(document, audited)]
-        lines += _preflight(audited["preflight"])
+        for reason in audited.get("refused_for", ()):
+            rows = ", ".join(map(str, reason["rows"])) + (", …" if reason["count"] > len(reason["rows"]) else "")
+            lines += _wrapped(f"{reason['count']} {reason['reason']}: {reason['says']} (rows {rows})")
+        lines += _preflight(audited["preflight"]) + _judgements(audited.get("judgements"))
         if audited.get("all"):
             lines += _standing(audited["all"]) + _pull(audited["all"], settings) + _length(audited["all"])
             lines += _policy(audited["all"], settings) + _slices(audited, settings) + _worst(audited)
@@ -48,6 +51,21 @@ def _title(document: dict, audited: dict) -> str:
     drawn = f"{given} of {there} pairs, drawn at random with seed {document['seed']}" if given < there else f"{given} pairs"
     refused = f"; {audited['refused']} rows refused" if audited["refused"] else ""
     return f"== {audited['set']}: {drawn}{refused} =="
+
+
+def _judgements(found: dict | None) -> list[str]:
+    """Pairs that were judged more than once, and circles; nothing where there are none."""
+    if found is None or (found["judgements"] == found["pairs"] and not found["pairs_in_cycles"]):
+        return []
+    again = found["pairs"] - found["judged_once"]
+    said = f"{again} pairs were judged more than once, {found['contested']} of them both ways. " if again else ""
+    if found["pairs_in_cycles"]:
+        said += (
+            f"{found['pairs_in_cycles']} pairs of {found['prompts_with_cycles']} prompts lie in circles (A over B over C over "
+            "A), which no reward explains. "
+        )
+    advice = "Count them as votes: trl-cpo votes IN OUT" if again else ""
+    return ["Repeated judgements", *_wrapped(f"{said}{advice}".strip())]
 
 
 def _preflight(seen: dict) -> list[str]:

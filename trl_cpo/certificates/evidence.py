@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,16 @@ from .errors import CertificateError, is_number, read_json, refuse_faults
 from .statement import exact
 
 
-def evidence_of(folder: str | Path, gamma: float | None) -> dict[str, Any]:
-    """What `document` needs from a run's folder: gamma (by default the run's), subject, numbers, files.
+@dataclass(frozen=True)
+class Part:
+    """The pairs with one value of a column, which pairs.json has among its slices."""
+
+    column: str
+    value: str
+
+
+def evidence_of(folder: str | Path, gamma: float | None, part: Part | None = None) -> dict[str, Any]:
+    """What `document` needs from a run's folder: gamma (by default the run's, of its group), subject, numbers, files.
 
     Raises:
         CertificateError: as `certify_run`.
@@ -32,10 +41,36 @@ def evidence_of(folder: str | Path, gamma: float | None) -> dict[str, Any]:
             "log.jsonl, certify nothing: they are of weights that changed."
         )
     used = [name for name, content in ((PAIRS, pairs), (METRICS, metrics)) if content is not None]
-    return read_evidence(pairs, metrics, gamma) | {"files": {name: _fingerprint(folder / name) for name in used}}
+    return read_evidence(pairs, metrics, gamma, part) | {"files": {name: _fingerprint(folder / name) for name in used}}
 
 
-def read_evidence(pairs: Any, metrics: Any, gamma: float | None) -> dict[str, Any]:
+def parts_of(folder: str | Path, column: str) -> list[Part]:
+    """The parts of a run's pairs by a column, in the order of their names.
+
+    Raises:
+        CertificateError: there is no such column among the slices of pairs.json.
+    """
+    if not (Path(folder) / PAIRS).is_file():
+        raise CertificateError(f"{folder} holds no {PAIRS}, whose columns part the pairs. Give the folder of a run.")
+    pairs = read_json(Path(folder) / PAIRS)
+    refuse_faults(pairs, PAIRS)
+    return [Part(column, value) for value in sorted(set(_values(pairs, column)))]
+
+
+def _values(pairs: Any, column: str) -> list[str]:
+    """The value of a column for every pair, as text."""
+    slices = pairs.get("slices") if isinstance(pairs, dict) else None
+    slices = slices if isinstance(slices, dict) else {}
+    values = slices.get(column)
+    if not isinstance(values, list) or not values or len(values) != len(_part(pairs, "rows", "pairs.json", list)):
+        raise CertificateError(
+            f"pairs.json has no column {column!r} to part its pairs by, only {', '.join(sorted(slices)) or 'none'}. A run "
+            "keeps columns of few values of its held-out pairs."
+        )
+    return [str(value) for value in values]
+
+
+def read_evidence(pairs: Any, metrics: Any, gamma: float | None, part: Part | None = None) -> dict[str, Any]:
     """gamma, subject and numbers out of what pairs.json and metrics.json hold; None for a file that is not there.
 
     Raises:
@@ -44,13 +79,24 @@ def read_evidence(pairs: Any, metrics: Any, gamma: float | None) -> dict[str, An
     for name, content in ((PAIRS, pairs), (METRICS, metrics)):
         refuse_faults(content, name)
     subject = _subject(pairs, metrics)
-    gamma = subject["gamma"] if gamma is None else gamma
+    own = _gammas_of_groups(metrics)
+    if part is not None:
+        values = _values(pairs, part.column)
+        subject["part"] = {"column": part.column, "value": part.value, "of": len(set(values))}
+    if gamma is None:
+        of_group = part is not None and part.column == _part(metrics or {}, "config", METRICS).get("group_column")
+        gamma = own.get(part.value, subject["gamma"]) if of_group and part is not None else subject["gamma"]
     if not is_number(gamma):
         raise CertificateError(f"gamma must be a finite number; got {shown(gamma)}.")
     if pairs is None:
+        if own:
+            raise CertificateError(
+                "metrics.json counts the pairs at the γ of their groups; a certificate of one γ needs pairs.json."
+            )
         numbers = _numbers_of_metrics(metrics, subject, gamma)
     else:
-        numbers = _numbers_of_pairs(pairs, metrics, subject, gamma)
+        of_part = None if part is None else [value == part.value for value in values]
+        numbers = _numbers_of_pairs(pairs, metrics, subject, gamma, of_part)
     numbers |= _trained_on(pairs, metrics)
     return {"gamma": gamma, "subject": subject, "numbers": numbers}
 
@@ -125,7 +171,14 @@ def _trained_on(pairs: Any, metrics: Any) -> dict[str, int]:
     return {"trained_on_left_out": count} if count else {}
 
 
-def _numbers_of_pairs(pairs, metrics, subject, gamma) -> dict[str, Any]:
+def _gammas_of_groups(metrics: Any) -> dict[str, Any]:
+    """γ of the groups that have their own, by name, as the run's config says."""
+    config = metrics.get("config") if isinstance(metrics, dict) else None
+    own = config.get("gamma_by_group") if isinstance(config, dict) else None
+    return {str(name): value for name, value in own.items()} if isinstance(own, dict) else {}
+
+
+def _numbers_of_pairs(pairs, metrics, subject, gamma, of_part: list[bool] | None) -> dict[str, Any]:
     sides = KNOWN_COLUMNS[:2]
     columns, rows = _part(pairs, "columns", "pairs.json", list), _part(pairs, "rows", "pairs.json", list)
     if not all(side in columns for side in sides) or any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
@@ -142,14 +195,18 @@ def _numbers_of_pairs(pairs, metrics, subject, gamma) -> dict[str, Any]:
         )
     if metrics is not None:
         _refuse_stale([chosen - rejected for chosen, rejected in logps], metrics)
+    if of_part is not None:
+        logps = [row for row, counts in zip(logps, of_part, strict=True) if counts]
+        if not logps:
+            raise CertificateError(f"pairs.json holds no pair of {subject['part']['column']}={subject['part']['value']!r}.")
     # Of the recorded numbers exactly: a difference that was rounded could reach a γ that the numbers miss by less than a
     # float can tell.
     meeting = sum(math.fsum((chosen, -rejected, -gamma)) >= 0.0 for chosen, rejected in logps)
     left_out = pairs.get("left_out", 0)
     if type(left_out) is not int:
         raise CertificateError(f"pairs.json: left_out must be a count; got {shown(left_out)}.")
-    # A pair that could not be scored has no gap to meet γ with.
-    return {"pairs": len(rows) + left_out, "meeting": meeting}
+    # A pair that could not be scored has no gap to meet γ with; of which part it was is not known.
+    return {"pairs": len(logps) + left_out, "meeting": meeting}
 
 
 def _numbers_of_metrics(metrics, subject, gamma) -> dict[str, Any]:

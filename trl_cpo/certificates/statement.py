@@ -73,13 +73,32 @@ def _said_of_count(gamma, confidence, subject, numbers) -> tuple[str, float, lis
     count, meeting = numbers["pairs"], numbers["meeting"]
     share = lower_bound(meeting, count, confidence)
     unit = UNITS[subject["reduction"]]
+    part = subject.get("part")
+    of = "" if part is None else f" with {part['column']}={part['value']}"
     statement = (
-        f"{meeting} of {count} held-out pairs have a preference gap δ_θ of at least {exact(gamma)} {unit}. With "
-        f"{exact(100 * confidence)} % confidence, at least {_percent_down(share)} of the pairs of their population have."
+        f"{meeting} of {count} held-out pairs{of} have a preference gap δ_θ of at least {exact(gamma)} {unit}. With "
+        f"{_confidence(confidence)} % confidence, at least {_percent_down(share)} of the pairs of their population have."
     )
+    if part is not None and part["of"] > 1:
+        statement += (
+            f" The certificates of all {part['of']} values of {part['column']} are true together with "
+            f"{exact(100 * CONFIDENCE)} % confidence."
+        )
     if trained := numbers.get("trained_on_left_out"):
         statement += f" {trained} more pairs were trained on, and are not counted."
     return statement, share, [_AS_COMPUTED, _DRAWN]
+
+
+def joint_confidence(subject: Mapping[str, Any]) -> float:
+    """The confidence of one certificate: of one among G parts, that with which all G are true together (Bonferroni)."""
+    part = subject.get("part")
+    return CONFIDENCE if part is None else 1.0 - (1.0 - CONFIDENCE) / part["of"]
+
+
+def _confidence(confidence: float) -> str:
+    """In per cent, rounded down."""
+    short = f"{100 * confidence:g}"
+    return short if float(short) <= 100 * confidence else f"{math.floor(1e4 * confidence) / 100:.2f}"
 
 
 def check_kind(kind: Any) -> None:
@@ -110,6 +129,14 @@ def _check_numbers(gamma, at_least, confidence, subject, numbers) -> None:
         meeting = numbers.get("meeting")
         if type(meeting) is not int or not 0 <= meeting <= count:
             faults.append(f"meeting must be a count from 0 to {count}; got {shown(meeting)}")
+    part = subject.get("part")
+    if part is not None and (
+        not isinstance(part, Mapping)
+        or not all(isinstance(part.get(name), str) for name in ("column", "value"))
+        or type(part.get("of")) is not int
+        or not 1 <= part["of"] <= 10**6
+    ):
+        faults.append(f"a part is a column, a value and the number of values; got {shown(part)}")
     trained = numbers.get("trained_on_left_out", 0)
     if type(trained) is not int or trained < 0:
         faults.append(f"trained_on_left_out must be a count; got {shown(trained)}")

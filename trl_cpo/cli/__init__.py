@@ -13,7 +13,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -21,6 +21,7 @@ from ..quoting import harmless
 from .errors import UserError, nearest
 from .output import safe_output, silence
 from .parser import Parser
+from .quiet import quiet
 
 #: Each command and its module in this package, in the order of `trl-cpo --help`.
 COMMANDS = {
@@ -28,6 +29,7 @@ COMMANDS = {
     "recipes": "recipes",
     "plan": "plan",
     "audit": "audit",
+    "votes": "votes",
     "certify": "certify",
     "report": "report",
 }
@@ -71,6 +73,7 @@ def command_parser(name: str) -> Parser:
     module = import_module(f".{COMMANDS[name]}", __name__)
     parser = Parser(prog=f"{PROGRAM} {name}", description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
+    parser.add_argument("--verbose", action="store_true", help="show what libraries print too: deprecations, progress bars")
     return parser
 
 
@@ -98,7 +101,8 @@ def _run(argv: Sequence[str]) -> int:
         options.passed_on = passed_on
     else:
         options = parser.parse_args(rest)
-    return module.run(options)
+    with nullcontext() if options.verbose else quiet(rest):
+        return module.run(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,8 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             tell(f"{name}: {error}")
             return WRONG_USE
-        except KeyboardInterrupt:
-            tell(f"{name}: interrupted")
+        except KeyboardInterrupt as stop:
+            # With a message, it is a command's own and says what to do next.
+            tell(f"{name}: interrupted" + (f". {stop}" if str(stop) else ""))
             return INTERRUPTED
         except BrokenPipeError:
             # The reader (head, less) has closed the pipe.

@@ -20,7 +20,7 @@ _EPILOG = """\
 docs/theory.md says what is proven, and under which assumptions. Exit code 1: the certified share is 0 or below --at-least,
 or a certificate does not follow from its evidence."""
 
-_MAKES = ("kind", "gamma", "at_least", "out")
+_MAKES = ("kind", "gamma", "at_least", "by", "out")
 _SCORES = ("ref_model", "split", "max_pairs", "logps_reduction", "max_length", "dtype", "batch_size", "scores")
 
 
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kind", metavar="KIND", help="kind of certificate: held_out (the only one), from the count of held-out pairs")
     add("--gamma", type=float, metavar="G", help="gap to certify, in nats (default: the run's gamma)")
     add("--at-least", type=float, metavar="SHARE", help="share of pairs that must be certified, 0 to 1 (default: 0)")
+    add("--by", metavar="COLUMN", help="one certificate for each value of this column, all true together with 95 %% confidence")
     add("--out", metavar="FILE", help="write the certificate to this new file, as JSON")
     add("--check", metavar="FILE", help="recompute this certificate and list the fields that differ")
     add("--evidence", metavar="RUN", help="with --check: recompute it from this run's files, not from its own numbers")
@@ -119,7 +120,7 @@ def _certify(options: argparse.Namespace) -> int:
     folder = options.run
     # Some libraries print to stdout, which is for the answer alone.
     with user_errors("All options: trl-cpo certify --help"), redirect_stdout(sys.stderr):
-        from ..certificates import certify_run, check_kind
+        from ..certificates import certify_parts, certify_run, check_kind
 
         kind = options.kind or "held_out"
         check_kind(kind)
@@ -140,12 +141,19 @@ def _certify(options: argparse.Namespace) -> int:
                 dtype=options.dtype or "float32",
                 batch_size=options.batch_size or 8,
             )
-        document = certify_run(folder, kind=kind, gamma=options.gamma, at_least=options.at_least or 0.0)
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+        asked = {"kind": kind, "gamma": options.gamma, "at_least": options.at_least or 0.0}
+        if options.by is None:
+            documents = [certify_run(folder, **asked)]
+        else:
+            documents = certify_parts(folder, options.by, **asked)
+    # One document by itself is no list.
+    whole = documents[0] if options.by is None else documents
+    text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
     if out is not None:
         _write_new(out, text + "\n")
-    print(as_json(document) if options.json else _in_words(document, folder, options.out))
-    return 0 if document["holds"] else 1
+    words = "\n\n".join(_in_words(document, folder, options.out) for document in documents)
+    print(as_json(whole) if options.json else words)
+    return 0 if all(document["holds"] for document in documents) else 1
 
 
 def _write_new(out: "Path", text: str) -> None:
@@ -188,8 +196,13 @@ def _check(options: argparse.Namespace) -> int:
         from ..certificates import check, read_json
 
         found = read_json(options.check)
-        differences = check(found, options.evidence)
-    holds = not differences and found["holds"] is True
+        several = isinstance(found, list) and len(found) > 0
+        documents = found if several else [found]
+        differences = []
+        for number, document in enumerate(documents):
+            place = f"certificate {number}: " if several else ""
+            differences += [f"{place}{line}" for line in check(document, options.evidence)]
+    holds = not differences and all(document["holds"] is True for document in documents)
     if options.json:
         print(as_json({"true": not differences, "holds": holds, "differences": differences}))
     elif differences:
@@ -200,5 +213,6 @@ def _check(options: argparse.Namespace) -> int:
             if options.evidence
             else "its own numbers (to check the run's files too: --evidence RUN)"
         )
-        print(f"{escaped(found['statement'])}\n\nIt {'holds' if holds else 'does NOT hold'}, and follows from {source}.")
+        said = "\n".join(escaped(document["statement"]) for document in documents)
+        print(f"{said}\n\nIt {'holds' if holds else 'does NOT hold'}, and follows from {source}.")
     return 0 if holds else 1

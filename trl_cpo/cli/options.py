@@ -5,17 +5,15 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from trl import TrlParser
 
 from ..files.schema import shown
-from ..recipes import names, recipe
 from ..run.arguments import PairArguments, PolicyConfig, RunConfig
 from .errors import UserError, nearest
 from .parser import ClearErrors, hint, option_strings, unknown_options
-from .plain_yaml import YamlError, read_yaml
+from .recipe_files import read_config
 
 GROUPS = (PairArguments, RunConfig, PolicyConfig)
 
@@ -43,10 +41,13 @@ def parse_run(
         UserError: an option or a key of the recipe is unknown, given twice, or has an invalid value.
     """
     parser = run_parser(program)
+    not_taken: dict[str, float] = {}
     if config is not None:
         values = read_config(config)
         environment = _environment(values.pop("env", None), f"{config}: env", program)
-        parser.set_defaults_with_config(**checked(values, parser, config))
+        values = checked(values, parser, config)
+        not_taken = _of_another_reduction(values, parser, arguments)
+        parser.set_defaults_with_config(**{name: value for name, value in values.items() if name not in not_taken})
         os.environ.update(environment)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -57,7 +58,17 @@ def parse_run(
         raise UserError(f"{error}\nAll options: {program} --help") from error
     if unknown:
         parser.error("\n".join(unknown_options(unknown, [*option_strings(parser), "--config"])))
-    return tuple(parsed)
+    pairs, args, policy = parsed
+    args.not_taken = not_taken
+    return pairs, args, policy
+
+
+def _of_another_reduction(values: dict[str, Any], parser: RunParser, arguments: Sequence[str]) -> dict[str, float]:
+    """β and γ of a recipe whose unit the command line changes: nats per response and per token differ a hundredfold."""
+    recipes = values.get("logps_reduction", RunConfig.logps_reduction)
+    parser.set_defaults_with_config(logps_reduction=recipes)
+    runs = parser.parse_known_args(list(arguments))[0].logps_reduction
+    return {} if runs == recipes else {name: values[name] for name in ("beta", "gamma") if name in values}
 
 
 def _environment(given: Any, where: str, program: str) -> dict[str, str]:
@@ -74,35 +85,6 @@ def _environment(given: Any, where: str, program: str) -> dict[str, str]:
     if faults:
         raise UserError(f"{where} {'; '.join(faults)}.\nAll options: {program} --help")
     return {name: str(value) for name, value in (given or {}).items()}
-
-
-def config_file(name: str) -> Path:
-    """The file that `--config NAME` means: the file NAME, else the recipe NAME."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if name in names():
-        return recipe(name).file
-    what = "is a folder" if path.is_dir() else "is neither a file nor a recipe"
-    raise UserError(
-        f"--config {name} {what}; the recipes are {', '.join(names())}.{nearest(name, names())}\nWhat they do: trl-cpo recipes"
-    )
-
-
-def read_config(name: str) -> dict[str, Any]:
-    """The keys and values of a YAML file or recipe. Raises `UserError` if it is not YAML, or not a mapping."""
-    file = config_file(name)
-    try:
-        values = read_yaml(file)
-    except YamlError as error:
-        raise UserError(f"{file} {error}.\nAn example: trl-cpo recipes copy demo") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.\nAn example: trl-cpo recipes copy demo") from error
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{file} must hold 'option: value' lines; got {type(values).__name__}.\nAn example: trl-cpo recipes copy demo"
-        )
-    return values
 
 
 def checked(values: dict[str, Any], parser: argparse.ArgumentParser, config: str) -> dict[str, Any]:

@@ -3,9 +3,13 @@
 import argparse
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 from ..quoting import as_json
 from .errors import UserError
+from .imports import fast_imports
+from .needs import given_options, is_true
+from .recipe_files import read_config
 
 HELP = "Estimate a run's memory on each GPU, and whether it fits, from the model's config alone."
 PASSES_ON = True
@@ -41,22 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..plan import cheapest, estimate
-    from ..plan.size import parse_size
-    from ..plan.text import as_document, as_text
-    from .options import parse_run
-
     usage = "Usage: trl-cpo plan --help"
     if options.gpus < 1:
         raise UserError(f"--gpus must be 1 or more; got {options.gpus}.\n{usage}")
     if not 0.0 <= options.prompt_share <= 1.0:
         raise UserError(f"--prompt_share must lie between 0 and 1; got {options.prompt_share:g}.\n{usage}")
+    # The machine that plans may have no GPU, where bf16 would be refused: parse as for a CPU.
+    device = "cpu" if _for_cpu(options) else "cuda"
+    with fast_imports():
+        from ..plan import cheapest, estimate
+        from ..plan.size import parse_size
+        from ..plan.text import as_document, as_text
+        from .options import parse_run
+
     try:
         memory = None if options.memory is None else parse_size(options.memory)
     except ValueError as error:
         raise UserError(f"--memory {error}\n{usage}") from None
-    # The machine that plans may have no GPU, where bf16 would be refused: parse as for a CPU.
-    device = "cpu" if _for_cpu(options) else "cuda"
     # Some libraries print to stdout, which is for the answer alone.
     with redirect_stdout(sys.stderr):
         _, args, policy = parse_run([*options.passed_on, "--use_cpu", "True"], options.config, "trl-cpo plan")
@@ -71,18 +76,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _for_cpu(options: argparse.Namespace) -> bool:
-    from .options import read_config
-
-    given = [word.replace("-", "_") for word in options.passed_on]
-    for position, word in enumerate(given):
-        if word.startswith("__use_cpu"):
-            value = word.partition("=")[2] or (given[position + 1] if given[position + 1 :] else "")
-            return value.lower() not in ("false", "0", "no", "f", "n")
-    return bool(options.config and read_config(options.config).get("use_cpu"))
+    values = read_config(options.config) if options.config else {}
+    return is_true({**values, **given_options(options.passed_on)}.get("use_cpu"))
 
 
 def _request(options: argparse.Namespace, args, policy, device: str):
     from ..plan import PlanRequest
+    from ..plan.shape import default_targets
 
     model = options.model or policy.model_name_or_path
     kind = options.parallel or ("ddp" if options.gpus > 1 else "single")
@@ -97,9 +97,11 @@ def _request(options: argparse.Namespace, args, policy, device: str):
             "plan needs the number of pairs in a micro-batch, which --tokens_per_step does not fix.\nGive it instead: trl-cpo "
             "plan --per_device_train_batch_size N …"
         )
-    targets = policy.lora_target_modules or ["all-linear"]
+    config, targets = _config(model, args, policy), policy.lora_target_modules
+    if policy.use_peft and not targets:
+        targets = default_targets(config.model_type)
     return PlanRequest(
-        config=_config(model, args, policy),
+        config=config,
         gpus=options.gpus,
         parallel="single" if options.gpus == 1 and kind == "ddp" else kind,
         offload=options.offload,
@@ -107,9 +109,10 @@ def _request(options: argparse.Namespace, args, policy, device: str):
         weight_bytes=2 if policy.dtype in ("bfloat16", "float16") else 4,
         bits=bits,
         nested=bool(policy.use_bnb_nested_quant),
+        quant_storage=policy.bnb_4bit_quant_storage or "uint8",
         autocast=bool(args.bf16 or args.fp16),
         lora_rank=policy.lora_r if policy.use_peft else 0,
-        lora_targets=tuple([targets] if isinstance(targets, str) else targets),
+        lora_targets=targets if isinstance(targets, str) else tuple(targets or ()),
         precomputed=bool(args.precompute_ref_log_probs),
         checkpointing=bool(args.gradient_checkpointing),
         packed=bool(packed),
@@ -122,9 +125,16 @@ def _request(options: argparse.Namespace, args, policy, device: str):
 
 
 def _config(model: str, args, policy):
-    from ..data.models import ModelError, read_config, source_of
+    from ..data import models
+    from ..plan.known import known_config
 
+    # Another revision may be another model.
+    known = known_config(model) if policy.model_revision in (None, "main") and not Path(model).exists() else None
+    if known is not None:
+        return known
     try:
-        return read_config(source_of(model), revision=policy.model_revision, trust_remote_code=bool(args.trust_remote_code))
-    except ModelError as error:
+        return models.read_config(
+            models.source_of(model), revision=policy.model_revision, trust_remote_code=bool(args.trust_remote_code)
+        )
+    except models.ModelError as error:
         raise UserError(f"{error}\nAll options: trl-cpo plan --help") from error

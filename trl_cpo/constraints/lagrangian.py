@@ -45,9 +45,11 @@ class Lagrangian(Constraint):
         cap = self.beta if self.dual_max is None else self.dual_max
         return DualRule(self.epsilon, step_size, cap, self.dual_init, self.dual_warmup_steps, self.dual_signal)
 
-    def added_loss(self, pairs: PairLogps, multiplier: float) -> Tensor | None:
+    def added_loss(self, pairs: PairLogps, multiplier: float | Tensor) -> Tensor | None:
         # None and not zeros: with λ = 0 the step is DPOTrainer's to the last bit, also where the hinge overflows.
-        return None if multiplier == 0.0 else multiplier * torch.relu(self.gamma - pairs.gap)
+        if isinstance(multiplier, float) and multiplier == 0.0:
+            return None
+        return multiplier * torch.relu(self.gamma - pairs.gap)
 
     def faults(self) -> list[str]:
         if self.beta > 1e100:  # its square, of which the step size is made, may be beyond any float

@@ -169,6 +169,19 @@ class RowReport:
             "first_rows": {reason.value: self.first_rows[reason] for reason in Reason if reason in self.first_rows},
         }
 
+    def reasons(self) -> list[dict[str, Any]]:
+        """Why rows were refused: `reason`, `count`, what it `says`, and the first `rows`, in the order of `Reason`."""
+        return [
+            {
+                "reason": reason.value,
+                "count": self.refused[reason],
+                "says": reason.sentence,
+                "rows": list(self.first_rows[reason]),
+            }
+            for reason in Reason
+            if reason in self.refused
+        ]
+
     def __str__(self) -> str:
         lines = [f"{self.total} rows: {self.kept} kept, {self.total - self.kept} refused"]
         for reason in Reason:

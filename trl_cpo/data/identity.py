@@ -15,16 +15,16 @@ _COLUMN = "_trl_cpo_digest"
 
 def pair_digest(pair: dict[str, Any]) -> str:
     """`WIDTH` digits that stand for a pair's prompt and answers, whatever other columns it has."""
-    told = {column: _told(pair.get(column)) for column in ("prompt", "chosen", "rejected")}
-    text = json.dumps(told, sort_keys=True, default=str)
+    content = {column: told(pair.get(column)) for column in ("prompt", "chosen", "rejected")}
+    text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=WIDTH // 2).hexdigest()
 
 
-def _told(value: Any) -> Any:
-    # A field that some rows lack is null in the others.
+def told(value: Any) -> Any:
+    """Text or messages without the nulls that stand where some rows lack a field."""
     if isinstance(value, dict):
-        return {key: _told(inner) for key, inner in value.items() if inner is not None}
-    return [_told(inner) for inner in value] if isinstance(value, list) else value
+        return {key: told(inner) for key, inner in value.items() if inner is not None}
+    return [told(inner) for inner in value] if isinstance(value, list) else value
 
 
 def pair_digests(pairs: "Dataset") -> list[str]:

@@ -21,7 +21,7 @@ from ..quoting import harmless, names
 from . import hh
 from .demo import PAIR_FILES
 from .expansion import Bomb, refuse_bombs
-from .rows import refusal
+from .rows import first_pairs, refusal
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -99,7 +99,7 @@ def load_pairs(
     else:
         dataset = _from_loader(name, split, streaming, config, data_dir)
     with _readable(name):
-        rows = list(dataset.take(1))
+        rows = list(first_pairs(dataset, 1))
     if not rows:
         raise SourceError(f"{name}, split {split!r}, has no rows. Give another split or source.")
     return dataset
@@ -119,7 +119,7 @@ def to_conversational(dataset: "Dataset | IterableDataset") -> "tuple[Dataset | 
     Raises:
         SourceError: the rows have none of these forms, or every HH-RLHF row was refused, or one of the others is damaged.
     """
-    rows = list(dataset.take(_INSPECTED))
+    rows = list(first_pairs(dataset, _INSPECTED))
     if not rows:
         raise SourceError("The dataset has no rows. Give another split or source.")
     if not _is_hh(rows):

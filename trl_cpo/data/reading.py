@@ -1,7 +1,7 @@
 """From a source to the pairs that are trained on or scored: read, put into TRL's form, and cut to size."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -43,11 +43,6 @@ def read_pairs(
     if number_as is not None:
         loaded = loaded.add_column(number_as, list(range(len(loaded))))
     return to_conversational(loaded)
-
-
-def first_pairs(pairs: Any, count: int | None) -> Any:
-    """The first `count` pairs, or all where there are fewer or `count` is None; streamed or not."""
-    return pairs if count is None else pairs.take(min(count, len(pairs)) if hasattr(pairs, "__len__") else count)
 
 
 def sample_pairs(pairs: "Dataset", count: int | None, seed: int) -> "Dataset":

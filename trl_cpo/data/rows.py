@@ -20,6 +20,11 @@ _TWICE = (
 )
 
 
+def first_pairs(pairs: Any, count: int | None) -> Any:
+    """The first `count` pairs, or all where there are fewer or `count` is None; streamed or not."""
+    return pairs if count is None else pairs.take(min(count, len(pairs)) if hasattr(pairs, "__len__") else count)
+
+
 def row_fault(row: Mapping[str, Any]) -> str | None:
     """Why a pair cannot be used, in one sentence with the field's name; None if it can."""
     kinds = {}

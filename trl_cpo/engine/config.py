@@ -112,7 +112,7 @@ class DPOConfig(trl.DPOConfig):
         if faults:
             count = "" if len(faults) == 1 else f" ({len(faults)} faults)"
             raise ValueError(f"{type(self).__name__}{count}: " + "\n".join(faults))
-        if self.bf16 is None and not self.fp16 and not self._has_bf16():
+        if self.bf16 is None and not self.fp16 and not has_bf16(self.use_cpu):
             logger.warning_once(
                 "This machine has no bfloat16 support: training in float32 (bf16=False). On a GPU without bfloat16, "
                 "fp16=True gives mixed precision."
@@ -208,8 +208,8 @@ class DPOConfig(trl.DPOConfig):
         """
         return bool(self.prefix_sharing) if self.is_plain_dpo else self.prefix_sharing
 
-    def _has_bf16(self) -> bool:
-        # On a CPU, TRL's config turns bfloat16 on only under `use_cpu`; leave that to it.
-        if self.use_cpu:
-            return True
-        return is_torch_bf16_gpu_available() or is_torch_xla_available()
+
+def has_bf16(use_cpu: bool) -> bool:
+    """Whether this machine trains in bfloat16."""
+    # On a CPU, TRL's config turns bfloat16 on only under `use_cpu`; leave that to it.
+    return use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()

@@ -1,7 +1,8 @@
 """TRL's DPOTrainer with exact resume, packing and guards."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .._trl.datasets import (
     TOKENIZED_COLUMNS,
+    ColumnsBeside,
     hide_helper_columns,
     naming_rows,
     show_helper_columns,
@@ -28,7 +30,7 @@ from .._trl.datasets import (
 )
 from .._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
 from .._trl.models import config_of, drifting_parameters, model_id, reference_origin
-from .._trl.upstream import check_upstream
+from .._trl.upstream import check_kernels, check_upstream
 from ..data import validation
 from ..pairs import PairLogps
 from .batching import BalancedSampler, TokenBudget, pair_tokens
@@ -47,6 +49,19 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What a method makes of the data.
+
+    Attributes:
+        columns: of numbers, of the prepared datasets, that batches hold beside the tokens.
+        callbacks: to add after the user's.
+    """
+
+    columns: tuple[str, ...] = ()
+    callbacks: Sequence[TrainerCallback] = ()
+
+
 class DPOTrainer(ResumableTrainer):
     """
     TRL's DPOTrainer with exact resume, a packed forward, and guards. It knows no constraint.
@@ -56,6 +71,7 @@ class DPOTrainer(ResumableTrainer):
     - `compute_loss`, to call `guarded_loss` with its own target and added term;
     - `set_up` and `constructed`, to prepare its state and callbacks;
     - `on_batch`, to update counters and metrics;
+    - `data_given`, to check and name columns of its own, and `with_columns`, to make them;
     - `stateful`, to put that state into checkpoints.
 
     `trl_cpo._trl.upstream` lists what is overridden of TRL and transformers, and why.
@@ -100,6 +116,7 @@ class DPOTrainer(ResumableTrainer):
     ):
         check_upstream()
         args = self._config(args, model)
+        check_kernels(args.device.type)
         # Not passed on as `callbacks`, because the user's come first.
         own_callbacks = self.set_up(args)
         processing_class = preflight(
@@ -111,6 +128,8 @@ class DPOTrainer(ResumableTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        carried = self.data_given(args, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+        self._carried, own_callbacks = carried.columns, [*carried.callbacks, *own_callbacks]
         pause_at_exit()
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if isinstance(tokenizer, PreTrainedTokenizerBase):  # DPOTrainer refuses anything else
@@ -147,6 +166,8 @@ class DPOTrainer(ResumableTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if self._carried:
+            self.data_collator = ColumnsBeside(self.data_collator, self._carried)
         self._check_reference_stays()
         self.reference_tables.weights_may_change()
         self._guard = BatchGuard(self.accelerator, lambda ids: self.processing_class.decode(ids))
@@ -188,6 +209,17 @@ class DPOTrainer(ResumableTrainer):
             for note in notes:
                 warnings.warn(note, stacklevel=4)
 
+    def data_given(self, args: DPOConfig, datasets: Mapping[str, Any]) -> "Carried":
+        """Checks columns that the method reads, before anything is loaded.
+
+        `datasets` are "train_dataset" and "eval_dataset", each a dataset, a dictionary of datasets, or None.
+        """
+        return Carried()
+
+    def with_columns(self, dataset: Any, name: str) -> Any:
+        """A dataset, called `name` in messages, with the columns to carry; called before it is tokenized."""
+        return dataset
+
     def constructed(self) -> None:
         """Called once, at the end of construction: the model is where training starts, or was started that is resumed."""
 
@@ -208,12 +240,13 @@ class DPOTrainer(ResumableTrainer):
         reduction: str = "sum",
         target_of: Callable[[PairLogps], Tensor] | None = None,
         added_loss: Callable[[PairLogps], Tensor | None] | None = None,
+        beside: Tensor | None = None,
     ):
         """DPO's loss of a batch at a target margin, plus an added term; checked on all processes.
 
         `mean_i ℓ(δ_i; t_i) + mean_i added_i`, in nats; the arguments are those of `trl_cpo._trl.loss.observed_loss`. WPO
         weights and `loss_weights` apply to the first term only. Under `tokens_per_step` the training loss is multiplied by
-        this micro-batch's number of pairs over the mean number.
+        this micro-batch's number of pairs over the mean number. `beside`, (B, K), reaches `on_batch` gathered.
 
         Raises:
             FloatingPointError: in training, a log-probability or the loss is not finite.
@@ -232,7 +265,7 @@ class DPOTrainer(ResumableTrainer):
             num_items_in_batch=num_items_in_batch,
         )
         training, step = self.model.training, self.state.global_step
-        batch = self._guard.gathered(observed, inputs, training=training, step=step + 1)
+        batch = self._guard.gathered(observed, inputs, training=training, step=step + 1, beside=beside)
         self.on_batch(batch)
         loss = observed.loss
         if not training:
@@ -308,6 +341,7 @@ class DPOTrainer(ResumableTrainer):
             dataset, f"the {dataset_name} dataset", prompt_needed=not args.is_plain_dpo, warns=False
         )
         given = dataset
+        dataset = self.with_columns(dataset, f"the {dataset_name} dataset")
         if isinstance(dataset, IterableDataset):
             dataset = validation.sound_stream(dataset, f"the {dataset_name} dataset")
         dataset, hidden = hide_helper_columns(without_padding(dataset))
@@ -332,6 +366,10 @@ class DPOTrainer(ResumableTrainer):
                 if text:
                     warnings.warn(text, stacklevel=2)
         return dataset
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in self._carried if name not in self._signature_columns]
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.args.balance_tokens:

@@ -29,6 +29,7 @@ class GatheredBatch:
         sound: whether every log-probability and every loss is finite.
         reference_sound: whether every log-probability of the reference is finite.
         all_counted: whether every pair counts: finite and not degenerate.
+        beside: (N, K), what the method wants gathered beside them; None: nothing.
     """
 
     logps: Tensor
@@ -38,14 +39,20 @@ class GatheredBatch:
     sound: bool
     reference_sound: bool
     all_counted: bool
+    beside: Tensor | None = None
 
     @classmethod
-    def of(cls, observed: ObservedLoss, gather: Callable[[Tensor], Tensor]) -> "GatheredBatch":
-        """Gathers a batch over all processes, with one collective and one wait for the device."""
+    def of(cls, observed: ObservedLoss, gather: Callable[[Tensor], Tensor], beside: Tensor | None = None) -> "GatheredBatch":
+        """Gathers a batch over all processes, with one collective and one wait for the device.
+
+        `beside` is (B, K), numbers that float32 holds exactly.
+        """
         pairs = observed.pairs.detach()
         loss = observed.loss.detach().expand(len(observed.target))
         marks = torch.stack([observed.target, observed.degenerate, loss], dim=1)
-        logps, marks = gather(torch.cat([pairs.rows(), marks], dim=1)).split([4, 3], dim=1)
+        rows = [pairs.rows(), marks] if beside is None else [pairs.rows(), marks, beside.to(marks.dtype)]
+        gathered = gather(torch.cat(rows, dim=1))
+        logps, marks, beside = gathered.split([4, 3, gathered.size(1) - 7], dim=1)
         targets, degenerate, losses = marks.unbind(dim=1)
         degenerate, finite = degenerate.bool(), logps.isfinite()
         known = (
@@ -53,7 +60,8 @@ class GatheredBatch:
             finite[:, 2:].all(),
             (finite.all(dim=1) & ~degenerate).all(),
         )
-        return cls(logps, targets, degenerate, losses, *torch.stack(known).tolist())
+        known = torch.stack(known).tolist()
+        return cls(logps, targets, degenerate, losses, *known, beside if beside.size(1) else None)
 
     @property
     def finite(self) -> Tensor:
@@ -62,10 +70,14 @@ class GatheredBatch:
 
     def counted(self) -> tuple[PairLogps, Tensor]:
         """Log-probabilities and targets of the pairs that metrics and multiplier count: finite and not degenerate."""
-        if self.all_counted:
-            return PairLogps.from_rows(self.logps), self.targets
-        counted = self.finite & ~self.degenerate
-        return PairLogps.from_rows(self.logps[counted]), self.targets[counted]
+        return PairLogps.from_rows(self._counted(self.logps)), self._counted(self.targets)
+
+    def counted_beside(self) -> Tensor | None:
+        """What was gathered beside them, of the same pairs."""
+        return None if self.beside is None else self._counted(self.beside)
+
+    def _counted(self, rows: Tensor) -> Tensor:
+        return rows if self.all_counted else rows[self.finite & ~self.degenerate]
 
     def left_out(self) -> dict[str, int]:
         """The number of pairs that `counted` leaves out, by reason; empty if none."""
@@ -89,7 +101,15 @@ class BatchGuard:
         self._decode = decode
         self._unsound = 0  # micro-batches in a row
 
-    def gathered(self, observed: ObservedLoss, inputs: dict[str, Tensor], *, training: bool, step: int) -> GatheredBatch:
+    def gathered(
+        self,
+        observed: ObservedLoss,
+        inputs: dict[str, Tensor],
+        *,
+        training: bool,
+        step: int,
+        beside: Tensor | None = None,
+    ) -> GatheredBatch:
         """Gathers the batch of all processes; every process must call it.
 
         Args:
@@ -98,13 +118,14 @@ class BatchGuard:
             training: whether the batch is trained on. Rows repeated to fill the last batch count in training, because they
                 are trained on; in evaluation they do not.
             step: number of the optimizer step, from 1.
+            beside: (B, K), gathered with them; None: nothing.
 
         Raises:
             FloatingPointError: in training, a log-probability or the loss is not finite. The message names the pairs and
                 a remedy.
         """
         gather = self._accelerator.gather if training else self._accelerator.gather_for_metrics
-        batch = GatheredBatch.of(observed, gather)
+        batch = GatheredBatch.of(observed, gather, beside)
         if not training:
             return batch
         self._unsound = 0 if batch.sound else self._unsound + 1

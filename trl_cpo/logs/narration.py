@@ -15,33 +15,56 @@ _UNMOVED = 1e-3
 
 _CHOSEN, _REJECTED = "cpo/chosen_logps_shift", "cpo/rejected_logps_shift"
 _IN_U, _PREFERS = "cpo/in_undesirable_region", "cpo/prefers_chosen"
-_NEEDED = (_CHOSEN, _REJECTED, _IN_U, _PREFERS)
+_NEEDED, _PAIRS = (_CHOSEN, _REJECTED, _IN_U, _PREFERS), "cpo/pairs"
 
 
-def sentence(before: Mapping[str, Any] | None, after: Mapping[str, Any], unit: str = UNITS["sum"]) -> str | None:
+def sentence(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any], unit: str = UNITS["sum"], prefix: str | None = None
+) -> str | None:
     """One line about displacement and U, from one or two logs; None if `after` holds no pairs.
 
-    For example: "both log-probs fall, chosen less (-4.6 and -40.8 nats per response); 7 % of pairs in U, down from 21 %; the
-    policy prefers chosen on 52 %, up from 18 %".
+    Two evaluations are over the same pairs, and are compared: "both log-probs fall, chosen less (-4.6 and -40.8 nats per
+    response); 7 % of 60 held-out pairs in U, down from 21 %; the policy prefers chosen on 52 %, up from 18 %". Where the
+    first is of the reference itself, which has no pair in U, the share in U stands alone. Two training logs are over
+    different pairs, and stand side by side: "…; 75 % of 4 training pairs in U, 0 % of 4 others in the first log; …".
 
     Args:
         before: an earlier log with the `cpo/*` metrics, for comparison, or None.
         after: the log to describe; shifts are relative to the reference.
         unit: unit of the log-probabilities, one of `trl_cpo.units.UNITS`.
+        prefix: of the metrics' names in evaluations of held-out pairs, such as "eval_"; None: training logs.
     """
-    if not _told(after):
+    now = _metrics(after, prefix or "")
+    if now is None:
         return None
-    earlier = before if before is not None and _told(before) else {}
-    fractions = (
-        f"{_percent(after[_IN_U])} of pairs in U{_than(after[_IN_U], earlier.get(_IN_U))}; "
-        f"the policy prefers chosen on {_percent(after[_PREFERS])}{_than(after[_PREFERS], earlier.get(_PREFERS))}"
-    )
-    return f"{_displacement(after[_CHOSEN], after[_REJECTED], unit)}; {fractions}"
+    earlier = None if before is None else _metrics(before, prefix or "")
+    if prefix is None:
+        said = f"{_share(_IN_U, now, 'training pairs')} in U"
+        if earlier is not None:
+            said += f", {_share(_IN_U, earlier, 'others')} in the first log"
+        said += f"; the policy prefers chosen on {_percent(now[_PREFERS])}"
+        if earlier is not None:
+            said += f", and on {_percent(earlier[_PREFERS])} in the first log"
+    else:
+        than = dict.fromkeys((_IN_U, _PREFERS), "")
+        if earlier is not None and earlier.get(_PAIRS) == now.get(_PAIRS):
+            than = {name: _than(now[name], earlier[name]) for name in than}
+            if max(abs(earlier[_CHOSEN]), abs(earlier[_REJECTED])) < _UNMOVED:
+                than[_IN_U] = ""  # no pair of a policy that is its reference is in U
+        said = f"{_share(_IN_U, now, 'held-out pairs')} in U{than[_IN_U]}; "
+        said += f"the policy prefers chosen on {_percent(now[_PREFERS])}{than[_PREFERS]}"
+    return f"{_displacement(now[_CHOSEN], now[_REJECTED], unit)}; {said}"
 
 
-def _told(log: Mapping[str, Any]) -> bool:
-    # Not for a run that diverged: its metrics may be missing or not finite.
-    return all(key in log and math.isfinite(log[key]) for key in _NEEDED)
+def _metrics(log: Mapping[str, Any], prefix: str) -> dict[str, float] | None:
+    """The metrics that the sentence is made of. None for a run that diverged: they may be missing or not finite."""
+    found = {name: log[prefix + name] for name in (*_NEEDED, _PAIRS) if prefix + name in log}
+    return found if all(name in found and math.isfinite(found[name]) for name in _NEEDED) else None
+
+
+def _share(name: str, metrics: Mapping[str, float], of: str) -> str:
+    # A log of an earlier version does not say how many.
+    return f"{_percent(metrics[name])} of {f'{metrics[_PAIRS]:,.0f} ' if _PAIRS in metrics else ''}{of}"
 
 
 def _displacement(chosen: float, rejected: float, unit: str) -> str:
@@ -70,40 +93,66 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.0f} %"
 
 
-def _than(now: float, before: float | None) -> str:
-    if before is None:
-        return ""
+def _than(now: float, before: float) -> str:
     if _percent(now) == _percent(before):
         return ", as before"
     return f", {'up' if now > before else 'down'} from {_percent(before)}"
 
 
 class Narrator(TrainerCallback):
-    """Prints the sentence at the first training log and at the end of training, on process 0.
+    """Prints the sentence at the first training log and at the end, on process 0.
 
-    It has no state: it compares logs of the trainer's own history, which a resumed run has too.
+    At the end it compares evaluations of the held-out pairs: the first and the last, which is the next one where there has
+    been one alone. Without evaluations it tells of the training pairs. It compares logs of the trainer's own history, which
+    a resumed run has too.
     """
 
     def __init__(self, reduction: str):
         self._unit = UNITS[reduction]
+        self._waits = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        told = self._training_logs(state)
+        told = _logs(state, "")
         if logs and state.is_world_process_zero and len(told) == 1 and all(key in logs for key in _NEEDED):
             self._say(f"first log, step {state.global_step}", sentence(None, told[0], self._unit))
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._waits = False
+
     def on_train_end(self, args, state, control, **kwargs):
-        told = self._training_logs(state)
-        if state.is_world_process_zero and len(told) > 1:
+        if not state.is_world_process_zero:
+            return
+        told, prefix = _logs(state, ""), _held_out(state)
+        evaluations = [] if prefix is None else _logs(state, prefix)
+        if len(evaluations) > 1:
+            self._say_held_out(evaluations, prefix)
+        elif evaluations:
+            self._waits = True
+        elif len(told) > 1:
             self._say(f"end, step {state.global_step}", sentence(told[0], told[-1], self._unit))
 
-    @staticmethod
-    def _training_logs(state) -> list[dict[str, Any]]:
-        # Evaluation logs have prefixed names, so they do not match.
-        return [log for log in state.log_history if all(key in log for key in _NEEDED)]
+    def on_evaluate(self, args, state, control, **kwargs):
+        prefix = _held_out(state)
+        if self._waits and prefix is not None:
+            self._waits = False
+            self._say_held_out(_logs(state, prefix), prefix)
+
+    def _say_held_out(self, evaluations: list[dict[str, Any]], prefix: str | None) -> None:
+        self._say(f"end, step {evaluations[-1]['step']}", sentence(evaluations[0], evaluations[-1], self._unit, prefix))
 
     @staticmethod
     def _say(when: str, words: str | None) -> None:
         if words is not None:
             # tqdm.write prints above a progress bar, if there is one.
             tqdm.write(f"[{when}] {words}")
+
+
+def _logs(state, prefix: str) -> list[dict[str, Any]]:
+    """The logs of one kind; the others' names have other prefixes."""
+    return [log for log in state.log_history if all(prefix + key in log for key in _NEEDED)]
+
+
+def _held_out(state) -> str | None:
+    """The prefix of the set that was evaluated first; None where none was."""
+    found = (key.removesuffix(_IN_U) for log in state.log_history for key in log if key.endswith(_IN_U))
+    return next((prefix for prefix in found if prefix), None)

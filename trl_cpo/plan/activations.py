@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .shape import is_target
+
 #: Row lengths of the three counted forward passes. Bytes are at most quadratic in the length, so three suffice.
 _LENGTHS = (32, 64, 128)
 
@@ -47,7 +49,7 @@ class _LikeLora(nn.Module):
         return result + self.up(self.down(x.to(self.down.weight.dtype))) * 2.0
 
 
-def kept_by(config: Any, *, dtype: torch.dtype, autocast: bool, lora: bool) -> tuple[Kept, Kept]:
+def kept_by(config: Any, *, dtype: torch.dtype, autocast: bool, lora: str | tuple[str, ...] = ()) -> tuple[Kept, Kept]:
     """What one block keeps for backward, and what the rest of the model without the head keeps.
 
     Builds the model with one block and with two, and runs both on fake tensors with rows of three lengths; the difference
@@ -57,7 +59,7 @@ def kept_by(config: Any, *, dtype: torch.dtype, autocast: bool, lora: bool) -> t
         config: the model's transformers config.
         dtype: type of the weights.
         autocast: whether the model runs under bfloat16 autocast.
-        lora: whether all linear layers are frozen and have adapters.
+        lora: the linear layers that have adapters, as PEFT takes them; all else is frozen then. Empty: all is trained.
 
     Raises:
         ValueError: the model cannot run on fake tensors, because its computation depends on values, as in mixtures of
@@ -109,7 +111,7 @@ def _cut(config: Any, layers: int) -> Any:
     return config
 
 
-def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora: bool) -> float:
+def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora) -> float:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
@@ -120,7 +122,7 @@ def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora: bool) -> float
             model.requires_grad_(False)
             head = model.get_output_embeddings()
             for path, module in list(model.named_modules()):
-                if isinstance(module, nn.Linear) and module is not head:
+                if isinstance(module, nn.Linear) and module is not head and is_target(path, lora):
                     parent, _, name = path.rpartition(".")
                     setattr(model.get_submodule(parent), name, _LikeLora(module, 8))
         weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}

@@ -77,6 +77,11 @@ LADDER: tuple[Change, ...] = (
         "precision of the frozen weights; adapters stay float32",
         lambda r: replace(r, weight_bytes=2) if r.lora_rank and r.weight_bytes == 4 and r.device == "cuda" else None,
     ),
+    Change(
+        "--bnb_4bit_quant_storage bfloat16",
+        "communication: FSDP2 then shards the 4-bit weights, which each device holds whole otherwise",
+        lambda r: replace(r, quant_storage="bfloat16") if r.bits == 4 and not r.shards_quantized else None,
+    ),
     Change("--config_file deepspeed_configs/zero2.yaml", "communication", _sharded("zero2")),
     Change("--config_file deepspeed_configs/zero3.yaml", "more communication", _sharded("zero3")),
     Change(
@@ -90,7 +95,7 @@ LADDER: tuple[Change, ...] = (
     ),
     Change(
         "--config_file deepspeed_configs/zero3_offload.yaml",
-        "several times the time; needs CPU memory",
+        "several times the time, and memory of the machine",
         _offloaded,
     ),
     Change(

@@ -30,6 +30,13 @@ OPTIMIZER_BYTES = {
     "paged_lion_32bit": 4.0,
 }
 
+#: Types of bnb_4bit_quant_storage that FSDP2 shards; Accelerate leaves the others out of it.
+FLOAT_STORAGE = ("bfloat16", "float16", "float32", "float64")
+
+#: Bytes that a trainable weight takes in the machine's memory beside itself where ZeRO-3 offloads: float32 copy, gradient and
+#: two moments, as DeepSpeed counts them (`estimate_zero3_model_states_mem_needs`).
+OFFLOADED_BYTES = 16.0
+
 #: Allowance for CUDA's context, libraries and fragmentation, beside tensors. Not measured.
 CUDA_BYTES = 1.0e9
 #: Growth of a CPU process beside tensors, from its imports to the end of training: measured, 41 MB.
@@ -49,8 +56,9 @@ class PlanRequest:
         weight_bytes: bytes of a weight as loaded, 4 (float32, TRL's default) or 2.
         bits: 8 or 4 with bitsandbytes; 16 or more: weights as loaded.
         nested: whether the scales of 4-bit layers are quantized.
+        quant_storage: type that 4-bit weights are stored as (bnb_4bit_quant_storage).
         autocast: whether training uses bf16 or fp16 mixed precision.
-        lora_rank, lora_targets: LoRA's rank and target layers; rank 0 is full fine-tuning.
+        lora_rank, lora_targets: LoRA's rank and target layers, as PEFT takes them; rank 0 is full fine-tuning.
         precomputed: whether the reference is scored before training.
         checkpointing, packed: whether gradient checkpointing and prefix sharing are on.
         micro_batch: pairs per device and forward pass.
@@ -68,9 +76,10 @@ class PlanRequest:
     weight_bytes: int = 4
     bits: int = 16
     nested: bool = False
+    quant_storage: str = "uint8"
     autocast: bool = True
     lora_rank: int = 0
-    lora_targets: tuple[str, ...] = ("all-linear",)
+    lora_targets: str | tuple[str, ...] = ("all-linear",)
     precomputed: bool = False
     checkpointing: bool = True
     packed: bool = True
@@ -84,6 +93,11 @@ class PlanRequest:
     def held_bytes(self) -> int:
         """Bytes of a weight during training: DeepSpeed casts the weights of a mixed-precision run to half precision."""
         return 2 if self.autocast and self.parallel.startswith("zero") else self.weight_bytes
+
+    @property
+    def shards_quantized(self) -> bool:
+        """Whether sharded weights include the quantized ones: FSDP2 shards floating-point types alone."""
+        return self.parallel != "fsdp2" or (self.bits == 4 and self.quant_storage in FLOAT_STORAGE)
 
 
 @dataclass(frozen=True)
@@ -120,30 +134,52 @@ class Estimate:
         return dict(sorted(((k, v) for k, v in terms.items() if v), key=lambda item: -item[1]))
 
     @property
+    def machine_memory(self) -> float:
+        """Bytes of the machine's memory, for all its devices, that offloading takes; 0 without."""
+        return offloaded(self.request, self.shape)
+
+    @property
     def peak(self) -> float:
         """Bytes per device at the peak."""
         return sum(self.at_peak.values())
 
 
-def base_bytes(request: PlanRequest, shape: Shape) -> float:
-    """Bytes of a whole model's weights, quantized layers as quantized, others as loaded."""
+def quantized_bytes(request: PlanRequest, shape: Shape) -> float:
+    """Bytes of a whole model's quantized layers."""
     if request.bits >= 16:
-        return request.held_bytes * shape.weights
+        return 0.0
     each = INT8_BYTES if request.bits == 8 else NF4_NESTED_BYTES if request.nested else NF4_BYTES
-    return each * shape.quantizable + request.held_bytes * (shape.weights - shape.quantizable)
+    return each * shape.quantizable
+
+
+def other_bytes(request: PlanRequest, shape: Shape) -> float:
+    """Bytes of a whole model's weights that are not quantized, as held."""
+    return request.held_bytes * (shape.weights - (shape.quantizable if request.bits < 16 else 0))
 
 
 def weights(request: PlanRequest, shape: Shape) -> float:
     """The policy's weights without adapters: whole, one shard with ZeRO-3 and FSDP2, none when offloaded."""
-    return 0.0 if request.offload else base_bytes(request, shape) / _shares_of_weights(request)
+    if request.offload:
+        return 0.0
+    shares = _shares_of_weights(request)
+    quantized = quantized_bytes(request, shape)
+    return other_bytes(request, shape) / shares + (quantized / shares if request.shards_quantized else quantized)
 
 
 def gathered(request: PlanRequest, shape: Shape) -> float:
-    """Sharded weights gathered for use: two blocks and the head, in the precision of the computation."""
+    """Sharded weights gathered for use: two blocks and the head, in the precision of the computation.
+
+    Quantized blocks are gathered as quantized, or lie there whole.
+    """
     if _shares_of_weights(request) == 1 and not request.offload:
         return 0.0
     each = min(request.held_bytes, 2 if request.autocast else 4)
-    return each * (2 * shape.block + max(shape.head, shape.hidden * shape.vocabulary))
+    blocks = each * 2.0 * shape.block
+    if request.bits < 16:
+        quantizable = shape.quantizable / max(shape.layers, 1)
+        quantized = quantized_bytes(request, shape) / max(shape.layers, 1) if request.shards_quantized else 0.0
+        blocks = 2.0 * (each * max(shape.block - quantizable, 0.0) + quantized)
+    return blocks + each * max(shape.head, shape.hidden * shape.vocabulary)
 
 
 def reference(request: PlanRequest, shape: Shape) -> float:
@@ -154,11 +190,20 @@ def reference(request: PlanRequest, shape: Shape) -> float:
 
 
 def trainable(request: PlanRequest, shape: Shape) -> tuple[float, float]:
-    """The number of trainable weights and the bytes of one: PEFT casts adapters to float32, except with ZeRO-3."""
+    """The number of trainable weights and the bytes of one.
+
+    PEFT makes adapters in float32; TRL then has them in bfloat16 on a quantized model, and in the base's type under ZeRO-3.
+    DeepSpeed's mixed precision casts adapters as it casts all weights.
+    """
     if not request.lora_rank:
         return shape.weights, request.held_bytes
-    each = request.held_bytes if request.parallel == "zero3" else 4
-    return shape.lora_weights(request.lora_rank, list(request.lora_targets)), each
+    if request.bits < 16:
+        each = 2
+    elif request.parallel == "zero3" or (request.parallel.startswith("zero") and request.autocast):
+        each = request.held_bytes
+    else:
+        each = 4
+    return shape.lora_weights(request.lora_rank, request.lora_targets), each
 
 
 def adapters(request: PlanRequest, shape: Shape) -> float:
@@ -168,7 +213,10 @@ def adapters(request: PlanRequest, shape: Shape) -> float:
 
 
 def optimizer(request: PlanRequest, shape: Shape) -> float:
-    """The optimizer's moments, and ZeRO's float32 copy of the weights; one shard with ZeRO and FSDP2, none when offloaded."""
+    """The optimizer's moments, and ZeRO's float32 copy of the weights; one shard with ZeRO and FSDP2, none when offloaded.
+
+    DeepSpeed keeps that copy without mixed precision too, in each stage (0.19.8, as tests/plan/test_plan.py measures).
+    """
     if request.offload:
         return 0.0
     count, each = trainable(request, shape)
@@ -209,7 +257,9 @@ def activations(request: PlanRequest, shape: Shape) -> float:
     With checkpointing, each block keeps only its input, and one block at a time is recomputed. The packed forward's
     attention by segments takes no mask, and keeps a second copy of the prompt's keys and values for the rejected answer.
     """
-    block, around = kept_by(request.config, dtype=_dtype(request), autocast=request.autocast, lora=bool(request.lora_rank))
+    block, around = kept_by(
+        request.config, dtype=_dtype(request), autocast=request.autocast, lora=request.lora_targets if request.lora_rank else ()
+    )
     count, tokens, _ = rows(request)
     if request.packed:
         prompts = request.micro_batch * request.prompt_share * request.max_length
@@ -250,6 +300,19 @@ def temporaries(request: PlanRequest, shape: Shape) -> float:
         return 0.0
     count, each = trainable(request, shape)
     return count * each / (request.gpus if request.parallel in ("zero1", "zero2", "zero3", "fsdp2") else 1)
+
+
+def offloaded(request: PlanRequest, shape: Shape) -> float:
+    """What ZeRO-3 holds in the machine's memory, over all of its devices, where it offloads: weights, optimizer, gradients.
+
+    The reference's weights, or a frozen base's, lie there too.
+    """
+    if not request.offload:
+        return 0.0
+    count, each = trainable(request, shape)
+    whole = quantized_bytes(request, shape) + other_bytes(request, shape)
+    beside = whole if request.lora_rank or not request.precomputed else 0.0
+    return (OFFLOADED_BYTES + each) * count + beside
 
 
 def allowance(request: PlanRequest, shape: Shape) -> float:

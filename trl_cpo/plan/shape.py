@@ -1,5 +1,7 @@
 """The size of a model, counted on a model of its config without data."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -47,27 +49,52 @@ class Shape:
         """Weights that bitsandbytes quantizes: all linear layers except the head."""
         return sum(inside * outside for _, inside, outside in self.linears)
 
-    def lora_weights(self, rank: int, targets: str | list[str]) -> int:
+    def lora_weights(self, rank: int, targets: str | Sequence[str]) -> int:
         """Trainable weights of LoRA: `r (in + out)` for each target layer.
 
         Args:
             rank: r.
-            targets: "all-linear", or names of modules (the ends of their paths).
+            targets: as PEFT takes them (`is_target`).
 
         Raises:
-            ValueError: no linear layer has any of these names.
+            ValueError: no linear layer is meant.
         """
-        names = [targets] if isinstance(targets, str) else list(targets)
-        everything = names == ["all-linear"]
-
-        def meant(path: str) -> bool:
-            return everything or any(path == name or path.endswith(f".{name}") for name in names)
-
-        chosen = [(inside, outside) for path, inside, outside in self.linears if meant(path)]
+        chosen = [(inside, outside) for path, inside, outside in self.linears if is_target(path, targets)]
         if not chosen:
-            known = sorted({path.rsplit(".", 1)[-1] for path, _, _ in self.linears})
-            raise ValueError(f"no linear layer is named {' or '.join(names)}; choose from {', '.join(known)}, or 'all-linear'.")
+            known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path, _, _ in self.linears}))
+            if isinstance(targets, str):
+                raise ValueError(
+                    f"no linear layer has the path {targets}: PEFT takes one name alone for a pattern of the whole path. Give "
+                    f"'.*{targets}' or several of {known}, or 'all-linear'."
+                )
+            raise ValueError(f"no linear layer is named {' or '.join(targets)}; choose from {known}, or 'all-linear'.")
         return sum(rank * (inside + outside) for inside, outside in chosen)
+
+
+def is_target(path: str, targets: str | Sequence[str]) -> bool:
+    """Whether PEFT gives the linear layer at a path an adapter.
+
+    Args:
+        targets: "all-linear", which leaves the head out; another text is a pattern of the whole path; several are names, the
+            ends of paths.
+    """
+    if targets == "all-linear" or list(targets) == ["all-linear"]:
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in targets)
+
+
+def default_targets(model_type: str) -> str | tuple[str, ...]:
+    """The layers to which PEFT gives adapters where none are named. Raises `ValueError` where PEFT refuses that too."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    if model_type not in known:
+        raise ValueError(
+            f"PEFT has no default layers for LoRA on a {model_type} model: name them, as in --lora_target_modules all-linear."
+        )
+    targets = known[model_type]
+    return targets if isinstance(targets, str) else tuple(targets)
 
 
 def empty_model(config: Any) -> "PreTrainedModel":

@@ -29,6 +29,8 @@ def as_text(estimate: Estimate, memory: float | None, remedy: tuple[list[Change]
         else f"  {'together':<22} {shown(estimate.peak):>9}  in the optimizer step"
     )
     lines += ["", f"The largest part: {largest}."]
+    if request.offload:
+        lines.append(_machine_memory(estimate))
     if memory is None:
         return "\n".join(lines)
     if estimate.peak <= memory:
@@ -41,7 +43,16 @@ def as_text(estimate: Estimate, memory: float | None, remedy: tuple[list[Change]
             f"It does not fit into {shown(memory)}. The cheapest change that makes it fit (needs {shown(after.peak)}):"
         )
         lines += [f"  {change.option}\n      costs {change.cost}" for change in changes]
+        if after.request.offload and not request.offload:
+            lines.append(_machine_memory(after))
     return "\n".join(lines)
+
+
+def _machine_memory(estimate: Estimate) -> str:
+    return (
+        f"Offloading takes {shown(estimate.machine_memory)} of the machine's memory for all its devices together; DeepSpeed "
+        "advises half as much again for its buffers."
+    )
 
 
 def as_document(estimate: Estimate, memory: float | None, remedy: tuple[list[Change], Estimate] | None) -> dict[str, Any]:
@@ -53,8 +64,10 @@ def as_document(estimate: Estimate, memory: float | None, remedy: tuple[list[Cha
         "terms": {name: round(size) for name, size in estimate.at_peak.items()},
         "peak": round(estimate.peak),
         "peak_moment": estimate.peak_moment,
+        "machine_memory": round(estimate.machine_memory),
         "memory": memory,
         "fits": None if memory is None else estimate.peak <= memory,
         "changes": None if remedy is None else [change.option for change in remedy[0]],
         "peak_after_changes": None if remedy is None else round(remedy[1].peak),
+        "machine_memory_after_changes": None if remedy is None else round(remedy[1].machine_memory),
     }

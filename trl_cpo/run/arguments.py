@@ -42,7 +42,21 @@ class RunConfig(CPOConstrainedConfig):
 
     def __post_init__(self):
         self.chose_output_dir = self.output_dir is not None
+        #: β and γ of a recipe that gives them for another reduction than the run's, and which were not taken.
+        self.not_taken: dict[str, float] = {}
         super().__post_init__()
+
+    def follows(self) -> str | None:
+        names = [name for name in getattr(self, "not_taken", ()) if name in self.not_given]
+        if not names:
+            return super().follows()
+        recipes = " and ".join(f"{name}={self.not_taken[name]:g}" for name in names)
+        now = " and ".join(f"{name}={getattr(self, name):g}" for name in self.not_given)
+        other = "sum" if self.logps_reduction == "mean" else "mean"
+        return (
+            f"{recipes} of the recipe are for logps_reduction={other!r}. Under {self.logps_reduction!r} the run has {now}; "
+            "give --beta and --gamma for other values."
+        )
 
 
 @dataclass

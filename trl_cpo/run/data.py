@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.identity import pair_digests, split_names, without
 from ..data.loading import NoSuchSplit, SourceError, hold_out
-from ..data.reading import first_pairs, read_pairs
+from ..data.reading import read_pairs
+from ..data.rows import first_pairs
 
 if TYPE_CHECKING:
     from ..data.hh import RowReport

@@ -3,9 +3,10 @@
 from typing import Any
 
 from ..data.validation import visible_span
+from ..labels.columns import CARRIED
 
 #: Columns that are the pairs themselves, and endings of those that training adds.
-_PAIRS, _MADE = {"prompt", "chosen", "rejected"}, ("_ids", "_mask", "_logps")
+_PAIRS, _MADE = {"prompt", "chosen", "rejected"}, ("_ids", "_mask", "_logps", *CARRIED)
 #: The most columns kept; of texts, the most values and the longest.
 _MOST_COLUMNS, _MOST_VALUES, _LONGEST = 6, 20, 80
 

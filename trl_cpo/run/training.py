@@ -47,6 +47,13 @@ def checkpoint_of(args: "RunConfig") -> str | None:
     return None if found is None else str(found)
 
 
+def last_checkpoint(output_dir: str) -> Path | None:
+    """The checkpoint that an interrupted run would go on from, as this process sees it; None where it has written none."""
+    from ..engine.resume.checkpoints import newest_checkpoint
+
+    return newest_checkpoint(output_dir)
+
+
 def train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig") -> Path:
     """Trains, evaluates on the held-out pairs before and after, and gives the run's folder.
 
@@ -101,7 +108,7 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
     from transformers import PrinterCallback, ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
-    from ..engine.resume.checkpoints import clean_up, is_fresh
+    from ..engine.resume.checkpoints import clean_up, is_fresh, read_state
     from ..files.outputs import refuse_taken
     from ..logs.run_log import RunLog
     from ..trainer import CPOConstrainedTrainer
@@ -152,6 +159,9 @@ def _train(options: "PairArguments", args: "RunConfig", policy: "PolicyConfig", 
     loading = dict(revision=policy.model_revision, attn_implementation=policy.attn_implementation, dtype=policy.dtype)
     args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
     args.eval_on_start = checkpoint is None
+    kept = args.keep((read_state(checkpoint) or {}).get("settings", {})) if checkpoint is not None else []
+    if kept:
+        say(f"      {' and '.join(kept)}, as in {checkpoint}: not given here")
     run_log = RunLog(output_dir / LOG)
     trainer = CPOConstrainedTrainer(
         model=model,

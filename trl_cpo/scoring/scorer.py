@@ -64,7 +64,11 @@ class Scorer:
     def config(self):
         """The configuration that training would have: of the processes, their precision, and how rows are cut."""
         from ..config import CPOConstrainedConfig
+        from ..engine.config import has_bf16
 
+        own = dict(self.options)
+        if own.get("bf16") is None and not own.get("fp16") and not has_bf16(own.get("use_cpu", False)):
+            own["bf16"] = False  # as training, which would say so
         return CPOConstrainedConfig(
             max_length=self.max_length,
             truncation_mode=self.truncation_mode,
@@ -72,7 +76,7 @@ class Scorer:
             model_init_kwargs={"dtype": self.dtype},
             trust_remote_code=self.trust_remote_code,
             report_to="none",
-            **self.options,
+            **own,
         )
 
     def cut(self) -> SimpleNamespace:

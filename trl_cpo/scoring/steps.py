@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairSet:
-    """Pairs to be scored, with their numbers in the column `ROW`; rows in the source, and how many of them were refused."""
+    """Pairs to be scored, with their numbers in the column `ROW`; rows in the source, and those that were refused.
+
+    `refused_for` has a reason each: its name, `count`, what it `says`, and the first `rows`, from 0.
+    """
 
     pairs: "Dataset"
     rows: int
     refused: int
+    refused_for: tuple[dict[str, Any], ...] = ()
 
 
 def read_set(
@@ -42,8 +46,10 @@ def read_set(
         SourceError: the pairs cannot be read or used, or a column in `needs` is missing.
     """
     pairs, report = read_pairs(source, split, config=config, data_dir=data_dir, number_as=ROW, needs=needs)
-    rows, refused = (len(pairs), 0) if report is None else (report.total, report.total - report.kept)
-    return PairSet(sample_pairs(pairs, max_pairs, seed), rows, refused)
+    drawn = sample_pairs(pairs, max_pairs, seed)
+    if report is None:
+        return PairSet(drawn, len(pairs), 0)
+    return PairSet(drawn, report.total, report.total - report.kept, tuple(report.reasons()))
 
 
 def score_roles(

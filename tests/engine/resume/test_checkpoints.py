@@ -658,11 +658,11 @@ def test_the_checkpoints_of_an_earlier_run_are_told_apart(tmp_path, tokenizer, s
 def test_a_multiplier_that_the_checkpoint_does_not_hold_starts_anew(tmp_path, tokenizer, small_model):
     trainer_of(tmp_path, small_model, tokenizer, constraint="clip", max_steps=2).train()
     trainer = trainer_of(tmp_path, small_model, tokenizer, **DUAL)
-    trainer._dual.value = 5.0
+    trainer._bounds.multipliers["dual"].parts[""].value = 5.0
     with pytest.warns(UserWarning, match="Resuming from") as caught:
         trainer._resumption.prepare(True)
     assert "it holds no dual state: the multiplier starts from dual_init" in " ".join(str(w.message) for w in caught)
-    assert trainer._dual.value == 0.0
+    assert trainer._bounds.multipliers["dual"].parts[""].value == 0.0
 
 
 # Several machines, as one process sees the others' answers

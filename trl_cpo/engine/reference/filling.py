@@ -91,12 +91,14 @@ def fill(
     """
     batches = [batch for shard in missing for batch in layout.batches(shard)]
     left = {shard: len(layout.shards[shard]) for shard in missing}
+    # Not `disable=False`: where a bar may be shown, TQDM_DISABLE=1 can still hide it.
+    hidden = {} if shows_progress and accelerator.is_main_process else {"disable": True}
     progress = tqdm(
         total=layout.pairs,
         initial=layout.pairs - sum(left.values()),
         desc=f"Reference log probs, {name} dataset",
         unit="pair",
-        disable=not (shows_progress and accelerator.is_main_process),
+        **hidden,
     )
     with progress:
         for start in range(0, len(batches), accelerator.num_processes):

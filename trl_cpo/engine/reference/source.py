@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..._trl.datasets import of_tokens_alone
 from ..._trl.models import Reference, reference_engine, reference_of
 
 
@@ -41,7 +42,7 @@ class ReferenceSource:
         return cls(
             reference=reference_of(trainer),
             accelerator=trainer.accelerator,
-            collator=trainer.data_collator,
+            collator=of_tokens_alone(trainer.data_collator),
             engine=lambda: reference_engine(trainer),
             logps=trainer.compute_ref_log_probs,
             max_length=trainer.args.max_length,

@@ -1,0 +1,121 @@
+"""Numbers that a page quotes from a run, against the record that the run left. A comment before them names the record:
+
+<!-- from benchmarks/demo-clip.txt -->              each line of the next block is a line that the run printed
+<!-- from benchmarks/demo-clip.txt: took 9 s -->    the run printed this, and the next paragraph has its numbers
+<!-- from benchmarks/demo-clip.jsonl: words -->     each line of the next block is said of that log (`log.jsonl`)
+<!-- from benchmarks/decisions.json: decisions -->  each row of the next table is what `TABLES["decisions"]` makes of it
+"""
+
+import json
+import re
+
+import pytest
+
+from trl_cpo.intervals import paired_difference
+from trl_cpo.logs.narration import sentence
+
+from helpers.checkout import tracked_files
+from helpers.paths import ROOT
+
+TAG = re.compile(r"^[ \t]*<!-- from (?P<record>\S+?)(?:: (?P<what>.+?))? -->$", re.MULTILINE)
+PAGES = [name for name in tracked_files() if name.endswith(".md") and TAG.search((ROOT / name).read_text(encoding="utf-8"))]
+
+
+def quotes(page):
+    """(record, what, the paragraph, table or block that follows) of each comment in a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for found in TAG.finditer(text):
+        rest = text[found.end() :].lstrip("\n")
+        end = rest.find("```", 3) if rest.lstrip().startswith("```") else rest.find("\n\n")
+        yield found["record"], found["what"], rest[: end if end >= 0 else None]
+
+
+def interval(part) -> str:
+    return f"{100 * part['share']:.0f} % ({100 * part['low']:.0f} to {100 * part['high']:.0f})"
+
+
+def decisions(records) -> set[str]:
+    names = {"start": "start", "clip-1": "clip, β 1, γ 1", "dpo-0.1": "DPO, β 0.1"}
+    rows = set()
+    for record in records:
+        name = names[record["arm"]] + (", and SFT on the chosen answer" if record["settings"]["sft"] else "")
+        shares = [interval(record["decisions"][part]) for part in ("preferred", "right", "answered", "named")]
+        price = f"{record['kl_general']['value']:.3f}", f"{record['repetition_general']:.3f}"
+        rows.add(" | ".join([name, str(record["step"]), *shares, *price]))
+    return rows
+
+
+def damage(record) -> set[str]:
+    names = {"DPO, sums, 1e-3": "plain DPO", "clip, sums, 1e-3": "clip, γ 1"}
+    rows = {f"the pairs' chosen answers, by people |  |  | {100 * record['repetition_of_people']:.0f} %"}
+    for run in record["runs"]:
+        kl, repeated = run["sets"]["general"]["kl"], f"{100 * run['sets']['general']['repetition']['value']:.0f} %"
+        if run["step"]:
+            moved = f"{kl['value']:.2f} ({kl['low']:.2f} to {kl['high']:.2f})"
+            rows.add(f"{names[run['setting']]} | {run['step']} | {moved} | {repeated}")
+        else:
+            rows.add(f"the model before training | 0 | {kl['value']:.0f} | {repeated}")
+    return rows
+
+
+#: What a record's tables hold, row by row, and how many columns of a page's table that is.
+TABLES = {"decisions": (decisions, 8), "damage": (damage, 4)}
+
+
+def words(log: str) -> set[str]:
+    """What the Narrator says of a run whose held-out pairs are evaluated before and after."""
+    lines = [json.loads(line) for line in log.splitlines()]
+    train, held_out = ([line for line in lines if f"{prefix}cpo/gap" in line] for prefix in ("", "eval_"))
+    end = sentence(held_out[0], held_out[-1], prefix="eval_")
+    return {
+        f"[first log, step {train[0]['step']}] {sentence(None, train[0])}",
+        f"[end, step {held_out[-1]['step']}] {end}",
+    }
+
+
+def rows_of(table: str, columns: int) -> list[str]:
+    lines = [line.strip().strip("|").split("|") for line in table.splitlines()][2:]
+    return [" | ".join(cell.strip() for cell in line[:columns]) for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_quotes_is_in_the_record(page):
+    for record, what, block in quotes(page):
+        text = (ROOT / record).read_text(encoding="utf-8")
+        if what in TABLES:
+            made, columns = TABLES[what]
+            rows = rows_of(block, columns)
+            assert rows and not set(rows) - made(json.loads(text)), f"{page} has rows that {record} does not give"
+        elif what == "words":
+            lines = [line.strip() for line in block.splitlines()]
+            assert lines and not set(lines) - words(text), f"{page} quotes what is not said of {record}: {words(text)}"
+        elif what:
+            assert what in text, f"{page}: {record} does not have {what!r}"
+            missing = [number for number in re.findall(r"\d[\d.,]*\d|\d", what) if number not in block]
+            assert not missing, f"{page}: {missing} of {what!r} are not in the paragraph that follows"
+        else:
+            printed = {line.strip() for line in text.splitlines()}
+            lines = [line.strip() for line in block.splitlines() if not line.strip().startswith("```")]
+            lines = [line for line in lines if line not in ("", "...", "…")]
+            assert lines and not set(lines) - printed, f"{page} quotes what {record} does not have"
+
+
+def test_the_pages_that_quote_runs_are_among_them():
+    assert {"README.md", "docs/cli.md", "docs/price.md", "docs/contributing/constraints.md"} <= set(PAGES)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/contributing/constraints.md"])
+def test_paired_gains_that_pages_quote(page):
+    """Of the recipe's setting over the start, and of clip over DPO, in points."""
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    records = json.loads((ROOT / "benchmarks" / "decisions.json").read_text(encoding="utf-8"))
+    found = {r["arm"]: r["outcomes"] for r in records if r["step"] == 0 or (r["step"] == 40 and r["settings"]["sft"])}
+    for other, points in (("start", " points"), ("dpo-0.1", "")):
+        said = []
+        for part, name in (("preferred", "preferred"), ("right", "likeliest of six"), ("answered", "greedy answer right")):
+            pairs = list(zip(found[other][part], found["clip-1"][part], strict=True))
+            gained, lost = pairs.count(("0", "1")), pairs.count(("1", "0"))
+            value, *ends = (100 * x for x in ((gained - lost) / len(pairs), *paired_difference(gained, lost, len(pairs))))
+            said.append(f"{name} {value:+.0f}{points} ({ends[0]:+.0f} to {ends[1]:+.0f})")
+            points = ""
+        assert ", ".join(said) in text, said
