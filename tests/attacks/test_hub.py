@@ -1,4 +1,4 @@
-"""A hub that answers with errors: one sentence, exit code 2, nothing left behind, and nothing of its answer paints the screen."""
+"""A hub that answers with errors: one sentence, exit code 2, nothing left behind, nothing that paints the screen."""
 
 import os
 import subprocess
