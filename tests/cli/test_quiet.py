@@ -117,12 +117,15 @@ def in_a_process(*arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
 
 
+GIVEN = ("output_dir", "max_steps", "use_cpu", "bf16", "price", "precompute_ref_log_probs")
+
+
 def test_a_run_of_which_nothing_is_to_be_said_leaves_stderr_empty(tmp_path, small_model):
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row in pair_rows(12)))
-    options = training_options(tmp_path / "run") | {"max_steps": 2, "price": False}
+    options = training_options(tmp_path / "run") | {"max_steps": 2, "price": False, "precompute_ref_log_probs": True}
     done = in_a_process(
         *("train", "--model_name_or_path", small_model, "--dataset_name", "p.jsonl"),
-        *(word for name in ("output_dir", "max_steps", "use_cpu", "bf16", "price") for word in (f"--{name}", options[name])),
+        *(word for name in GIVEN for word in (f"--{name}", options[name])),
         cwd=tmp_path,
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr

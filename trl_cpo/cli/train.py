@@ -68,12 +68,14 @@ def run(options: argparse.Namespace) -> int:
             "--config is given twice.\nGive one recipe and override its keys: trl-cpo train --config RECIPE --beta 0.2"
         )
     if options.help_all:
-        from .options import run_parser
+        with fast_imports():
+            from .options import run_parser
 
         run_parser("trl-cpo train").print_help()
         return 0
     if not options.config and not options.passed_on:
-        from ..run.arguments import PairArguments, PolicyConfig, RunConfig
+        with fast_imports():
+            from ..run.arguments import PairArguments, PolicyConfig, RunConfig
         from . import command_parser
 
         print(f"{command_parser('train').format_help()}", file=sys.stderr)
