@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -230,6 +231,13 @@ class TestWhatWasNotGiven:
         assert (means.beta, means.gamma, means.not_given) == (2.5, 0.2, ("beta",))
         assert "constraint='clip'" in parsed("--gamma", "1.0").cautions()[0]
         assert parsed("--gamma", "1.0", "--constraint", "none").cautions() == []
+
+    def test_a_config_that_an_earlier_version_pickled_is_as_it_was(self, tmp_path):
+        args = config(tmp_path, gamma=1.0, logps_reduction="mean")
+        for name in ("chose_constraint", "not_given"):
+            del vars(args)[name]
+        again = pickle.loads(pickle.dumps(args))
+        assert again.cautions() == [] and again.follows() is None and again.keep({"logps_reduction": "mean", "beta": 9.0}) == []
 
     def test_a_run_that_is_gone_on_with_keeps_its_values(self, tmp_path):
         earlier = {"logps_reduction": "mean", "beta": 0.1, "gamma": 0.0}

@@ -25,7 +25,7 @@ from .unset import UnsetNumber, UnsetText
 DIRECTIONS = {**MORE_IS_BETTER, **PRICE_IS_BETTER}
 
 
-def _unset(of: type, name: str, default: UnsetNumber | UnsetText):
+def _unset(of: Any, name: str, default: UnsetNumber | UnsetText):
     """A field as `of` has it, whose default can be told from the same value given."""
     about = dict(of.__dataclass_fields__[name].metadata)
     if name in DEFAULTS_OF_MEANS:
@@ -54,7 +54,7 @@ class CPOConstrainedConfig(ConstraintFields, LabelFields, PriceFields, DPOConfig
     """
 
     constraint: FormName = _unset(ConstraintFields, "constraint", UnsetText("none"))
-    gamma: float = _unset(ConstraintFields, "gamma", UnsetNumber(HYPERPARAMETERS["gamma"].default))
+    gamma: float = _unset(ConstraintFields, "gamma", UnsetNumber(0.0))
     beta: float = _unset(DPOConfig, "beta", UnsetNumber(DPOConfig.beta))
     logps_reduction: str = field(
         default="sum",
@@ -69,6 +69,10 @@ class CPOConstrainedConfig(ConstraintFields, LabelFields, PriceFields, DPOConfig
         default=True,
         metadata={"help": "Tell the first training log and the end of training in one line of words each."},
     )
+
+    # Of the instance, but for a config that an earlier version pickled (training_args.bin).
+    chose_constraint = True
+    not_given = tuple[str, ...]()
 
     def __post_init__(self):
         self._settle_unset()
@@ -85,7 +89,8 @@ class CPOConstrainedConfig(ConstraintFields, LabelFields, PriceFields, DPOConfig
     def _settle_unset(self) -> None:
         """Gives β and γ that were not given their values, and keeps what was not given."""
         self.chose_constraint = not isinstance(self.constraint, UnsetText)
-        self.constraint = self.constraint if self.chose_constraint else str.__str__(self.constraint)
+        plain: Any = self.constraint if self.chose_constraint else str.__str__(self.constraint)
+        self.constraint = plain
         #: Of β and γ, those that were not given. A resumed run keeps the values that they had.
         self.not_given = tuple(name for name in DEFAULTS_OF_MEANS if isinstance(getattr(self, name), UnsetNumber))
         for name in self.not_given:

@@ -99,6 +99,9 @@ def test_what_cannot_be_parted(tmp_path):
     run = write_run(tmp_path / "run")
     with pytest.raises(CertificateError, match="no column 'rule' to part its pairs by, only topic"):
         certify_parts(run, "rule")
+    (run / "pairs.json").unlink()
+    with pytest.raises(CertificateError, match="holds no pairs.json, whose columns part the pairs"):
+        certify_parts(run, "topic")
 
 
 def test_the_command(tmp_path, capsys):

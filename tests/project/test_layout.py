@@ -89,7 +89,7 @@ LAYOUT = {
     "metrics": ("what is logged of the gap", {"gaps", "pairs"}),
     "constraint_names": ("the same names, without torch", set()),
     "hyperparameters": ("one declaration each: default, help, bounds", {"faults"}),
-    "logs": ("a run's log, and in words", {"files", "units"}),
+    "logs": ("a run's log, and in words", {"files", "quoting", "units"}),
     "pairs": ("log-probabilities of a batch of pairs", {"units"}),
     "data": ("reading, HH-RLHF, validation, the demo's pairs", {"files", "quoting"}),
     "gaps": ("regions of the gap", set()),

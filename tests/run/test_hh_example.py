@@ -237,6 +237,10 @@ def test_a_resumed_run_keeps_beta_and_gamma_that_nobody_gave(run, tmp_path, mode
     assert "beta=0.1 and gamma=0, as in mine/checkpoint-1: not given here" in done.stdout
     config = json.loads((tmp_path / "mine" / "metrics.json").read_text())["config"]
     assert (config["beta"], config["gamma"]) == (0.1, 0.0)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "None" not in card and f"| base model | {model_folder} |" in card
+    assert all(f"| {row} |" in card for row in ("constraint | clip", "gamma | 0.0", "beta | 0.1"))
+    assert f"{len(json.loads((tmp_path / 'mine' / 'pairs.json').read_text())['rows'])} held-out pairs" in card
     assert "no longer the same run" not in done.stderr
 
 

@@ -39,6 +39,8 @@ OVERRIDDEN = {
     "train": "resumes only from complete checkpoints; SIGTERM",
     "_save_checkpoint": "checkpoints appear complete, with the state that transformers loses",
     "_save": "weights on every machine under save_on_each_node",
+    "_load_from_checkpoint": "weights that a checkpoint names otherwise are loaded",
+    "_issue_warnings_after_load": "weights that were not loaded are no mere warning",
     "_maybe_log_save_evaluate": "the checkpoint on SIGTERM",
     "_init_training_state": "the position in a stream that is read more than once",
     "_run_epoch": "a run resumed at its last step ends there; batch order per epoch",

@@ -50,7 +50,9 @@ def parts_of(folder: str | Path, column: str) -> list[Part]:
     Raises:
         CertificateError: there is no such column among the slices of pairs.json.
     """
-    pairs = read_json(Path(folder) / PAIRS) if (Path(folder) / PAIRS).is_file() else None
+    if not (Path(folder) / PAIRS).is_file():
+        raise CertificateError(f"{folder} holds no {PAIRS}, whose columns part the pairs. Give the folder of a run.")
+    pairs = read_json(Path(folder) / PAIRS)
     refuse_faults(pairs, PAIRS)
     return [Part(column, value) for value in sorted(set(_values(pairs, column)))]
 

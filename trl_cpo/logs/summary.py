@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from ..quoting import quoted
 from ..units import UNITS
 
 #: The rows: label, metric, and format ("%" for a fraction, "nats" for a log-probability). A star marks metrics that compare
@@ -31,6 +32,21 @@ PRICE_ROWS = (
     ("the given text's negative log-likelihood", "cpo/text_nll", "per token"),
 )
 
+_MORE_ROWS = (("chosen answers below their floor by", "cpo/chosen_floor_violation", "nats*"), *PRICE_ROWS)
+
+
+def _group_rows(after: Mapping[str, float], prefix: str) -> list[tuple[str, str, str]]:
+    """Rows of each group of pairs, if there are groups."""
+    metric = "/prefers_chosen"
+    keys = [key.removeprefix(prefix) for key in after if key.startswith(f"{prefix}cpo/") and key.endswith(metric)]
+    rows = []
+    for place in (key.removesuffix(metric) for key in keys if key != f"cpo{metric}"):
+        name = quoted(place.removeprefix("cpo/"), 16, 4)
+        rows.append((f"{name}: prefers chosen", f"{place}{metric}", "%"))
+        rows.append((f"{name}: violations (δ < γ of the group)", f"{place}/violation_rate", "%"))
+        rows.append((f"{name}: the bound holds (slack)", f"{place}/slack", "slack"))
+    return [row for row in rows if f"{prefix}{row[1]}" in after]
+
 
 def before_after(
     before: Mapping[str, float] | None,
@@ -56,7 +72,9 @@ def before_after(
         f"{pairs} held-out pairs, constraint {constraint}, γ = {gamma:g} {unit}",
         f"{'':44}{'before':>10}{'after':>10}",
     ]
-    rows = [*ROWS, *(row for row in PRICE_ROWS if f"{prefix}{row[1]}" in after)]
+    rows = [*ROWS, *(row for row in _MORE_ROWS if f"{prefix}{row[1]}" in after)]
+    priced = any(row in PRICE_ROWS for row in rows)
+    rows += _group_rows(after, prefix)
     for label, key, form in rows:
         cells = []
         for values, is_start in ((before, True), (after, False)):
@@ -65,13 +83,16 @@ def before_after(
                 cells.append("-")
             elif form.startswith("%"):
                 cells.append(f"{100 * value:.1f} %")
+            elif form == "slack":
+                cells.append(f"{'yes' if value >= 0 else 'no'} ({value:+.3f})")
             elif form == "per token":
                 cells.append(f"{value:.3f}")
             else:
                 cells.append(f"{value:+.3f}")
-        lines.append(f"{label:<44}{cells[0]:>10}{cells[1]:>10}")
+        width = 14 if form == "slack" else 10
+        lines.append(f"{label:<{64 - 2 * width}}{cells[0]:>{width}}{cells[1]:>{width}}")
     lines.append(f"(gaps and log-probs in {unit}; - : policy and reference are still the same model, or not known)")
-    if len(rows) > len(ROWS):
+    if priced:
         lines.append("(KL and likelihood in nats per token; docs/price.md says how they are measured)")
     return "\n".join(lines)
 

@@ -47,7 +47,7 @@ class RunConfig(CPOConstrainedConfig):
         super().__post_init__()
 
     def follows(self) -> str | None:
-        names = [name for name in self.not_taken if name in self.not_given]
+        names = [name for name in getattr(self, "not_taken", ()) if name in self.not_given]
         if not names:
             return super().follows()
         recipes = " and ".join(f"{name}={self.not_taken[name]:g}" for name in names)

@@ -11,6 +11,7 @@ from ..config import DPOConfig
 from ..guards import FiniteWeights
 from ..interruption import Interruption, hide_jit_checkpoint
 from .resumption import Resumption, Stateful
+from .weights import load_as_saved, not_loaded
 
 
 class ResumableTrainer(trl.DPOTrainer):
@@ -18,6 +19,9 @@ class ResumableTrainer(trl.DPOTrainer):
 
     `trl_cpo._trl.upstream` lists what is overridden of transformers, and why.
     """
+
+    #: The checkpoint whose weights are being loaded.
+    _loading_from: str | None = None
 
     def __init__(self, *, args: DPOConfig, **others):
         with hide_jit_checkpoint(args):
@@ -72,6 +76,19 @@ class ResumableTrainer(trl.DPOTrainer):
     def _save(self, output_dir=None, state_dict=None):
         with saving_weights_on_each_node(self):
             super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._loading_from = resume_from_checkpoint
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model=model)
+        finally:
+            self._loading_from = None
+
+    def _issue_warnings_after_load(self, load_result):
+        # transformers warns where weights were not found, and trains on.
+        if not not_loaded(self.model, load_result.missing_keys):
+            return super()._issue_warnings_after_load(load_result)
+        load_as_saved(self.model, self._loading_from or self.state.best_model_checkpoint)
 
     def _init_training_state(self, *args, **kwargs):
         return self._resumption.place_in_stream(*super()._init_training_state(*args, **kwargs))
