@@ -35,13 +35,18 @@ def interval(part) -> str:
 
 
 def decisions(records) -> set[str]:
-    names = {"start": "start", "clip-1": "clip, β 1, γ 1", "dpo-0.1": "DPO, β 0.1"}
+    names = {"start": "start", "clip-1-gamma2": "clip, β 1, γ 2"}
+    names |= {f"clip-{beta}": f"clip, β {beta}" for beta in ("0.3", "1")} | {f"dpo-{b}": f"DPO, β {b}" for b in ("0.1", "0.3")}
     rows = set()
     for record in records:
-        name = names[record["arm"]] + (", and SFT on the chosen answer" if record["settings"]["sft"] else "")
+        settings = record["settings"]
+        rate = {"constant": "constant", "linear": "to 0"}[settings.get("schedule", "constant")]
+        rate = f"{settings['learning_rate']:.0e} {rate}".replace("e-0", "e-") if record["step"] else ""
         shares = [interval(record["decisions"][part]) for part in ("preferred", "right", "answered", "named")]
         price = f"{record['kl_general']['value']:.3f}", f"{record['repetition_general']:.3f}"
-        rows.add(" | ".join([name, str(record["step"]), *shares, *price]))
+        sft = f"{settings['sft']:g}" if record["step"] else ""
+        name = names[record["arm"]] + (", batches of 8" if settings["batch"] == 8 else "")
+        rows.add(" | ".join([name, sft, rate, str(record["step"]), *shares, *price]))
     return rows
 
 
@@ -59,7 +64,7 @@ def damage(record) -> set[str]:
 
 
 #: What a record's tables hold, row by row, and how many columns of a page's table that is.
-TABLES = {"decisions": (decisions, 8), "damage": (damage, 4)}
+TABLES = {"decisions": (decisions, 10), "damage": (damage, 4)}
 
 
 def words(log: str) -> set[str]:
@@ -106,14 +111,18 @@ def test_the_pages_that_quote_runs_are_among_them():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/contributing/constraints.md"])
 def test_paired_gains_that_pages_quote(page):
-    """Of the recipe's setting over the start, and of clip over DPO, in points."""
+    """Of 100 steps at a rate that falls to 0 and SFT 0.3: clip over the start, and over DPO, in points."""
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
     records = json.loads((ROOT / "benchmarks" / "decisions.json").read_text(encoding="utf-8"))
-    found = {r["arm"]: r["outcomes"] for r in records if r["step"] == 0 or (r["step"] == 40 and r["settings"]["sft"])}
-    for other, points in (("start", " points"), ("dpo-0.1", "")):
+    found = {
+        record["arm"]: record["outcomes"]
+        for record in records
+        if record["step"] == 0 or (record["step"] == 100 and record["settings"]["sft"] == 0.3)
+    }
+    for arm, other, points in (("clip-1", "start", " points"), ("clip-1", "dpo-0.1", ""), ("clip-0.3", "dpo-0.3", "")):
         said = []
         for part, name in (("preferred", "preferred"), ("right", "likeliest of six"), ("answered", "greedy answer right")):
-            pairs = list(zip(found[other][part], found["clip-1"][part], strict=True))
+            pairs = list(zip(found[other][part], found[arm][part], strict=True))
             gained, lost = pairs.count(("0", "1")), pairs.count(("1", "0"))
             value, *ends = (100 * x for x in ((gained - lost) / len(pairs), *paired_difference(gained, lost, len(pairs))))
             said.append(f"{name} {value:+.0f}{points} ({ends[0]:+.0f} to {ends[1]:+.0f})")
