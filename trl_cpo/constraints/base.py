@@ -40,11 +40,11 @@ class Constraint:
         """The target margin t of each pair, (B,), nats. DPO's is δ_ref."""
         return pairs.ref_gap
 
-    def added_loss(self, pairs: PairLogps, multiplier: float) -> Tensor | None:
+    def added_loss(self, pairs: PairLogps, multiplier: float | Tensor) -> Tensor | None:
         """What is added to each pair's loss, (B,), nats, or None for nothing. Gradients flow through the policy's values.
 
-        `multiplier` is λ at this step, of a form with a `dual_rule`, whose added loss is λ times a violation; other forms
-        ignore it.
+        `multiplier` is λ at this step, one number or (B,), of a form with a `dual_rule`, whose added loss is λ times a
+        violation; other forms ignore it.
         """
         return None
 

@@ -20,7 +20,7 @@ class Penalty(Constraint):
 
     penalty_weight: float = hyperparameter(1.0, "Weight of the violation, per nat.", at_least=0.0)
 
-    def added_loss(self, pairs: PairLogps, multiplier: float) -> Tensor:
+    def added_loss(self, pairs: PairLogps, multiplier: float | Tensor) -> Tensor:
         return self.penalty_weight * torch.relu(self.gamma - pairs.gap)
 
     def cautions(self) -> list[str]:

@@ -116,7 +116,7 @@ def count_votes(
             same += 1
             continue
         votes = (1, 0) if counts is None else tuple(_whole(row.get(name), name, number) for name in counts)
-        key = (_prompt(row), *sorted((first, second)))
+        key = (_prompt(row), min(first, second), max(first, second))
         kept = {name: row.get(name) for name in keep}
         if key not in found:
             found[key] = Judged(row, first, second, kept=kept)

@@ -60,8 +60,8 @@ class GatheredBatch:
             finite[:, 2:].all(),
             (finite.all(dim=1) & ~degenerate).all(),
         )
-        known = torch.stack(known).tolist()
-        return cls(logps, targets, degenerate, losses, *known, beside if beside.size(1) else None)
+        sound, reference_sound, all_counted = torch.stack(known).tolist()
+        return cls(logps, targets, degenerate, losses, sound, reference_sound, all_counted, beside if beside.size(1) else None)
 
     @property
     def finite(self) -> Tensor:

@@ -85,10 +85,10 @@ class LabelledForm:
     def target(self, pairs: PairLogps) -> Tensor:
         """The target margin of each pair, (B,), nats: `t − (1−c)(t − δ_ref) + m/β`, t the form's own."""
         target = self._of_pairs.target(pairs)
-        p, margin = self.labels.probability, self.labels.margin
-        if p is not None and self.form.moves_target:
+        p, margin, certainty = self.labels.probability, self.labels.margin, self.labels.certainty
+        if certainty is not None and self.form.moves_target:
             # So written, c = 1 leaves t to the bit.
-            target = target - (1.0 - self.labels.certainty) * (target - pairs.ref_gap)
+            target = target - (1.0 - certainty) * (target - pairs.ref_gap)
         if margin is not None:
             target = target + margin / self.form.beta
         if p is not None and any(SOFT_LOSSES.get(name) == "target" for name, _ in self.losses):
@@ -114,7 +114,8 @@ class LabelledForm:
 
     def weighed(self, bound: Tensor) -> Tensor:
         """What a bound makes of each pair, (B,), times the pair's certainty."""
-        return bound if self.labels.probability is None else self.labels.certainty * bound
+        certainty = self.labels.certainty
+        return bound if certainty is None else certainty * bound
 
 
 def chosen_floor_violation(pairs: PairLogps, floor: float) -> Tensor:
