@@ -441,6 +441,6 @@ TARGETS = {
     "multiplier": (multiplier, 1.0),
     "dialogues": (dialogues, 1.0),
     "rows": (rows, 1.0),
-    "configs": (configs, 0.02),
+    "configs": (configs, 0.1),
     "recipes": (recipes, 0.02),
 }

@@ -124,7 +124,7 @@ def _column_faults(args: Any) -> Iterator[str]:
             f"score_columns={columns!r} and score_scale={scale!r} go together: p = σ(score_scale (score of chosen − score of "
             "rejected)). Give both, or none."
         )
-    if scale is not None and scale != FIT and not (_is_number(scale) and 0 < scale <= LARGEST):
+    if scale is not None and not (isinstance(scale, str) and scale == FIT) and not (_is_number(scale) and 0 < scale <= LARGEST):
         yield f"score_scale must be a number > 0, or {FIT!r}; got {scale!r}."
     if columns is not None and args.probability_column is not None:
         yield (
@@ -159,9 +159,10 @@ def _floor_faults(args: Any) -> Iterator[str]:
         value = getattr(args, name)
         if not (value is None and optional) and not (_is_number(value) and 0 <= value <= LARGEST):
             yield f"{name} must be a finite number ≥ 0{', or None' if optional else ''}; got {value!r}."
-    if args.chosen_floor is None and (args.chosen_floor_weight is not None or args.chosen_floor_epsilon != 0):
+    allows = not _is_number(args.chosen_floor_epsilon) or args.chosen_floor_epsilon != 0
+    if args.chosen_floor is None and (args.chosen_floor_weight is not None or allows):
         yield "chosen_floor_weight and chosen_floor_epsilon need chosen_floor, the fall that is allowed, in nats."
-    elif args.chosen_floor_weight is not None and args.chosen_floor_epsilon != 0:
+    elif args.chosen_floor_weight is not None and allows:
         yield "chosen_floor_epsilon is what a multiplier allows, chosen_floor_weight a fixed weight. Leave one of them out."
 
 
