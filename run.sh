@@ -58,7 +58,7 @@ case $verb in
 demo)
     need_environment demo "$root/constraints.txt"
     # accelerate gives a process one thread unless told (THREADS=n tells another number than that of the cores), and prints advice about every default that is left to it.
-    exec "$venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    exec "$venv/bin/accelerate" launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
         --num_cpu_threads_per_process "${THREADS:-$(cores)}" "$root/examples/hh_rlhf.py" --config demo "$@"
     ;;
 test)

@@ -121,7 +121,7 @@ class LabelledForm:
 def chosen_floor_violation(pairs: PairLogps, floor: float) -> Tensor:
     """How far each chosen answer has fallen through its floor: `max(0, s_ref(chosen) − κ − s_θ(chosen))`, (B,), nats.
 
-    κ ≥ 0 (`floor`) is in nats of `logps_reduction`. At κ = 0 it is the penalty term of DPO-Positive (arXiv 2402.13228,
-    Eq. 3), which stands inside that paper's log-sigmoid.
+    κ ≥ 0 (`floor`) is in nats of `logps_reduction`. At κ = 0 it is the penalty term of DPO-Positive (arXiv 2402.13228),
+    which stands inside that paper's log-sigmoid.
     """
     return torch.relu(pairs.ref_chosen - floor - pairs.policy_chosen)
