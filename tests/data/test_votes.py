@@ -66,12 +66,18 @@ def test_columns_to_keep_must_agree():
 
 
 def test_circles_are_found_and_ties_break_none():
-    counted = count_votes([*rows("ab", "bc", "ca", "ad", "bd", "xy"), *rows("ab", "bc", "ca", "ac", prompt="R")])
+    counted = count_votes(
+        [
+            *rows("ab", "bc", "ca", "ad", "bd", "xy"),
+            *rows("ab", "bc", "ca", "ac", prompt="R"),
+            *rows("ab", "bc", "ac", "ca", prompt="S"),
+        ]
+    )
     report = counted.report()
     assert (report["prompts_with_cycles"], report["pairs_in_cycles"]) == (1, 3)
     assert sorted(report["cycles"][0]["answers"]) == ["a", "b", "c"] and report["cycles"][0]["prompt"] == "Q"
     assert "3 pairs of 1 prompts lie in circles" in in_words(report)
-    assert report["contested"] == report["tied"] == 1
+    assert report["contested"] == report["tied"] == 2
 
 
 def test_groups_are_those_of_reachability():

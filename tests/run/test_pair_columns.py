@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 
 from trl_cpo.files.run_files import PAIR_COLUMNS
+from trl_cpo.labels.columns import CARRIED
 from trl_cpo.pairs import PairLogps, completion_lengths
 from trl_cpo.run.pair_columns import answer_tokens, slice_columns
 from trl_cpo.run.record import pairs_document
@@ -53,6 +54,7 @@ def test_columns_that_part_the_pairs_are_kept():
             "tags": [["a"], ["b"]] * 15,
             "chosen_ids": [[1]] * count,
             "ref_chosen_logps": [float(at) for at in range(count)],
+            **{name: [at % 3 for at in range(count)] for name in CARRIED},
         }
     )
     found = slice_columns(rows)
