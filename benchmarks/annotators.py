@@ -45,6 +45,8 @@ SEEDS = range(10)
 #: KL at which arms are compared, nats a prompt.
 EQUAL_KL = 0.1
 
+#: Of the arms of the groups that bound the mean violation.
+BOUNDED: dict[str, Any] = {"labels": "truth", "constraint": "lagrangian", "beta": 0.3, "gamma": 0.5, "epsilon": 0.2}
 #: How labels are made, and the constraint with its fields.
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "annotators": {
@@ -61,38 +63,10 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "groups": {
         "dpo": {"labels": "truth", "constraint": "none", "beta": 0.3},
         "clip": {"labels": "truth", "constraint": "clip", "beta": 0.3, "gamma": 0.5},
-        "lagrangian, one multiplier": {
-            "labels": "truth",
-            "constraint": "lagrangian",
-            "beta": 0.3,
-            "gamma": 0.5,
-            "epsilon": 0.2,
-        },
-        "lagrangian, one a group": {
-            "labels": "truth",
-            "constraint": "lagrangian",
-            "beta": 0.3,
-            "gamma": 0.5,
-            "epsilon": 0.2,
-            "by_group": True,
-        },
-        "lagrangian, one multiplier, cap 3": {
-            "labels": "truth",
-            "constraint": "lagrangian",
-            "beta": 0.3,
-            "gamma": 0.5,
-            "epsilon": 0.2,
-            "dual_max": 3.0,
-        },
-        "lagrangian, one a group, cap 3": {
-            "labels": "truth",
-            "constraint": "lagrangian",
-            "beta": 0.3,
-            "gamma": 0.5,
-            "epsilon": 0.2,
-            "dual_max": 3.0,
-            "by_group": True,
-        },
+        "lagrangian, one multiplier": BOUNDED,
+        "lagrangian, one a group": BOUNDED | {"by_group": True},
+        "lagrangian, one multiplier, cap 3": BOUNDED | {"dual_max": 3.0},
+        "lagrangian, one a group, cap 3": BOUNDED | {"dual_max": 3.0, "by_group": True},
     },
 }
 

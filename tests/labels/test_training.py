@@ -59,36 +59,30 @@ def make(tmp_path, tokenizer, model_folder, ref_model_folder=None, data=None, **
 
 
 class TestWhereLabelsSayNothing:
-    def test_dpo_to_the_bit(self, tmp_path, model_folder, ref_model_folder, tokenizer):
-        """Certain labels, no margin, two groups: DPOTrainer's losses, gradients, metrics and weights."""
+    @pytest.fixture
+    def build(self, model_folder, ref_model_folder, tokenizer):
+        """What a trainer is made of: pairs with certain labels and no margin."""
+        return lambda: dict(
+            model=AutoModelForCausalLM.from_pretrained(model_folder),
+            ref_model=AutoModelForCausalLM.from_pretrained(ref_model_folder),
+            processing_class=tokenizer,
+            train_dataset=labelled_pairs(chosen_probs=1.0, margin=0.0),
+            eval_dataset=labelled_pairs(6, seed=5, chosen_probs=1.0, margin=0.0),
+        )
 
-        def build():
-            return dict(
-                model=AutoModelForCausalLM.from_pretrained(model_folder),
-                ref_model=AutoModelForCausalLM.from_pretrained(ref_model_folder),
-                processing_class=tokenizer,
-                train_dataset=labelled_pairs(chosen_probs=1.0, margin=0.0),
-                eval_dataset=labelled_pairs(6, seed=5, chosen_probs=1.0, margin=0.0),
-            )
-
+    def test_dpo_to_the_bit(self, tmp_path, build):
+        """With two groups: DPOTrainer's losses, gradients, metrics and weights."""
         ours = {name: ALL[name] for name in ("probability_column", "margin_column", "group_column")}
         check(tmp_path, build, {"gradient_accumulation_steps": 2}, ours_only={**ours, "prefix_sharing": False})
 
     @pytest.mark.parametrize("constraint", ["clip", "softplus", "penalty", "lagrangian"])
-    def test_the_same_constraint_to_the_bit(self, tmp_path, model_folder, ref_model_folder, tokenizer, constraint):
+    def test_the_same_constraint_to_the_bit(self, tmp_path, build, constraint):
         options = dict(constraint=constraint, gamma=0.5, **({"dual_init": 0.1} if constraint == "lagrangian" else {}))
-        runs = []
-        for name, labels in {"plain": {}, "sure": dict(probability_column="chosen_probs", margin_column="margin")}.items():
-
-            def build():
-                return dict(
-                    model=AutoModelForCausalLM.from_pretrained(model_folder),
-                    ref_model=AutoModelForCausalLM.from_pretrained(ref_model_folder),
-                    processing_class=tokenizer,
-                    train_dataset=labelled_pairs(chosen_probs=1.0, margin=0.0),
-                )
-
-            runs.append(run(CPOConstrainedTrainer, CPOConstrainedConfig, tmp_path / name, build, options, labels))
+        labels = {"plain": {}, "sure": dict(probability_column="chosen_probs", margin_column="margin")}
+        runs = [
+            run(CPOConstrainedTrainer, CPOConstrainedConfig, tmp_path / name, build, options, asked)
+            for name, asked in labels.items()
+        ]
         assert_same_run(*runs)
 
     def test_columns_that_are_not_asked_for_change_nothing(self, tmp_path, model_folder, tokenizer):
@@ -100,8 +94,8 @@ class TestWhereLabelsSayNothing:
         assert torch.equal(*(torch.cat([p.flatten() for p in trainer.model.parameters()]) for trainer in runs))
 
 
-def by_hand(trainer, inputs, labels, *, soft="term", floor_weight=0.0, multipliers=(0.0, 0.0), weight=1.0):
-    """The mean loss of a batch out of plain Python numbers; clip and lagrangian (with its multipliers) alone."""
+def by_hand(trainer, inputs, labels, *, soft="term", floor_weight=0.0):
+    """The mean loss of a batch out of plain Python numbers; clip and none alone."""
     args, total = trainer.args, 0.0
     rows = pairs_by_hand(trainer, inputs)
     for (chosen, rejected, ref_chosen, ref_rejected), (p, margin, group) in zip(rows, labels, strict=True):
@@ -114,12 +108,9 @@ def by_hand(trainer, inputs, labels, *, soft="term", floor_weight=0.0, multiplie
         t += margin / args.beta
         z = args.beta * (gap - t)
         if soft == "ipo":
-            total += (gap - t - (2 * p - 1) / (2 * args.beta)) ** 2 - (gap - t - (2 * p - 1) / (2 * args.beta)) ** 2
-            h = gap - t
-            total += (h + (1 - p) / args.beta - 1 / (2 * args.beta)) ** 2
+            total += (gap - t - (2 * p - 1) / (2 * args.beta)) ** 2
         else:
-            total += weight * (p * math.log1p(math.exp(-z)) + (1 - p) * math.log1p(math.exp(z)))
-        total += certainty * multipliers[group] * max(0.0, gamma - gap)
+            total += p * math.log1p(math.exp(-z)) + (1 - p) * math.log1p(math.exp(z))
         total += certainty * floor_weight * max(0.0, ref_chosen - (args.chosen_floor or 0.0) - chosen)
     return total / len(rows)
 
@@ -238,10 +229,7 @@ def test_a_precomputed_reference_is_found_again(tmp_path, tokenizer, small_model
 def test_a_stream_carries_labels_too(tmp_path, tokenizer, model_folder):
     data = labelled_pairs()
     stream = IterableDataset.from_generator(lambda: iter(list(data)))
-    options = dict(
-        **{**ALL, "gamma_by_group": {"helpful": 0.3, "harmless": 0.1}}, constraint="clip", gamma=0.5, shuffle_dataset=False
-    )
-    options.pop("shuffle_dataset")
+    options = {**ALL, "gamma_by_group": {"helpful": 0.3, "harmless": 0.1}, "constraint": "clip", "gamma": 0.5}
     streamed = make(tmp_path / "stream", tokenizer, model_folder, data=stream, **options)
     streamed.train()
     whole = make(tmp_path / "whole", tokenizer, model_folder, data=data, train_sampling_strategy="sequential", **options)
