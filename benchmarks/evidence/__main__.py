@@ -28,11 +28,11 @@ FULL: dict[str, Any] = {
     "model": {"width": 128, "layers": 6, "steps": 700, "batch": 32, "longest": 80},
     "vocabulary": 2000,
     "longest": 140,
-    "decisions": {"pairs": 3000, "prompts": 480, "general": 48},
-    "taught": {"steps": 200, "learning_rate": 1e-3},
-    "decisions_arms": {"batch": 32, "learning_rate": 1e-4, "steps": [5, 10, 20, 40, 80, 120]},
-    "sampled": {"questions": 6000, "held_out": 400, "new": 40},
-    "sampled_arms": {"batch": 32, "learning_rate": 1e-4, "steps": [20, 40, 80, 160]},
+    "decisions": {"pairs": 3000, "prompts": 400, "general": 32},
+    "taught": {"steps": 1200, "learning_rate": 2e-3},
+    "decisions_arms": {"batch": 32, "learning_rate": 1e-4, "steps": [10, 20, 40, 80, 120]},
+    "sampled": {"questions": 6000, "held_out": 300, "new": 40},
+    "sampled_arms": {"batch": 32, "learning_rate": 1e-4, "steps": [20, 40, 80, 120]},
     "misaligned": {"pairs_used": 1000, "new": 40},
     "turned": {"steps": 64, "learning_rate": 3e-4},
     "misaligned_arms": {"batch": 32, "learning_rate": 1e-4, "steps": [16, 32, 64, 96]},
@@ -93,8 +93,7 @@ class Bench:
     def decision(self, variant: str, arm: str, seed: int) -> dict[str, Any]:
         sizes = {name: self.scale["decisions"][name] for name in ("pairs", "prompts")}
         task = decisions.Task(self.texts, self.tokenizer, variant, **sizes)
-        taught = {**self.scale["taught"], "seed": seed}
-        reference = decisions.reference_folder(self.work, self.base_at, task, variant, **taught)
+        reference = decisions.reference_folder(self.work, self.base_at, task, variant, **self.scale["taught"])
         return decisions.run(arm, task, reference, self.general, scale=self.scale["decisions_arms"], seed=seed)
 
     def sampled(self, variant: str, arm: str, seed: int) -> dict[str, Any]:

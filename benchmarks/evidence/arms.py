@@ -7,6 +7,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+#: Faster, and the same up to rounding: packed pairs, the reference scored once.
+_SAME = {"precompute_ref_log_probs": True, "prefix_sharing": True}
+
 
 class _Measured(TrainerCallback):
     """Calls `measure(step, model)` after some steps."""
@@ -62,9 +65,7 @@ def _ours(settings: dict[str, Any], usual: dict[str, Any], given: dict[str, Any]
     from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 
     fields = {name: value for name, value in settings.items() if name != "trainer"}
-    return CPOConstrainedTrainer(
-        args=CPOConstrainedConfig(**{**usual, **fields, "precompute_ref_log_probs": True}), train_dataset=rows, **given
-    )
+    return CPOConstrainedTrainer(args=CPOConstrainedConfig(**{**usual, **_SAME, **fields}), train_dataset=rows, **given)
 
 
 def _simpo(settings: dict[str, Any], usual: dict[str, Any], given: dict[str, Any], rows: Dataset):

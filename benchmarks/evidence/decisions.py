@@ -7,6 +7,7 @@ another turn, so that δ_ref is spread by likelihood that has nothing to do with
 
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,10 @@ class Task:
             rows.append(([*prompt, *answer, self.tokenizer.eos_token_id], len(prompt)))
         teach(model, rows, self.tokenizer.pad_token_id, steps=steps, batch=32, learning_rate=learning_rate, seed=seed)
 
-    def measured(self, policy, reference, general: list[list[int]], seed: int) -> dict[str, Any]:
+    def measured(self, policy, reference, general: list[list[int]], seed: int, parts: Sequence[str]) -> dict[str, Any]:
         """Of each part: what is right, P(right), KL a prompt; KL a token on prompts that have nothing to do with it."""
         pad, found = self.tokenizer.pad_token_id, {}
-        for part in ("validation", "test"):
+        for part in parts:
             prompts = self.prompt_ids(part)
             right = torch.tensor([self.label[turn] for turn in self.parts[part]])
             slice_ = torch.tensor([misled(turn) for turn in self.parts[part]])
@@ -158,6 +159,11 @@ def _pieces(turn: str) -> list[str]:
     return [" ".join(part) for part in (words[:half], words[half:]) if len(part) >= 3]
 
 
+def parts_of(seed: int, arm: str) -> tuple[str, ...]:
+    """Seed 0 tunes, on the validation part; all others report, on the test part. The start is measured on both."""
+    return ("validation", "test") if arm == "start" else ("validation",) if seed == 0 else ("test",)
+
+
 def misled(turn: str) -> bool:
     """Whether a text is of the slice on which the reference is wrong: it has the word "I"."""
     return re.search(r"\bI\b", turn) is not None
@@ -176,14 +182,14 @@ def _bounds(scores: list[float], options: int) -> list[float]:
     return [0.0] if options == 2 else [ordered[len(ordered) * k // options] for k in range(1, options)]
 
 
-def reference_folder(work: Path, base: Path, task: Task, variant: str, *, steps: int, learning_rate: float, seed: int) -> Path:
-    """The reference of a variant and seed, made once."""
+def reference_folder(work: Path, base: Path, task: Task, variant: str, *, steps: int, learning_rate: float) -> Path:
+    """The reference of a variant, made once."""
     from transformers import AutoModelForCausalLM
 
-    folder = work / f"decisions-{variant.replace(' ', '-')}-{seed}"
+    folder = work / f"decisions-{variant.replace(' ', '-')}"
     if not (folder / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(base)
-        task.taught(model, steps=steps, learning_rate=learning_rate, seed=seed)
+        task.taught(model, steps=steps, learning_rate=learning_rate, seed=0)
         model.save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)
     return folder
@@ -199,7 +205,7 @@ def run(
     rows, curve = task.pairs(seed), []
 
     def measure(step: int, policy) -> None:
-        curve.append({"step": step, **task.measured(policy, reference, general, seed)})
+        curve.append({"step": step, **task.measured(policy, reference, general, seed, parts_of(seed, arm))})
 
     if arm == "start":
         measure(0, reference)

@@ -6,13 +6,14 @@ the first answer with probability σ(4 Δr).
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import arms
-from .decisions import _gaps, _scores
+from .decisions import _gaps, _scores, parts_of
 from .measures import kl, sampled
 from .text import Texts
 
@@ -77,10 +78,10 @@ class Task:
             rows.append({"prompt": row["prompt"], "chosen": sides[0], "rejected": sides[1]})
         return rows
 
-    def measured(self, policy, reference, general: list[list[int]], seed: int) -> dict[str, Any]:
+    def measured(self, policy, reference, seed: int, parts: Sequence[str]) -> dict[str, Any]:
         """Reward, KL, length and entropy of the policy's own answers; held-out pairs that it prefers."""
         pad, found = self.tokenizer.pad_token_id, {}
-        for part in ("validation", "test"):
+        for part in parts:
             ids = [self.tokenizer(prompt(question))["input_ids"] for question in self.questions[part]]
             answers = sampled(policy, ids, self.tokenizer, self.new, 100 + seed)
             texts = [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
@@ -125,7 +126,7 @@ def run(arm: str, labels: str, task: Task, reference_at: Path, *, scale: dict[st
     curve = []
 
     def measure(step: int, policy) -> None:
-        curve.append({"step": step, **task.measured(policy, reference, [], seed)})
+        curve.append({"step": step, **task.measured(policy, reference, seed, parts_of(seed, arm))})
 
     if arm == "start":
         measure(0, reference)

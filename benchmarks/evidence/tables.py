@@ -74,7 +74,8 @@ def _tuning(runs: list[Run]) -> list[Run]:
 def told(run: Run) -> str:
     """A run in a line."""
     score = SCORE.get(run["experiment"], "in_u")
-    shown = "  ".join(f"{each['step']}: {each['test'][score]:.3f} at {each['test']['kl']:.3f}" for each in run["curve"])
+    points = [(each["step"], each.get("test", each.get("validation"))) for each in run["curve"]]
+    shown = "  ".join(f"{step}: {part[score]:.3f} at {part['kl']:.3f}" for step, part in points)
     return f"{run['experiment']}, {run['variant']}, {run['arm']}, seed {run['seed']}, {run['seconds']} s:  {shown}"
 
 
