@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 #: KL at which arms are compared: nats a prompt (decisions), nats an answer (sampled).
-LEVELS = {"decisions": (0.1, 0.3, 1.0), "sampled": (2.0, 4.0, 8.0)}
+LEVELS = {"decisions": (0.3, 1.0, 2.0), "sampled": (1.0, 2.0, 4.0)}
 SCORE = {"decisions": "right", "sampled": "reward"}
 BASELINE = "dpo"
 Run = dict[str, Any]
