@@ -20,7 +20,7 @@ from trl_cpo.engine.forward.probing.rounding import watch_precision
 from trl_cpo.engine.forward.probing.static_checks import static_reason
 
 from helpers.families import tiny_model
-from helpers.forward_checks import assert_same_outputs
+from helpers.forward_checks import ATTENTIONS, assert_same_outputs
 from helpers.pair_batches import HARD_SIZES, model_inputs, random_pairs
 
 
@@ -111,7 +111,7 @@ def test_every_part_of_the_answers_is_judged_by_itself(name, rounded):
 @pytest.mark.parametrize("scale", [0.3, 0.02])
 def test_nothing_is_found_where_nothing_is_wrong(scale):
     for dtype in (torch.float32, torch.bfloat16):
-        for attention in ("dense", "segments"):
+        for attention in ATTENTIONS:
             verdict = probe(tiny_model("llama", scale=scale).to(dtype), attention=attention)
             assert verdict.ok or (dtype, scale) == (torch.bfloat16, 0.02), verdict
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from .adapter import DENSE, PackedPairForward
+from .adapter import PackedPairForward
+from .backends import DENSE, given_attention
 from .plan import NotPackable
 from .probing.probe import Verdict, probe
 from .repack import unwrap
-from .segments import NAME
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class PrefixSharing:
             NotPackable: packing was asked for, and the model cannot be packed.
         """
         inner = unwrap(model)
-        attention = _attention_of(inner)
+        attention = given_attention(inner)
         if self._probed_with.get(inner) != attention:
             verdict = probe(model, attention=self.attention, max_length=self.max_length)
             if not verdict.ok and self.wanted:
@@ -71,9 +71,3 @@ class PrefixSharing:
                     logger.warning("%s: %s", type(inner).__name__, note)
             self._known[inner], self._probed_with[inner] = verdict, attention
         return self._known[inner]
-
-
-def _attention_of(model: torch.nn.Module) -> str:
-    """The attention implementation that a model was given; segments count as sdpa, which they replace."""
-    given = getattr(getattr(model, "config", None), "_attn_implementation", "")
-    return "sdpa" if given == NAME else given

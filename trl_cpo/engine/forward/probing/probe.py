@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 
 from ...model_state import evaluation_mode, snapshot
-from ..adapter import DENSE, SEGMENTS, PackedPairForward, drop_segments
+from ..adapter import PackedPairForward
+from ..backends import BACK_ENDS, DENSE, Choice, choice_for, product_dtype, switch_back
 from ..plan import REJECTED, NotPackable, PackingPlan
 from ..repack import backbone_of, layers_around, unwrap
 from .comparison import EXACT, ROUNDED, Bounds, Refused, Sample, compare, mean_gap
@@ -46,6 +47,8 @@ class Verdict:
         max_length: longest sequence that the result holds for; None: any.
         error: largest difference of a token's log-prob between packed and padded, in nats; NaN if not measured.
         notes: caveats despite `ok`.
+        computed: the attention's kernel and the dtype of the model's products.
+        why: why a better attention was not tried; empty if there is none.
     """
 
     ok: bool
@@ -54,10 +57,15 @@ class Verdict:
     max_length: int | None = None
     error: float = float("nan")
     notes: tuple[str, ...] = ()
+    computed: str = ""
+    why: str = ""
 
     def __str__(self) -> str:
         if self.ok:
-            return f"prefix sharing on, {self.attention} attention, largest difference {self.error:.1e} nats"
+            why = f" ({self.why})" if self.why else ""
+            return (
+                f"prefix sharing on, {self.attention} attention{why}: {self.computed}, largest difference {self.error:.1e} nats"
+            )
         return f"prefix sharing off: {self.reason}"
 
 
@@ -92,7 +100,7 @@ def packed_forward(
 
     Args:
         model: causal language model with TRL's fused head, bare or wrapped.
-        attention: "segments", "dense", or "auto": segments if the model accepts them and is not compiled, else dense.
+        attention: a back end of `backends`, or "auto": those that can do what the model needs, best first.
         max_length: longest sequence to expect; None: unknown.
         row_length: places in a packed row with dense masks; None: the length of the longest pair.
         required: raise instead of falling back to the model.
@@ -130,32 +138,33 @@ def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | 
         return Verdict(False, reason)
     inner = unwrap(model)
     if attention != "auto":
-        tries = [attention]
+        choice = Choice((attention,))
     elif any("_orig_mod" in layer._modules for layer in layers_around(model)):
         # A compiled model would be recompiled for every segment table.
-        tries = [DENSE]
+        choice = Choice((DENSE,))
     else:
-        tries = [SEGMENTS, DENSE]
+        choice = choice_for(inner)
     # Uncompiled, the numbers are the same; the probe's few shapes are not worth compiling.
     model = model._modules.get("_orig_mod", model)
     verdict = Verdict(False, "no attention was tried")
     with evaluation_mode(model), _same_start(model):
-        drop_segments(inner)
+        switch_back(inner)
         try:
             # Before the attention is switched: a model may compute something else depending on its name.
             reference = _reference(model, max_length, seed)
         except Refused as refusal:
             return Verdict(False, str(refusal))
-        for tried in tries:
+        for tried in choice.names:
             try:
                 packed = PackedPairForward(model, attention=tried, required=True)
                 error = _check(packed, reference)
-                return Verdict(True, "", tried, reference.holds, error, caveats(model))
+                computed = f"{BACK_ENDS[tried].kernel}, {str(product_dtype(inner)).removeprefix('torch.')}"
+                return Verdict(True, "", tried, reference.holds, error, caveats(model), computed, choice.why)
             except (Refused, NotPackable) as refusal:
                 verdict = Verdict(False, str(refusal), tried)
             except Exception as error:  # an unexpected mask may make a model fail in any way
                 verdict = Verdict(False, f"it fails on packed rows: {_first_line(error)}", tried)
-            drop_segments(inner)
+            switch_back(inner)
     return verdict
 
 
@@ -257,7 +266,7 @@ def _check(packed: PackedPairForward, reference: _Reference) -> float:
     for sample in reference.long:
         right = packed._run(packed._plan(sample.inputs), sample.inputs)
         error = max(error, compare(sample, right, bounds, mistake))
-    if packed.attention == SEGMENTS:
+    if BACK_ENDS[packed.attention].one_row:
         # The switch stays on for the model's other calls, such as evaluation; they must not change either.
         for sample in (reference.short, *reference.long):
             compare(sample, packed.model(**sample.inputs), bounds, mistake)

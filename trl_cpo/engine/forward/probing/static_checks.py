@@ -5,10 +5,10 @@ import re
 
 import torch
 
+from ..backends import MASKED_ATTENTION
 from ..mask import layer_kinds
 from ..plan import NotPackable
 from ..repack import backbone_of, layers_around, unwrap
-from ..segments import MASKED_ATTENTION
 
 # Model families whose layers mix tokens only through masked attention, with every limit in the configuration; checked by
 # tests/engine/forward/test_model_families.py. Other families are probed over the full length, in case a limit takes effect
