@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -123,15 +124,30 @@ def packed_forward(
     return model, verdict
 
 
-def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | None = None, seed: int = 0) -> Verdict:
+def probe(
+    model: torch.nn.Module,
+    *,
+    attention: str = "auto",
+    max_length: int | None = None,
+    seed: int = 0,
+    agree: Callable[[str], str] = lambda reason: reason,
+) -> Verdict:
     """Tests whether packing is correct for a model; leaves the model and all random states unchanged.
+
+    Each back end is tried with the same number of forwards, whatever they give, so that the processes of a sharded model
+    never wait for each other. The precision is that of the autocast around the call.
 
     Args:
         model: causal language model with TRL's fused head, bare or wrapped. In a distributed run every process calls the
-            probe; with the same weights, all reach the same verdict.
+            probe.
         attention: see `packed_forward`.
         max_length: longest sequence to expect; None: unknown, and the verdict says up to which length it holds.
         seed: seed of the random tokens.
+        agree: gives this process's reason to refuse, empty if it has none, to all processes, and returns the one that holds
+            for all. Called after the padded runs, and after each back end.
+
+    Raises:
+        MemoryError, RuntimeError: memory ran out.
     """
     reason = static_reason(model)
     if reason is not None:
@@ -149,23 +165,43 @@ def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | 
     verdict = Verdict(False, "no attention was tried")
     with evaluation_mode(model), _same_start(model):
         switch_back(inner)
-        try:
-            # Before the attention is switched: a model may compute something else depending on its name.
-            reference = _reference(model, max_length, seed)
-        except Refused as refusal:
-            return Verdict(False, str(refusal))
+        # Before the attention is switched: a model may compute something else depending on its name.
+        reference, reason = _outcome(lambda: _reference(model, max_length, seed), "")
+        if reason := agree(reason):
+            return Verdict(False, reason)
         for tried in choice.names:
-            try:
-                packed = PackedPairForward(model, attention=tried, required=True)
-                error = _check(packed, reference)
+            error, reason = _outcome(
+                lambda name=tried: _check(PackedPairForward(model, attention=name, required=True), reference),
+                "it fails on packed rows: ",
+            )
+            if not (reason := agree(reason)):
                 computed = f"{BACK_ENDS[tried].kernel}, {str(product_dtype(inner)).removeprefix('torch.')}"
                 return Verdict(True, "", tried, reference.holds, error, caveats(model), computed, choice.why)
-            except (Refused, NotPackable) as refusal:
-                verdict = Verdict(False, str(refusal), tried)
-            except Exception as error:  # an unexpected mask may make a model fail in any way
-                verdict = Verdict(False, f"it fails on packed rows: {_first_line(error)}", tried)
+            verdict = Verdict(False, reason, tried)
             switch_back(inner)
     return verdict
+
+
+def _outcome(run: Callable[[], Any], failed: str) -> tuple[Any, str]:
+    """What `run` returns, and an empty reason; or None, and why packing is refused."""
+    try:
+        return run(), ""
+    except (Refused, NotPackable) as refusal:
+        return None, str(refusal)
+    except Exception as error:  # an unexpected mask may make a model fail in any way
+        _raise_out_of_memory(error)
+        return None, f"{failed}{_first_line(error)}"
+
+
+def _raise_out_of_memory(error: Exception) -> None:
+    """Raises `error` if it says that memory ran out: no verdict on the model, and the other processes must not go on."""
+    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts):
+        error.add_note(
+            "Memory ran out while a few pairs were run to test the packed forward. A training step needs more than that: "
+            "shorten max_length, or load the model in fewer bits or on more devices."
+        )
+        raise error
 
 
 @contextmanager
@@ -183,11 +219,8 @@ def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Re
     """Runs the padded path; raises Refused if it fails, or if nothing could be concluded from it."""
     draw = RandomPairs(model, seed)
     inputs = draw.batch(_SHORT)
-    try:
-        with watch_precision(model) as narrowest:
-            padded = model(**inputs)
-    except Exception as error:
-        raise Refused(f"it does not run with TRL's fused head, padded or packed: {_first_line(error)}") from error
+    with watch_precision(model) as narrowest, _refused("it does not run with TRL's fused head, padded or packed"):
+        padded = model(**inputs)
     step = narrowest()
     unknown = unknown_limits(unwrap(model).config.get_text_config())
     if step and unknown:
@@ -195,12 +228,19 @@ def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Re
     short = _sample(model, inputs, step, seed, padded)
     changed = draw.change(inputs, rows=(0, len(_SHORT) + 1))
     tried, holds = probe_length(model, max_length)
-    try:
-        sizes = _long_sizes(tried, plain_family(model))
+    sizes = _long_sizes(tried, plain_family(model))
+    with _refused(f"it fails on sequences of {tried} tokens"):
         long = tuple(_sample(model, draw.batch((size,)), step, seed) for size in sizes)
-    except Exception as error:
-        raise Refused(f"it fails on sequences of {tried} tokens: {_first_line(error)}") from error
     return _Reference(short, changed, long, holds, ROUNDED if step else EXACT)
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _raise_out_of_memory(error)
+        raise Refused(f"{what}: {_first_line(error)}") from error
 
 
 def _long_sizes(length: int | None, plain: bool) -> list[tuple[int, int, int]]:
@@ -229,24 +269,30 @@ def _check(packed: PackedPairForward, reference: _Reference) -> float:
     pairs = len(_SHORT)
     bounds, sample, changed = reference.bounds, reference.short, reference.changed
     inputs, padded, scored = sample.inputs, sample.padded, sample.scored
+
+    # All forwards first, and only then what they gave: with sharded weights every process must run as many.
     plan = packed._plan(inputs)
     right = packed._run(plan, inputs)
-    rejected = scored.clone()
-    rejected[:pairs] = False
-
     # One answer is changed in each of two pairs; all others must keep their log-probs.
     moved = packed._run(packed._plan(changed), changed)
-    still = scored.clone()
-    still[[0, pairs + 1]] = False
-
     # Two deliberate mistakes, to measure their effect on this model: plain causal rows, and wrong positions.
     causal, wrong_positions = _plain_causal(plan), _disordered(plan)
     wrong, wrong_moved = (packed._run(causal, batch) for batch in (inputs, changed))
+    mirrored = packed._run(wrong_positions, inputs, plan)
+    long = [packed._run(packed._plan(sample.inputs), sample.inputs) for sample in reference.long]
+    ordinary = []
+    if BACK_ENDS[packed.attention].one_row:
+        # The switch stays on for the model's other calls, such as evaluation; they must not change either.
+        ordinary = [packed.model(**sample.inputs) for sample in (reference.short, *reference.long)]
+
+    rejected = scored.clone()
+    rejected[:pairs] = False
+    still = scored.clone()
+    still[[0, pairs + 1]] = False
     follower = torch.zeros_like(scored)
     follower[pairs] = scored[pairs]
     leaking = mean_gap(wrong, wrong_moved, follower)
-    misplaced = mean_gap(right, packed._run(wrong_positions, inputs, plan), rejected)
-
+    misplaced = mean_gap(right, mirrored, rejected)
     for outputs in (padded, right):
         if not bool(torch.isfinite(outputs.log_probs).all()):
             raise Refused("log-probs are not finite")
@@ -263,13 +309,10 @@ def _check(packed: PackedPairForward, reference: _Reference) -> float:
         gap = float((padded.aux_loss - right.aux_loss).abs() / padded.aux_loss.abs().clamp(min=1e-6))
         if not gap < bounds.difference:
             raise Refused(f"the mixture's auxiliary loss differs by {gap:.1%} from the padded path's")
-    for sample in reference.long:
-        right = packed._run(packed._plan(sample.inputs), sample.inputs)
-        error = max(error, compare(sample, right, bounds, mistake))
-    if BACK_ENDS[packed.attention].one_row:
-        # The switch stays on for the model's other calls, such as evaluation; they must not change either.
-        for sample in (reference.short, *reference.long):
-            compare(sample, packed.model(**sample.inputs), bounds, mistake)
+    for sample, outputs in zip(reference.long, long, strict=True):
+        error = max(error, compare(sample, outputs, bounds, mistake))
+    for sample, outputs in zip((reference.short, *reference.long), ordinary, strict=False):
+        compare(sample, outputs, bounds, mistake)
     return error
 
 
