@@ -5,6 +5,7 @@ They take what the kernels take, and refuse what those refuse, but for the dtype
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 
@@ -92,3 +93,47 @@ def flash_on_cpu(forward=forward, backward=backward) -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+KERNEL = "flash_emulated"
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, deterministic=False,
+):  # fmt: skip
+    """The flash-attn package's function of that name, differentiable as it stands."""
+    outputs = []
+    limits = (max_seqlen_q, max_seqlen_k, dropout_p, causal, softmax_scale, *window_size)
+    for queries, keys, seen in _sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, *limits):
+        query, key, value = (_wide(t, q.shape[1]) for t in (q[queries], k[keys], v[keys]))
+        scores = query @ key.transpose(1, 2) * softmax_scale
+        scores = softcap * (scores / softcap).tanh() if softcap else scores
+        outputs.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(0, 1).to(q.dtype))
+    return torch.cat(outputs)
+
+
+def flash_attn_func(q, k, v, **options):
+    """The package's function for rows of one length."""
+    starts = [torch.arange(len(t) + 1, dtype=torch.int32) * t.shape[1] for t in (q, k)]
+    flat = (t.flatten(0, 1) for t in (q, k, v))
+    return flash_attn_varlen_func(*flat, *starts, q.shape[1], k.shape[1], **options).unflatten(0, q.shape[:2])
+
+
+@contextmanager
+def flash_kernel() -> Iterator[None]:
+    """Within the block, models can be on KERNEL, which transformers calls as it calls flash_attention_2."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import modeling_flash_attention_utils as upstream
+    from transformers.integrations.flash_attention import flash_attention_forward
+    from transformers.masking_utils import flash_attention_mask
+
+    functions = (flash_attn_func, flash_attn_varlen_func, None, upstream._pad_input, upstream._unpad_input)
+    AttentionInterface.register(KERNEL, flash_attention_forward)
+    AttentionMaskInterface.register(KERNEL, flash_attention_mask)
+    try:
+        with patch.object(upstream, "_lazy_imports", lambda *_, **__: functions):
+            yield
+    finally:
+        upstream._loaded_implementation = None
+        del AttentionInterface._global_mapping[KERNEL], AttentionMaskInterface._global_mapping[KERNEL]

@@ -97,7 +97,8 @@ class PackedPairForward:
 
     def _plan(self, inputs: dict) -> PackingPlan:
         if not takes(self._inner, self.attention):
-            raise NotPackable(f"the model's attention was changed to {self._inner.config._attn_implementation!r}")
+            given = self._inner.config._attn_implementation
+            raise NotPackable(f"the model is on attention {given!r}, which {self.attention} attention does not replace")
         unknown = sorted(name for name in inputs.keys() - _KNOWN if inputs[name] is not None)
         if unknown:
             raise NotPackable(f"the batch carries {', '.join(unknown)}, which cannot be packed")

@@ -27,7 +27,7 @@ class BackEnd:
 
     Attributes:
         name: the word for it in `attention=` and in the log.
-        kernel: what computes it.
+        kernel: what computes it, for a model on sdpa.
         lacks: needs of a model that it cannot meet.
         implementation: the name that a model on sdpa is switched to; None: the model stays on its own attention.
         attend: the attention function registered under that name; it takes a segment table as its mask, and any other mask
@@ -92,6 +92,8 @@ def choose(
         capability: CUDA's compute capability; None elsewhere.
         dtype: what its products are computed in.
     """
+    if is_kernel(implementation):
+        return Choice((VARLEN,))
     if implementation != "sdpa":
         return Choice((DENSE,))
     names = [SEGMENTS, DENSE]
@@ -156,6 +158,22 @@ def _attention_dropout(name: str, module: torch.nn.Module) -> bool:
     return any(isinstance(rate, float | int) and rate > 0 for rate in rates)
 
 
+def is_kernel(implementation: str) -> bool:
+    """Whether a name is that of a flash kernel which transformers calls by its own function (or by ours, in its place)."""
+    if "flash" not in implementation:
+        return False
+    from transformers import AttentionInterface
+
+    ours = (varlen.flash_attention_of_transformers(), varlen.kernel_attention)
+    return AttentionInterface().get(implementation) in ours
+
+
+def kernel_of(model: torch.nn.Module, name: str) -> str:
+    """What computes a model's attention over a back end, for the log."""
+    given = given_attention(model)
+    return given if is_kernel(given) or not back_end(name).one_row else back_end(name).kernel
+
+
 def given_attention(model: torch.nn.Module) -> str:
     """The attention implementation that a model was given; ours count as sdpa, which they replace."""
     given = getattr(getattr(model, "config", None), "_attn_implementation", "")
@@ -165,14 +183,20 @@ def given_attention(model: torch.nn.Module) -> str:
 def switch(model: torch.nn.Module, name: str) -> None:
     """Switches a transformers model to a back end's attention; calls with ordinary masks are computed as before.
 
+    A model on a flash kernel stays on it: the function behind the kernel's name is replaced.
+
     Raises:
-        NotPackable: the model is not on sdpa, or its attention cannot be switched.
+        NotPackable: the model is on another attention than the back end needs, or its attention cannot be switched.
     """
-    wanted = back_end(name)
+    from transformers import AttentionInterface
+
+    wanted, given = back_end(name), given_attention(model)
     if not wanted.one_row or model.config._attn_implementation == wanted.implementation:
         return
+    if name == VARLEN and is_kernel(given):
+        AttentionInterface.register(given, varlen.kernel_attention)
+        return
     _register(wanted)
-    given = given_attention(model)
     if given != "sdpa" or not model._can_set_attn_implementation():
         raise NotPackable(f"{name} attention needs sdpa, and the model is on {given}")
     model.set_attn_implementation(wanted.implementation)
@@ -197,5 +221,11 @@ def _register(wanted: BackEnd) -> None:
 
 def takes(model: torch.nn.Module, name: str) -> bool:
     """Whether a model's attention is, at this moment, what a back end needs."""
+    from transformers import AttentionInterface
+
     wanted, implementation = back_end(name), model.config._attn_implementation
-    return implementation == wanted.implementation if wanted.one_row else implementation in MASKED_ATTENTION
+    if not wanted.one_row:
+        return implementation in MASKED_ATTENTION
+    if name == VARLEN and AttentionInterface().get(implementation) is varlen.kernel_attention:
+        return True
+    return implementation == wanted.implementation

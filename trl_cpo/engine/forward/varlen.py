@@ -8,6 +8,8 @@ both causal and aligned at their ends, which is what variable-length FlashAttent
 Queries stay in row order. Keys and values are gathered once a layer, S twice, so they are T + Σ|S| long. Sequences
 without queries are left out.
 
+Models on a flash kernel are computed by that kernel, others by `torch.nn.attention.varlen`.
+
 The row's layout reaches the layers as attention by segments' table does (`segments`). Its indices are sent to a device once
 a batch. Any other mask goes to the attention that the model was on.
 """
@@ -160,16 +162,82 @@ def varlen_attention(
     asked += ["dropout"] * bool(dropout) + ["attention that is not causal"] * (is_causal is False)
     if asked or attention_mask.shape[2] != FIELDS:
         raise NotImplementedError(f"variable-length attention does not do {asked or 'this mask'}")
-    layout = layout_of(attention_mask, query.device)
-    window, chunk = attention_mask.tolist()[0][0][4:]
-    if chunk[0] and layout.longest_keys > chunk[0]:
+    layout, window, chunk = _read(attention_mask, query.device)
+    if chunk:
         raise NotImplementedError("variable-length attention does not do chunks")
-    reach = window[0] if window[0] and layout.longest_keys > window[0] else None
     dtype = _product_dtype(value)
     queries, keys, values = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
     if query.device.type in CHECKED:
-        _checked(query.device, dtype, queries.shape[1] // keys.shape[1], queries.shape[2], values.shape[2], reach)
-    return _attend(queries, keys, values, layout, scaling, reach)[None], None
+        _checked(query.device, dtype, queries.shape[1] // keys.shape[1], queries.shape[2], values.shape[2], window)
+    return _attend(queries, keys, values, layout, scaling, window)[None], None
+
+
+def kernel_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """[`varlen_attention`] for models on a flash kernel, by that kernel's own variable-length function.
+
+    transformers calls it, for sequences that are given as such. It pads the values of latent attention, and passes on windows,
+    softcapping and sinks. Other masks are computed as before.
+    """
+    flash_attention = flash_attention_of_transformers()
+    given = dict(scaling=scaling, is_causal=is_causal, **kwargs)
+    if not is_segment_table(attention_mask):
+        return flash_attention(module, query, key, value, attention_mask, **given)
+    layout, window, chunk = _read(attention_mask, query.device)
+    if is_causal is False or chunk:
+        raise NotImplementedError("variable-length attention does not do chunks, or attention that is not causal")
+
+    def attend(query, key, value, layout, **given):
+        key, value = (Gather.apply(t[0].transpose(0, 1), layout).transpose(0, 1)[None] for t in (key, value))
+        sequences = dict(cu_seq_lens_q=layout.queries, cu_seq_lens_k=layout.keys)
+        longest = dict(max_length_q=layout.longest_queries, max_length_k=layout.longest_keys)
+        return flash_attention(module, query, key, value, None, **{**given, "is_causal": True}, **sequences, **longest)
+
+    if query.device.type in CHECKED:
+        _check_kernel(module.config._attn_implementation, attend, query, key, value, window)
+    return attend(query, key, value, layout, **given)
+
+
+def flash_attention_of_transformers() -> Callable:
+    """transformers' attention function for flash kernels."""
+    from transformers.integrations.flash_attention import flash_attention_forward
+
+    return flash_attention_forward
+
+
+_KERNELS_CHECKED: set[tuple] = set()
+
+
+def _check_kernel(name: str, attend: Callable, query, key, value, window: int | None) -> None:
+    """Holds a flash kernel against plain attention on a device, once for each kind of layer."""
+    device, dtype, groups = query.device, _product_dtype(value), query.shape[1] // key.shape[1]
+    sizes = query.shape[3], value.shape[3]
+    about = (name, device, dtype, groups, sizes, window)
+    if about in _KERNELS_CHECKED:
+        return
+
+    def packed(queries, keys, values, table, window):
+        rows = (t.transpose(0, 1)[None] for t in (queries, keys, values))
+        return attend(*rows, layout_of(table, device), scaling=sizes[0] ** -0.5, sliding_window=window)[0][0]
+
+    errors = check_attention(packed, device, dtype, groups, sizes, window)
+    _KERNELS_CHECKED.add(about)
+    logger.info("%s on %s, %s, heads of %d: held against plain attention, %s", name, device, dtype, sizes[0], errors)
+
+
+def _read(table: torch.Tensor, device: torch.device) -> tuple[Layout, int | None, int | None]:
+    """The layout of a segment table, and its window and its chunk where they bind."""
+    layout = layout_of(table, device)
+    limits = (limit[0] for limit in table.tolist()[0][0][4:])
+    return layout, *(limit if limit and layout.longest_keys > limit else None for limit in limits)
 
 
 def _product_dtype(value: torch.Tensor) -> torch.dtype:

@@ -23,7 +23,7 @@ import torch
 
 from ...model_state import evaluation_mode, snapshot
 from ..adapter import PackedPairForward
-from ..backends import BACK_ENDS, DENSE, Choice, choice_for, product_dtype, switch_back
+from ..backends import BACK_ENDS, DENSE, Choice, choice_for, kernel_of, product_dtype, switch_back
 from ..plan import REJECTED, NotPackable, PackingPlan
 from ..repack import backbone_of, layers_around, unwrap
 from .comparison import EXACT, ROUNDED, Bounds, Refused, Sample, compare, mean_gap
@@ -175,7 +175,7 @@ def probe(
                 "it fails on packed rows: ",
             )
             if not (reason := agree(reason)):
-                computed = f"{BACK_ENDS[tried].kernel}, {str(product_dtype(inner)).removeprefix('torch.')}"
+                computed = f"{kernel_of(inner, tried)}, {str(product_dtype(inner)).removeprefix('torch.')}"
                 return Verdict(True, "", tried, reference.holds, error, caveats(model), computed, choice.why)
             verdict = Verdict(False, reason, tried)
             switch_back(inner)
