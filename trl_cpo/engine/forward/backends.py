@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class BackEnd:
         name: the word for it in `attention=` and in the log.
         kernel: what computes it, for a model on sdpa.
         lacks: needs of a model that it cannot meet.
-        implementation: the name that a model on sdpa is switched to; None: the model stays on its own attention.
+        implementation: the name that a model on sdpa is switched to; empty: the model stays on its own attention.
         attend: the attention function registered under that name; it takes a segment table as its mask, and any other mask
             as sdpa does. None: the model's attention takes a tree mask.
     """
@@ -37,7 +38,7 @@ class BackEnd:
     name: str
     kernel: str
     lacks: frozenset[str]
-    implementation: str | None = None
+    implementation: str = ""
     attend: Callable | None = None
 
     @property
@@ -97,7 +98,7 @@ def choose(
     if implementation != "sdpa":
         return Choice((DENSE,))
     names = [SEGMENTS, DENSE]
-    if device == "cuda" and capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16):
+    if device == "cuda" and capability is not None and capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16):
         names.insert(0, VARLEN)
     lacking = {name: sorted(needs & BACK_ENDS[name].lacks) for name in names}
     if VARLEN in names and varlen.varlen_attn is None:
@@ -108,7 +109,7 @@ def choose(
     return Choice(tuple(name for name in names if not lacking[name]), "; ".join(left))
 
 
-def choice_for(model: torch.nn.Module) -> Choice:
+def choice_for(model: Any) -> Choice:
     """The back ends for a transformers model where it is now, under the autocast of this moment."""
     parameter = model.get_input_embeddings().weight
     device = parameter.device
@@ -116,13 +117,13 @@ def choice_for(model: torch.nn.Module) -> Choice:
     return choose(given_attention(model), needs_of(model), device.type, capability, product_dtype(model))
 
 
-def product_dtype(model: torch.nn.Module) -> torch.dtype:
+def product_dtype(model: Any) -> torch.dtype:
     """The dtype of a model's matrix products, under the autocast of this moment."""
     device = model.get_input_embeddings().weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
-def needs_of(model: torch.nn.Module) -> frozenset[str]:
+def needs_of(model: Any) -> frozenset[str]:
     """What a transformers model needs of its attention."""
     config = model.config.get_text_config()
     kinds = layer_kinds(config).values()
@@ -168,19 +169,19 @@ def is_kernel(implementation: str) -> bool:
     return AttentionInterface().get(implementation) in ours
 
 
-def kernel_of(model: torch.nn.Module, name: str) -> str:
+def kernel_of(model: Any, name: str) -> str:
     """What computes a model's attention over a back end, for the log."""
     given = given_attention(model)
     return given if is_kernel(given) or not back_end(name).one_row else back_end(name).kernel
 
 
-def given_attention(model: torch.nn.Module) -> str:
+def given_attention(model: Any) -> str:
     """The attention implementation that a model was given; ours count as sdpa, which they replace."""
     given = getattr(getattr(model, "config", None), "_attn_implementation", "")
     return "sdpa" if given in _OURS else given
 
 
-def switch(model: torch.nn.Module, name: str) -> None:
+def switch(model: Any, name: str) -> None:
     """Switches a transformers model to a back end's attention; calls with ordinary masks are computed as before.
 
     A model on a flash kernel stays on it: the function behind the kernel's name is replaced.
@@ -191,12 +192,12 @@ def switch(model: torch.nn.Module, name: str) -> None:
     from transformers import AttentionInterface
 
     wanted, given = back_end(name), given_attention(model)
-    if not wanted.one_row or model.config._attn_implementation == wanted.implementation:
+    if wanted.attend is None or model.config._attn_implementation == wanted.implementation:
         return
     if name == VARLEN and is_kernel(given):
         AttentionInterface.register(given, varlen.kernel_attention)
         return
-    _register(wanted)
+    _register(wanted.implementation, wanted.attend)
     if given != "sdpa" or not model._can_set_attn_implementation():
         raise NotPackable(f"{name} attention needs sdpa, and the model is on {given}")
     model.set_attn_implementation(wanted.implementation)
@@ -204,22 +205,22 @@ def switch(model: torch.nn.Module, name: str) -> None:
         raise NotPackable(f"the model does not accept {name} attention")
 
 
-def switch_back(model: torch.nn.Module) -> None:
+def switch_back(model: Any) -> None:
     """Switches a model back to sdpa after `switch`."""
     if model.config._attn_implementation in _OURS:
         model.set_attn_implementation("sdpa")
 
 
-def _register(wanted: BackEnd) -> None:
-    """Registers a back end with transformers; with ordinary 2-D masks it is sdpa."""
+def _register(name: str, attend: Callable) -> None:
+    """Registers an attention with transformers; with ordinary 2-D masks it is sdpa."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(wanted.implementation, wanted.attend)
-    AttentionMaskInterface.register(wanted.implementation, sdpa_mask)
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def takes(model: torch.nn.Module, name: str) -> bool:
+def takes(model: Any, name: str) -> bool:
     """Whether a model's attention is, at this moment, what a back end needs."""
     from transformers import AttentionInterface
 

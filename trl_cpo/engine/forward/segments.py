@@ -10,6 +10,7 @@ mask goes to transformers' own sdpa attention, so a model left with this impleme
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def segment_masks(plan: PackingPlan, kinds: dict[str, LayerKind]) -> torch.Tenso
     return next(iter(tables.values())) if len(tables) == 1 else tables
 
 
-def is_segment_table(mask: torch.Tensor | None) -> bool:
+def is_segment_table(mask: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     """Whether an attention mask is a segment table; other masks are bool or floating-point."""
     return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.dtype == torch.int64
 

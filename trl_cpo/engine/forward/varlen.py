@@ -19,6 +19,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,11 @@ from torch.autograd.function import once_differentiable
 from .device_check import check_attention
 from .segments import FIELDS, is_segment_table, sdpa_attention
 
+varlen_attn: Callable[..., torch.Tensor] | None
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen as _torch
+
+    varlen_attn = cast(Callable[..., torch.Tensor], _torch.varlen_attn)
 except ImportError:  # before torch 2.10
     varlen_attn = None
 
@@ -173,7 +177,7 @@ def varlen_attention(
 
 
 def kernel_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -236,8 +240,8 @@ def _check_kernel(name: str, attend: Callable, query, key, value, window: int | 
 def _read(table: torch.Tensor, device: torch.device) -> tuple[Layout, int | None, int | None]:
     """The layout of a segment table, and its window and its chunk where they bind."""
     layout = layout_of(table, device)
-    limits = (limit[0] for limit in table.tolist()[0][0][4:])
-    return layout, *(limit if limit and layout.longest_keys > limit else None for limit in limits)
+    window, chunk = (limit[0] if limit[0] and layout.longest_keys > limit[0] else None for limit in table.tolist()[0][0][4:])
+    return layout, window, chunk
 
 
 def _product_dtype(value: torch.Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,14 +167,11 @@ def probe(
     with evaluation_mode(model), _same_start(model):
         switch_back(inner)
         # Before the attention is switched: a model may compute something else depending on its name.
-        reference, reason = _outcome(lambda: _reference(model, max_length, seed), "")
+        reference, reason = _outcome(partial(_reference, model, max_length, seed), "")
         if reason := agree(reason):
             return Verdict(False, reason)
         for tried in choice.names:
-            error, reason = _outcome(
-                lambda name=tried: _check(PackedPairForward(model, attention=name, required=True), reference),
-                "it fails on packed rows: ",
-            )
+            error, reason = _outcome(partial(_try, model, tried, reference), "it fails on packed rows: ")
             if not (reason := agree(reason)):
                 computed = f"{kernel_of(inner, tried)}, {str(product_dtype(inner)).removeprefix('torch.')}"
                 return Verdict(True, "", tried, reference.holds, error, caveats(model), computed, choice.why)
@@ -262,6 +260,10 @@ def _sample(model: torch.nn.Module, inputs: dict, step: float, seed: int, padded
         return Sample(inputs, padded, None)
     with extra_rounding(model, step, seed):
         return Sample(inputs, padded, model(**inputs))
+
+
+def _try(model: torch.nn.Module, attention: str, reference: _Reference) -> float:
+    return _check(PackedPairForward(model, attention=attention, required=True), reference)
 
 
 def _check(packed: PackedPairForward, reference: _Reference) -> float:
