@@ -3,14 +3,16 @@
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from .adapter import DENSE, PackedPairForward
+from ..processes import agreed_refusal
+from .adapter import PackedPairForward
+from .backends import DENSE, given_attention
 from .plan import NotPackable
 from .probing.probe import Verdict, probe
 from .repack import unwrap
-from .segments import NAME
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +25,21 @@ class PrefixSharing:
         max_length: longest sequence to expect; None: unknown.
         verbose: whether this process logs the choice.
         compiled: whether the models will be compiled later.
+        autocast: gives the context that the models' forwards will run in, for the probe.
     """
 
-    def __init__(self, wanted: bool | None, max_length: int | None, verbose: bool = True, compiled: bool = False):
+    def __init__(
+        self,
+        wanted: bool | None,
+        max_length: int | None,
+        verbose: bool = True,
+        compiled: bool = False,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
         self.wanted = wanted
         self.max_length = max_length
         self.verbose = verbose
+        self._autocast = autocast
         # A compiled model would be recompiled for every segment table.
         self.attention = DENSE if compiled else "auto"
         # Keyed by the innermost model: evaluation passes it bare, training wrapped. Weakly, so that a reference can be freed
@@ -51,15 +62,16 @@ class PrefixSharing:
         return PackedPairForward(model, attention=verdict.attention, max_length=verdict.max_length, required=bool(self.wanted))
 
     def verdict(self, model: torch.nn.Module) -> Verdict:
-        """The probe's verdict on `model` with its current attention; probes it if needed.
+        """The probe's verdict on `model` with its current attention; probes it if needed, on all processes together.
 
         Raises:
             NotPackable: packing was asked for, and the model cannot be packed.
         """
         inner = unwrap(model)
-        attention = _attention_of(inner)
+        attention = given_attention(inner)
         if self._probed_with.get(inner) != attention:
-            verdict = probe(model, attention=self.attention, max_length=self.max_length)
+            with self._autocast():
+                verdict = probe(model, attention=self.attention, max_length=self.max_length, agree=agreed_refusal)
             if not verdict.ok and self.wanted:
                 raise NotPackable(
                     f"prefix_sharing=True does not work with {type(inner).__name__}: {verdict.reason}. Leave "
@@ -71,9 +83,3 @@ class PrefixSharing:
                     logger.warning("%s: %s", type(inner).__name__, note)
             self._known[inner], self._probed_with[inner] = verdict, attention
         return self._known[inner]
-
-
-def _attention_of(model: torch.nn.Module) -> str:
-    """The attention implementation that a model was given; segments count as sdpa, which they replace."""
-    given = getattr(getattr(model, "config", None), "_attn_implementation", "")
-    return "sdpa" if given == NAME else given
