@@ -27,6 +27,9 @@ VARIANTS = {"1 token": (2, 1), "4 tokens": (2, 4), "16 tokens": (2, 16), "4 opti
 _NONE = {"constraint": "none"}
 ARMS: dict[str, dict[str, Any]] = {
     **{f"dpo {beta:g}": {**_NONE, "beta": beta} for beta in (0.1, 0.3, 1.0, 3.0)},
+    # Does DPO only lack steps, or a smaller rate?
+    "dpo long 1": {**_NONE, "beta": 1.0, "steps": [80, 120, 200, 300, 400]},
+    "dpo slow 0.3": {**_NONE, "beta": 0.3, "steps": [80, 120, 200, 300, 400], "learning_rate": 3e-5},
     **{f"ipo {beta:g}": {**_NONE, "beta": beta, "loss_type": ["ipo"]} for beta in (0.03, 0.1, 0.3, 1.0)},
     **{f"hinge {beta:g}": {**_NONE, "beta": beta, "loss_type": ["hinge"]} for beta in (0.1, 0.3, 1.0, 3.0)},
     **{f"simpo {beta:g}": {"trainer": "simpo", "beta": beta, "margin": 1.0} for beta in (0.3, 1.0, 2.5, 10.0)},
@@ -212,5 +215,7 @@ def run(
         gaps = task.reference_gaps(reference, rows[:512])
         told = {"mean": gaps.mean(), "deviation": gaps.std(), "misaligned": (gaps < 0).float().mean()}
         return {"curve": curve, "ref_gap": {name: round(value.item(), 4) for name, value in told.items()}}
-    arms.train(ARMS[arm], str(reference_at), task.tokenizer, rows, seed=seed, measure=measure, **scale)
+    own = {name: value for name, value in ARMS[arm].items() if name in scale}
+    settings = {name: value for name, value in ARMS[arm].items() if name not in scale}
+    arms.train(settings, str(reference_at), task.tokenizer, rows, seed=seed, measure=measure, **{**scale, **own})
     return {"curve": curve}

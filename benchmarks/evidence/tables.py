@@ -7,12 +7,13 @@ Student's t over seeds at 95 %, Bonferroni over the methods of a table.
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 #: KL at which arms are compared: nats a prompt (decisions), nats an answer (sampled).
-LEVELS = {"decisions": (0.1, 0.3, 1.0), "sampled": (2.0, 4.0, 8.0)}
+LEVELS = {"decisions": (0.3, 1.0, 2.0), "sampled": (1.0, 2.0, 4.0)}
 SCORE = {"decisions": "right", "sampled": "reward"}
 BASELINE = "dpo"
 Run = dict[str, Any]
@@ -206,6 +207,15 @@ def named(folder: Path) -> dict[str, str]:
     if runs := read(folder / "misaligned.jsonl"):
         found["misaligned"] = misaligned(runs)
     return found
+
+
+MARK = re.compile(r"<!-- table: (?P<name>.+?) -->\n(?:\|.*\n)*")
+
+
+def filled(text: str, folder: Path) -> str:
+    """A page with the tables that it names: behind each `<!-- table: NAME -->`. Raises `KeyError` for an unknown name."""
+    tables = named(folder)
+    return MARK.sub(lambda found: f"<!-- table: {found['name']} -->\n{tables[found['name']]}\n", text)
 
 
 COLUMNS = {
