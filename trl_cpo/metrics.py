@@ -65,6 +65,8 @@ MORE_IS_BETTER: dict[str, bool | None] = {
     "chosen_logps_shift": True,
     "rejected_logps_shift": False,
     "within_reach": None,
+    "violation_within_reach": False,
+    "violation_rate_within_reach": False,
     "chosen_floor_violation": False,
     "chosen_floor_slack": True,
     "chosen_floor_holds": True,

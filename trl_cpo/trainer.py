@@ -13,7 +13,7 @@ from .engine import DPOTrainer
 from .engine.dpo_trainer import Carried
 from .labels.bounds import FALLEN
 from .labels.columns import LabelColumns
-from .labels.form import WITHIN, LabelledForm, PairLabels
+from .labels.form import LabelledForm, PairLabels, reach_metrics
 from .labels.ledgers import GroupLedgers
 from .logs.narration import Narrator
 from .metrics import METRICS, PairView, per_pair
@@ -91,7 +91,7 @@ class CPOConstrainedTrainer(DPOTrainer):
             logger.warning_once(str(columns.fitted))
         self._gammas = columns.gammas(args.gamma)
         self._bounds = args.bounds(columns.groups, columns.epsilons())
-        names = [*METRICS, *([] if args.reach is None else [WITHIN]), *([] if args.chosen_floor is None else [FALLEN])]
+        names = [*METRICS, *reach_metrics(self._form), *([] if args.chosen_floor is None else [FALLEN])]
         self._ledgers = {mode: GroupLedgers(names, columns.groups) for mode in ("train", "eval")}
         return Carried(columns.carried, [DualAscent(self._bounds)] if self._bounds.multipliers else [])
 

@@ -107,3 +107,25 @@ def test_bad_values_are_refused(tmp_path, reach):
 def test_no_constraint_has_no_reach(tmp_path):
     with pytest.raises(ValueError, match="constraint='none' leaves all; got 2.0. Leave it out, or set a constraint"):
         CPOConstrainedConfig(**training_options(tmp_path, constraint="none", reach=2.0))
+
+
+@pytest.mark.filterwarnings("ignore:constraint=:UserWarning")
+@pytest.mark.parametrize("signal", ["violation", "violation_rate"])
+def test_an_evaluations_slack_is_of_what_moves_the_multiplier(tmp_path, build, signal):
+    """Pairs beyond reach count 0 in both, so an evaluation of the training pairs has the first step's slack."""
+    data = pairs_dataset(4)
+    asked = options_of("lagrangian", gamma=1.0, epsilon=0.1, reach=1.5, dual_init=0.0, dual_signal=signal)
+    args = CPOConstrainedConfig(**training_options(tmp_path, **{**asked, "learning_rate": 0.0, "max_steps": 1}))
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = 4, 1
+    trainer = CPOConstrainedTrainer(args=args, **{**build(), "train_dataset": data, "eval_dataset": data})
+    trainer.train()
+    step = next(log for log in trainer.state.log_history if "loss" in log)
+    evaluated, pairs = trainer.evaluate(), trainer.evaluated_pairs["eval"]
+    within = 1.0 - pairs.ref_gap <= 1.5
+    assert 0 < within.sum() < 4 and evaluated["eval_cpo/within_reach"] == within.float().mean()
+    below = torch.relu(1.0 - pairs.gap) if signal == "violation" else (pairs.gap < 1.0).float()
+    assert below[~within].sum() > 0  # or those beyond reach would not show
+    expected = (below * within).mean().item()
+    assert evaluated[f"eval_cpo/{signal}_within_reach"] == pytest.approx(expected, rel=1e-5)
+    assert evaluated["eval_cpo/slack"] == pytest.approx(0.1 - expected, rel=1e-5)
+    assert step["cpo/slack"] == pytest.approx(evaluated["eval_cpo/slack"], rel=1e-5)

@@ -10,7 +10,7 @@ from ..constraints.dual_rule import DualRule
 from ..metrics import COLUMNS
 from ..multiplier import Multiplier
 from ..pairs import PairLogps
-from .form import LabelledForm, PairLabels, chosen_floor_violation
+from .form import WITHIN, LabelledForm, PairLabels, chosen_floor_violation
 
 #: The metric of the chosen floor, in the column behind those of `trl_cpo.metrics`.
 FALLEN = "chosen_floor_violation"
@@ -167,7 +167,9 @@ class Bounds:
         for name, multipliers in self.multipliers.items():
             for group, part in multipliers.parts.items():
                 signal = FALLEN if name == "chosen_floor" else part.rule.signal
-                value = found.get(f"{prefix}cpo/{group}/{signal}" if group else f"{prefix}cpo/{signal}")
+                place = f"{prefix}cpo/{group}/{signal}" if group else f"{prefix}cpo/{signal}"
+                # With a reach, what moves λ in training: 0 beyond it.
+                value = found.get(f"{place}_{WITHIN}", found.get(place))
                 if value is not None:
                     slack = part.rule.epsilon - value
                     yield f"{prefix}{part.name}slack", slack

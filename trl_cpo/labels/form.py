@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ..constraints import Constraint
+from ..metrics import COLUMNS
 from ..pairs import PairLogps
 
-#: The metric of `reach`, in the column behind those of `trl_cpo.metrics`.
+#: The metric of `reach`, in the column behind those of `trl_cpo.metrics`; and the ending of a signal that is 0 beyond reach.
 WITHIN = "within_reach"
 #: Loss types for which a probability is defined, by how it enters: as an added term, as a shift of the target, or not at
 #: all (a loss that compares no answers).
@@ -127,15 +128,27 @@ class LabelledForm:
         return self.weighed(bound if within is None else torch.where(within, bound, 0.0))
 
     def metrics(self, rows: Tensor, pairs: PairLogps) -> Tensor:
-        """The metrics of pairs, one row each, with `cpo/within_reach` behind them if there is a reach."""
+        """The metrics of pairs, one row each, with those of `reach_metrics` behind them."""
         asked = self._of_pairs.target(pairs) if self.form.moves_target else self.gamma
         within = self.within_reach(pairs.ref_gap, asked)
-        return rows if within is None else torch.cat([rows, within.to(rows.dtype).unsqueeze(1)], dim=1)
+        if within is None:
+            return rows
+        columns, rule = [within.to(rows.dtype)], self.form.dual_rule
+        if rule is not None:
+            columns.append(torch.where(within, rows[:, COLUMNS[rule.signal]], 0.0))
+        return torch.cat([rows, torch.stack(columns, dim=1)], dim=1)
 
     def weighed(self, bound: Tensor) -> Tensor:
         """What a bound makes of each pair, (B,), times the pair's certainty."""
         certainty = self.labels.certainty
         return bound if certainty is None else certainty * bound
+
+
+def reach_metrics(form: Constraint) -> tuple[str, ...]:
+    """The names of what a form with a reach logs more: the share within, and of a bound the signal that moves λ."""
+    if form.reach is None:
+        return ()
+    return (WITHIN,) if form.dual_rule is None else (WITHIN, f"{form.dual_rule.signal}_{WITHIN}")
 
 
 def chosen_floor_violation(pairs: PairLogps, floor: float) -> Tensor:
