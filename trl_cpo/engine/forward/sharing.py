@@ -2,17 +2,34 @@
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from ..._trl.datasets import ColumnsBeside
 from .adapter import DENSE, PackedPairForward
-from .plan import NotPackable
+from .plan import BatchPlans, NotPackable
 from .probing.probe import Verdict, probe
 from .repack import unwrap
 from .segments import NAME
 
 logger = logging.getLogger(__name__)
+
+#: Where a collated batch holds its plans.
+PLANS = "packing_plans"
+
+
+class PlansBeside(ColumnsBeside):
+    """A collator that also makes the packing plans of a batch: in the workers, where the loader has some."""
+
+    def __init__(self, collator: Any):
+        super().__init__(collator, ())
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        return {**batch, PLANS: BatchPlans.of(batch)}
 
 
 class PrefixSharing:
@@ -31,11 +48,22 @@ class PrefixSharing:
         self.verbose = verbose
         # A compiled model would be recompiled for every segment table.
         self.attention = DENSE if compiled else "auto"
+        self._plans: BatchPlans | None = None  # of the batch that is run now
         # Keyed by the innermost model: evaluation passes it bare, training wrapped. Weakly, so that a reference can be freed
         # once its log-probabilities are precomputed.
         self._known: weakref.WeakKeyDictionary[torch.nn.Module, Verdict] = weakref.WeakKeyDictionary()
         # The attention each was probed with: `model.set_attn_implementation` may change it at any time.
         self._probed_with: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+
+    @contextmanager
+    def batch(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Within the block all models run this batch, and share its plan. Gives the batch as models take it."""
+        before = self._plans
+        self._plans = inputs.get(PLANS) or before or BatchPlans()
+        try:
+            yield {name: value for name, value in inputs.items() if name != PLANS}
+        finally:
+            self._plans = before
 
     def of(self, model: torch.nn.Module) -> Callable:
         """The forward to call in place of `model`.
@@ -48,7 +76,13 @@ class PrefixSharing:
         verdict = self.verdict(model)
         if not verdict.ok:
             return model
-        return PackedPairForward(model, attention=verdict.attention, max_length=verdict.max_length, required=bool(self.wanted))
+        return PackedPairForward(
+            model,
+            attention=verdict.attention,
+            max_length=verdict.max_length,
+            required=bool(self.wanted),
+            plans=self._plans,
+        )
 
     def verdict(self, model: torch.nn.Module) -> Verdict:
         """The probe's verdict on `model` with its current attention; probes it if needed.
