@@ -155,7 +155,9 @@ class FakeGPU(TorchDispatchMode):
             # Never without waiting: the numbers are read next.
             self._note("copy back")
             if func is _aten._to_copy.default:
-                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+                # Finite and true, so that checks pass.
+                dtype = kwargs.get("dtype") or args[0].dtype
+                return torch.full(args[0].shape, dtype == torch.bool, dtype=dtype)
             return args[0].zero_()
         elif blocking:
             self._note("blocking copy")

@@ -226,7 +226,7 @@ class DPOTrainer(ResumableTrainer):
         """Called once, at the end of construction: the model is where training starts, or was started that is resumed."""
 
     def on_batch(self, batch: GatheredBatch) -> None:
-        """Called with every training and evaluation batch, gathered over all processes."""
+        """Called with every training and evaluation batch, gathered over all processes: in training at the end of a step."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss with the guards, through the packed forward if it is in use."""
@@ -267,16 +267,22 @@ class DPOTrainer(ResumableTrainer):
                 return_outputs=return_outputs,
                 num_items_in_batch=num_items_in_batch,
             )
-            training, step = self.model.training, self.state.global_step
-            batch = self._guard.gathered(observed, inputs, training=training, step=step + 1, beside=beside)
-            self.on_batch(batch)
-            loss = observed.loss
+            loss, training, step = observed.loss, self.model.training, self.state.global_step
             if not training:
+                batch = self._guard.evaluated(observed, beside)
+                self.on_batch(batch)
                 self._evaluated.append((batch.logps, batch.degenerate))
-            elif isinstance(self._order, TokenBudget):
-                loss = loss * (len(observed.target) / self._order.mean_pairs)
-            if training and batch.sound and self._start_check.due(step):
-                self._check_start(model, inputs, observed.pairs, reduction)
+            else:
+                self._guard.take(observed, inputs, step=step + 1, beside=beside)
+                if isinstance(self._order, TokenBudget):
+                    loss = loss * (len(observed.target) / self._order.mean_pairs)
+                # At the end of a step, before its last backward pass: each look waits for the device.
+                if self.accelerator.sync_gradients or self._start_check.is_open:
+                    batches = self._guard.settle()
+                    for batch in batches:
+                        self.on_batch(batch)
+                    if batches[-1].sound and self._start_check.due(step):
+                        self._check_start(model, inputs, observed.pairs, reduction)
         return (loss, *observed.outputs) if return_outputs else loss
 
     def train(self, *args, **kwargs):
@@ -288,6 +294,7 @@ class DPOTrainer(ResumableTrainer):
                 "or unfreeze the model with model.requires_grad_(True), before the trainer is made."
             )
         self._check_reference_stays()  # parameters may have been unfrozen since
+        self._guard.begin()
         return super().train(*args, **kwargs)
 
     def _check_reference_stays(self) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -54,3 +55,27 @@ def test_a_packed_forward_and_backward_wait_for_nothing(segments):
 def test_kernels_of_a_layer(segments):
     started = {case: (found["forward"], found["backward"]) for case, found in segments.items()}
     assert started == {f"segments, {case}": kernels for case, kernels in SEGMENTS.items()}
+
+
+#: Where the CPU waits for the device in a micro-batch, and why.
+TRL = {
+    # Each number for the log is taken from the device by itself; upstream's, as its loss is used unchanged.
+    ("item", "trl/trainer/dpo_trainer.py", "_compute_loss"): 15,
+    # Mean logits of the answers, taken out with a mask.
+    ("boolean index", "trl/trainer/dpo_trainer.py", "_compute_loss"): 2,
+}
+#: At the end of a step: the log-probabilities of its pairs, for the check that they are finite, the metrics, the multipliers.
+OURS = {("copy back", "trl_cpo/engine/guards.py", "_on_cpu"): 1}
+
+
+def test_a_step_waits_once_beside_trl():
+    """With groups, labels, multipliers and a floor, over three micro-batches; and an evaluated batch."""
+    found = json.loads(printed_by("step_on_fake_gpu.py").splitlines()[-1])
+    assert {when: Counter(map(tuple, waits)) for when, waits in found.items()} == {
+        "micro-batch 0": TRL,
+        "micro-batch 1": TRL,
+        "micro-batch 2": TRL | OURS,
+        "end": {},
+        # The number of trained tokens is not counted.
+        "evaluation": {**TRL, ("item", "trl/trainer/dpo_trainer.py", "_compute_loss"): 14} | OURS,
+    }
