@@ -132,7 +132,9 @@ def test_bad_numbers_in_any_micro_batch_stop_the_run_before_its_step(make, bad):
         return compute(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = compute_loss
-    with pytest.raises(FloatingPointError, match="^Step 2: log-probabilities are NaN or infinite for pair 1 of the micro-batch"):
+    with pytest.raises(
+        FloatingPointError, match="^Step 2: log-probabilities are NaN or infinite for pair 1 of the micro-batch"
+    ):
         trainer.train()
     assert trainer.state.global_step == 1 and len(calls) == 6
 

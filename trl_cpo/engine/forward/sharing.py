@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..._trl.datasets import ColumnsBeside
-from .adapter import DENSE, PackedPairForward
+from .adapter import PackedPairForward
 from .plan import BatchPlans, NotPackable
 from .probing.probe import Verdict, probe
 from .repack import unwrap
@@ -39,15 +39,19 @@ class PrefixSharing:
         wanted: False: always padded; True: refuse models that cannot be packed; None: pack those that can be.
         max_length: longest sequence to expect; None: unknown.
         verbose: whether this process logs the choice.
-        compiled: whether the models will be compiled later.
+        compiled: whether the models will be compiled: all pairs run padded then, and the log says so once.
     """
 
     def __init__(self, wanted: bool | None, max_length: int | None, verbose: bool = True, compiled: bool = False):
-        self.wanted = wanted
+        #: False: nothing is packed.
+        self.wanted = False if compiled else wanted
         self.max_length = max_length
         self.verbose = verbose
-        # A compiled model would be recompiled for every segment table.
-        self.attention = DENSE if compiled else "auto"
+        if compiled and wanted is not False and verbose:
+            logger.warning(
+                "torch_compile=True: pairs run padded, without prefix sharing. Packed rows would be compiled anew for nearly "
+                "every batch, until torch gives up. Leave torch_compile out to pack, which saves more."
+            )
         self._plans: BatchPlans | None = None  # of the batch that is run now
         # Keyed by the innermost model: evaluation passes it bare, training wrapped. Weakly, so that a reference can be freed
         # once its log-probabilities are precomputed.
@@ -93,7 +97,7 @@ class PrefixSharing:
         inner = unwrap(model)
         attention = _attention_of(inner)
         if self._probed_with.get(inner) != attention:
-            verdict = probe(model, attention=self.attention, max_length=self.max_length)
+            verdict = probe(model, max_length=self.max_length)
             if not verdict.ok and self.wanted:
                 raise NotPackable(
                     f"prefix_sharing=True does not work with {type(inner).__name__}: {verdict.reason}. Leave "
