@@ -212,6 +212,11 @@ class CPOConstrainedConfig(ConstraintFields, LabelFields, PriceFields, DPOConfig
         elif self.chosen_floor_weight is None and self.chosen_floor is not None and self.beta > 1e100:
             # its square, of which the multiplier's step size is made, may be beyond any float
             faults.append(f"beta must be at most 1e100 with a chosen floor; got {self.beta!r}.")
+        if self.constraint == "none" and self.reach is not None:
+            faults.append(
+                f"reach says which pairs a constraint leaves alone, and constraint='none' leaves all; got {self.reach!r}. "
+                "Leave it out, or set a constraint such as 'clip'."
+            )
         own = form.hyperparameters().keys() - Constraint.hyperparameters().keys()
         if not faults and own.isdisjoint(out_of_range):  # only sound numbers can be compared
             faults += form.faults()

@@ -64,6 +64,7 @@ MORE_IS_BETTER: dict[str, bool | None] = {
     "escaped": True,
     "chosen_logps_shift": True,
     "rejected_logps_shift": False,
+    "within_reach": None,
     "chosen_floor_violation": False,
     "chosen_floor_slack": True,
     "chosen_floor_holds": True,

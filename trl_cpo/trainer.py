@@ -14,7 +14,7 @@ from .engine import DPOTrainer
 from .engine.dpo_trainer import Carried
 from .labels.bounds import FALLEN
 from .labels.columns import LabelColumns
-from .labels.form import LabelledForm, PairLabels
+from .labels.form import WITHIN, LabelledForm, PairLabels
 from .labels.ledgers import GroupLedgers
 from .logs.narration import Narrator
 from .metrics import METRICS, PairView, per_pair
@@ -94,7 +94,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         # On the device for the loss, on the CPU for the metrics.
         self._gammas = {} if gammas is None else {each.type: gammas.to(each) for each in (torch.device("cpu"), args.device)}
         self._bounds = args.bounds(columns.groups, columns.epsilons())
-        names = [*METRICS, *([FALLEN] if args.chosen_floor is not None else [])]
+        names = [*METRICS, *([] if args.reach is None else [WITHIN]), *([] if args.chosen_floor is None else [FALLEN])]
         self._ledgers = {mode: GroupLedgers(names, columns.groups) for mode in ("train", "eval")}
         return Carried(columns.carried, [DualAscent(self._bounds)] if self._bounds.multipliers else [])
 
@@ -131,7 +131,7 @@ class CPOConstrainedTrainer(DPOTrainer):
     def on_batch(self, batch) -> None:
         pairs, targets = batch.counted()
         form = self._labelled(PairLabels.from_rows(batch.counted_beside(), self._columns.present))
-        rows = self._bounds.metrics(per_pair(PairView(pairs, targets, form.gamma)), pairs)
+        rows = self._bounds.metrics(form.metrics(per_pair(PairView(pairs, targets, form.gamma)), pairs), pairs)
         training = self.model.training
         self._ledgers["train" if training else "eval"].add(rows, form.labels.group, batch.left_out())
         if training:

@@ -3,6 +3,15 @@
 import pytest
 from trl import DPOTrainer
 
+from helpers.flash_emulation import flash_on_cpu
+
+
+@pytest.fixture(scope="session")
+def flash_kernels():
+    """FlashAttention's operators on the CPU; no model is switched to them unless a test says so."""
+    with flash_on_cpu():
+        yield
+
 
 @pytest.fixture
 def no_model_cards(monkeypatch):

@@ -9,7 +9,7 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.constraints import CONSTRAINTS
-from trl_cpo.engine.forward import NotPackable, PackedPairForward
+from trl_cpo.engine.forward import NotPackable, PackedPairForward, backends
 
 from helpers.tiny import make_lora, make_mamba, make_model, make_moe, pairs_dataset, training_options
 
@@ -192,3 +192,23 @@ def test_a_run_that_is_compiled_runs_padded_and_says_so(make, caplog, wanted):
     caplog.clear()
     make(options={**options, "prefix_sharing": False})
     assert "pairs run padded" not in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"precompute_ref_log_probs": True}], ids=str)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_it_trains_over_variable_length_attention_as_dpotrainer_does(make, options, lora, flash_kernels, monkeypatch):
+    monkeypatch.setattr(backends, "choose", lambda *_: backends.Choice(("varlen",)))
+    extra = {"peft_config": make_lora()} if lora else {}
+    theirs = numbers(make(DPOTrainer, DPOConfig, options, **extra))
+    ours = make(options={**options, "constraint": "none", "prefix_sharing": True}, **extra)
+    assert ours._sharing.of(ours.model).attention == "varlen"
+    assert_close(numbers(ours), theirs)
+
+
+def test_mixed_precision_is_probed_as_it_is_trained(make, caplog):
+    with caplog.at_level(logging.INFO):
+        trainer = make(options={"constraint": "clip", "bf16": True})
+    verdict = trainer._sharing.verdict(trainer.model)
+    assert verdict.ok and next(trainer.model.parameters()).dtype == torch.float32
+    assert "segments attention: sdpa, bfloat16" in caplog.text
+    trainer.train()

@@ -4,7 +4,7 @@ import torch
 
 from helpers.families import OUTPUTS
 
-ATTENTIONS = ["dense", "segments"]
+ATTENTIONS = ["dense", "segments", "varlen"]
 
 
 def assert_same_outputs(padded, packed, tolerance=1e-4):

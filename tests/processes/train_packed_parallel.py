@@ -18,6 +18,7 @@ JOB = read_job()
 
 # isort: split
 
+import dataclasses
 import gc
 import json
 import logging
@@ -31,6 +32,8 @@ from transformers import set_seed
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.engine.forward import PackedPairForward, segments
+from trl_cpo.engine.forward.backends import BACK_ENDS
+from trl_cpo.engine.forward.probing import probe
 
 from helpers.parallel_runs import nf4, wrapping
 from helpers.tiny import make_lora, make_tokenizer, training_options
@@ -44,6 +47,17 @@ def attend_in_first_layer_only(module, *args, attend=segments.segment_attention,
     if module.layer_idx and segments.is_segment_table(args[3]):
         raise NotImplementedError("this layer attends in another way")
     return attend(module, *args, **kwargs)
+
+
+class Differing:
+    """In place of the probe's measure: in its first use it finds no effect of wrong positions, as no other process does."""
+
+    def __init__(self):
+        self.measure, self.uses = probe.mean_gap, 0
+
+    def __call__(self, *args):
+        self.uses += 1
+        return 0.0 if self.uses == 2 else self.measure(*args)
 
 
 class Calls(logging.Handler):
@@ -83,8 +97,8 @@ def train(run: dict) -> dict:
     """One training of JOB, and an evaluation after it.
 
     Args:
-        run: name; packed; lora; nf4; segments_fail; evaluate; options of the configuration; accumulate, how many
-            micro-batches make a step.
+        run: name; packed; lora; nf4; segments_fail; refused_in, a process; evaluate; options of the configuration;
+            accumulate, how many micro-batches make a step.
     """
     place = os.path.join(JOB["folder"], f"{run['name']}-{'packed' if run['packed'] else 'padded'}")
     # Read from files with a cache of its own, beside which the tokenized set is kept.
@@ -100,8 +114,13 @@ def train(run: dict) -> dict:
     )
     AcceleratorState._reset_state()
     set_seed(0)
-    broken = patch.object(segments, "segment_attention", attend_in_first_layer_only)
-    with Calls() as calls, broken if run.get("segments_fail") else nullcontext():
+    broken = nullcontext()
+    if run.get("segments_fail"):
+        failing = dataclasses.replace(BACK_ENDS["segments"], attend=attend_in_first_layer_only)
+        broken = patch.dict(BACK_ENDS, segments=failing)
+    elif run.get("refused_in") == int(os.environ.get("RANK", 0)):
+        broken = patch.object(probe, "mean_gap", Differing())
+    with Calls() as calls, broken:
         trainer = CPOConstrainedTrainer(
             model=JOB["model"],
             args=CPOConstrainedConfig(**training_options(place, **options)),

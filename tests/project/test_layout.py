@@ -154,8 +154,8 @@ def test_the_picture_in_the_docs_is_this():
 
 #: Modules of the engine that may be imported by others of it only in this order, first those that import the most.
 ENGINE = [
-    "dpo_trainer", "preflight", "resume", "start_check", "guards", "interruption", "batching", "reference", "forward",
-    "processes", "shutdown", "model_state", "precision", "config", "__init__",
+    "dpo_trainer", "preflight", "resume", "start_check", "slow_steps", "guards", "interruption", "batching", "reference",
+    "forward", "processes", "shutdown", "model_state", "precision", "config", "__init__",
 ]  # fmt: skip
 
 

@@ -27,6 +27,9 @@ class Constraint:
         "it are counted as violations under every constraint.",
         at_least=0.0,
     )
+    reach: float | None = hyperparameter(
+        None, "κ, nats as gamma: pairs whose target, or gamma, lies further above their δ_ref train as in DPO.", above=0.0
+    )
 
     #: Whether the form defines `target`, and whether it defines `added_loss`; set for each form.
     moves_target: ClassVar[bool] = False

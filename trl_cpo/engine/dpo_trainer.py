@@ -43,6 +43,7 @@ from .preflight import preflight
 from .reference import ReferenceTables
 from .resume.trainer import ResumableTrainer
 from .shutdown import pause_at_exit
+from .slow_steps import SlowSteps
 from .start_check import StartCheck, drift_message, exemption, likely_causes
 
 if TYPE_CHECKING:
@@ -135,7 +136,13 @@ class DPOTrainer(ResumableTrainer):
         if isinstance(tokenizer, PreTrainedTokenizerBase):  # DPOTrainer refuses anything else
             self._fit = validation.VocabularyFit(tokenizer, config_of(model, args))
         self._order: BalancedSampler | TokenBudget | None = None
-        self._sharing = PrefixSharing(args.packs, args.max_length, verbose=args.process_index == 0, compiled=args.torch_compile)
+        self._sharing = PrefixSharing(
+            args.packs,
+            args.max_length,
+            verbose=args.process_index == 0,
+            compiled=args.torch_compile,
+            autocast=lambda: self.accelerator.autocast(),
+        )
         #: Tables that `precompute_ref_log_probs` computed or found; `trl_cpo.engine.reference.table_of` reads them.
         self.reference_tables = ReferenceTables()
         #: Log-probabilities of every pair in the latest evaluation of each set, by metric prefix ("eval", or "eval_<name>"
@@ -174,6 +181,8 @@ class DPOTrainer(ResumableTrainer):
         self.reference_tables.weights_may_change()
         self._guard = BatchGuard(self.accelerator, lambda ids: self.processing_class.decode(ids))
         self._start_check = StartCheck(exempt, in_half_precision(self.model, self.accelerator))
+        if args.device.type == "cuda" and args.process_index == 0:
+            own_callbacks.append(SlowSteps())
         for callback in own_callbacks:
             self.add_callback(callback)
         if args.tokens_per_step is not None:

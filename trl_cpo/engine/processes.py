@@ -217,6 +217,18 @@ def disagreement(hosts: list[str], facts: list[Mapping[str, Any]]) -> str | None
     )
 
 
+def agreed_refusal(reason: str) -> str:
+    """The reason of the first process that has one, on all processes; empty if none has one. Every process calls it."""
+    state = PartialState()
+    if state.num_processes == 1 or state.distributed_type == DistributedType.XLA:
+        return reason
+    reasons = gather_object([reason])
+    rank = next((rank for rank, theirs in enumerate(reasons) if theirs), None)
+    if rank is None or all(reasons):
+        return reason
+    return f"{reasons[rank]} (on process {rank} of {len(reasons)}; others found no fault)"
+
+
 def _named(ranks: list[int], hosts: list[str]) -> str:
     several = len(set(hosts)) > 1
     shown = [f"{rank} ({hosts[rank]})" if several else str(rank) for rank in ranks[:8]]

@@ -137,8 +137,11 @@ class Bounds:
     def observe(self, rows: Tensor, form: LabelledForm) -> None:
         """Takes the metrics of the pairs trained on, of all processes; every multiplier takes its signal from them."""
         for name, multipliers in self.multipliers.items() if len(rows) else ():
-            column = rows.size(1) - 1 if name == "chosen_floor" else COLUMNS[multipliers.rule.signal]
-            multipliers.observe(form.weighed(rows[:, column]), form.labels.group)
+            if name == "chosen_floor":
+                signal = form.weighed(rows[:, -1])
+            else:
+                signal = form.asked(rows[:, COLUMNS[multipliers.rule.signal]], rows[:, COLUMNS["ref_gap"]])
+            multipliers.observe(signal, form.labels.group)
 
     def begin(self) -> None:
         """Start of training."""

@@ -9,6 +9,8 @@ from torch import Tensor
 from ..constraints import Constraint
 from ..pairs import PairLogps
 
+#: The metric of `reach`, in the column behind those of `trl_cpo.metrics`.
+WITHIN = "within_reach"
 #: Loss types for which a probability is defined, by how it enters: as an added term, as a shift of the target, or not at
 #: all (a loss that compares no answers).
 SOFT_LOSSES = {"sigmoid": "term", "sigmoid_norm": "term", "ipo": "target", "sft": "none"}
@@ -82,9 +84,16 @@ class LabelledForm:
         squared = labels.probability is not None and any(SOFT_LOSSES.get(name) == "target" for name, _ in self.losses)
         return self.form.moves_target or labels.margin is not None or squared
 
+    def within_reach(self, ref_gap: Tensor, asked: float | Tensor) -> Tensor | None:
+        """Which pairs the form is for, (B,), bool: `asked − δ_ref ≤ κ`, t or a bound's γ being asked. None: all, without κ."""
+        return None if self.form.reach is None else asked - ref_gap <= self.form.reach
+
     def target(self, pairs: PairLogps) -> Tensor:
-        """The target margin of each pair, (B,), nats: `t − (1−c)(t − δ_ref) + m/β`, t the form's own."""
+        """The target margin of each pair, (B,), nats: `t − (1−c)(t − δ_ref) + m/β`, t the form's own, δ_ref beyond reach."""
         target = self._of_pairs.target(pairs)
+        within = self.within_reach(pairs.ref_gap, target)
+        if within is not None:
+            target = torch.where(within, target, pairs.ref_gap)
         p, margin, certainty = self.labels.probability, self.labels.margin, self.labels.certainty
         if certainty is not None and self.form.moves_target:
             # So written, c = 1 leaves t to the bit.
@@ -101,16 +110,27 @@ class LabelledForm:
         `multiplier` is λ, one number or one a pair.
         """
         added, p = self._of_pairs.added_loss(pairs, multiplier), self.labels.probability
+        if added is not None:
+            added = self.asked(added, pairs.ref_gap)
         if p is None:
             return added
-        if added is not None:
-            added = self.weighed(added)
         weight = sum(weight for name, weight in self.losses if SOFT_LOSSES.get(name) == "term")
         if not weight:
             return added
         z = self.form.beta * (pairs.gap - self.target(pairs.detach()))
         soft = weight * (1.0 - p) * z
         return soft if added is None else added + soft
+
+    def asked(self, bound: Tensor, ref_gap: Tensor) -> Tensor:
+        """What the form's bound on the gap makes of each pair, (B,), times its certainty; 0 beyond reach of γ."""
+        within = self.within_reach(ref_gap, self.gamma)
+        return self.weighed(bound if within is None else torch.where(within, bound, 0.0))
+
+    def metrics(self, rows: Tensor, pairs: PairLogps) -> Tensor:
+        """The metrics of pairs, one row each, with `cpo/within_reach` behind them if there is a reach."""
+        asked = self._of_pairs.target(pairs) if self.form.moves_target else self.gamma
+        within = self.within_reach(pairs.ref_gap, asked)
+        return rows if within is None else torch.cat([rows, within.to(rows.dtype).unsqueeze(1)], dim=1)
 
     def weighed(self, bound: Tensor) -> Tensor:
         """What a bound makes of each pair, (B,), times the pair's certainty."""

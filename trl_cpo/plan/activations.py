@@ -95,9 +95,7 @@ def _kept_by(text, config, *options):
 
 @lru_cache(maxsize=64)
 def _counted(keyed: _Keyed, *options) -> tuple[Kept, Kept]:
-    one, two = (
-        [_bytes_kept(_cut(keyed.config, layers), length, *options) for length in _LENGTHS] for layers in (1, 2)
-    )
+    one, two = ([_bytes_kept(_cut(keyed.config, layers), length, *options) for length in _LENGTHS] for layers in (1, 2))
     block = [b - a for a, b in zip(one, two, strict=True)]
     return _fit(block), _fit([a - b for a, b in zip(one, block, strict=True)])
 

@@ -14,11 +14,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from trl_cpo.engine.forward import PackedPairForward, packed_forward
-from trl_cpo.engine.forward.segments import NAME
+from trl_cpo.engine.forward.backends import BACK_ENDS
 
 from helpers.families import tiny_config, tiny_model
 from helpers.forward_checks import ATTENTIONS, assert_same_gradients, assert_same_outputs, gradients
 from helpers.pair_batches import HARD_SIZES, model_inputs, random_pairs
+
+#: Back ends that a model is switched to, and the name of each one's attention.
+OURS = {name: back_end.implementation for name, back_end in BACK_ENDS.items() if back_end.implementation}
 
 
 def lora_model(**options):
@@ -84,10 +87,11 @@ def test_a_training_trajectory_is_the_padded_one(attention):
     torch.testing.assert_close(packed_weights, weights, atol=1e-5, rtol=0)
 
 
-def test_a_model_left_on_segments_computes_and_generates_as_on_sdpa():
+@pytest.mark.parametrize("attention", OURS)
+def test_a_model_left_on_ours_computes_and_generates_as_on_sdpa(attention):
     model, other = tiny_model("mistral"), tiny_model("mistral")
-    PackedPairForward(model, attention="segments")
-    assert model.config._attn_implementation == NAME
+    PackedPairForward(model, attention=attention)
+    assert model.config._attn_implementation == OURS[attention]
     inputs = model_inputs(random_pairs(HARD_SIZES))
     with torch.no_grad():
         assert torch.equal(model(**inputs).log_probs, other(**inputs).log_probs)
@@ -96,17 +100,20 @@ def test_a_model_left_on_segments_computes_and_generates_as_on_sdpa():
         assert torch.equal(model.generate(**prompt, **options), other.generate(**prompt, **options))
 
 
-def test_a_saved_model_does_not_name_our_attention(tmp_path):
+@pytest.mark.parametrize("attention", OURS)
+def test_a_saved_model_does_not_name_our_attention(attention, tmp_path):
     model = tiny_model("llama")
-    PackedPairForward(model, attention="segments")
+    PackedPairForward(model, attention=attention)
     model.save_pretrained(tmp_path)
-    assert NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert OURS[attention] not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
 
 
-def test_autocast_rounds_as_the_padded_path_does():
-    model = tiny_model("llama", scale=0.2)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("attention", OURS)
+def test_autocast_rounds_as_the_padded_path_does(attention, name):
+    model = tiny_model(name, scale=0.2)
     inputs = model_inputs(random_pairs(HARD_SIZES))
-    packed = PackedPairForward(model, attention="segments", required=True)
+    packed = PackedPairForward(model, attention=attention, required=True)
     where = inputs["labels"][:, 1:] != -100
     with torch.no_grad():
         truth = model(**inputs).log_probs

@@ -13,41 +13,23 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from trl_cpo.engine.forward import NotPackable, PackedPairForward, packed_forward, probe
 from trl_cpo.engine.forward import adapter as adapter_module
 from trl_cpo.engine.forward.mask import LayerKind, dense_masks, layer_kinds, visible
-from trl_cpo.engine.forward.plan import CHOSEN, REJECTED, SHARED, plan_pairs
+from trl_cpo.engine.forward.plan import plan_pairs
 from trl_cpo.engine.forward.probing import comparison
 from trl_cpo.engine.forward.probing import probe as probing
 from trl_cpo.engine.forward.probing.rounding import watch_precision
 from trl_cpo.engine.forward.probing.static_checks import static_reason
 
 from helpers.families import tiny_model
-from helpers.forward_checks import assert_same_outputs
+from helpers.forward_checks import ATTENTIONS, assert_same_outputs
 from helpers.pair_batches import HARD_SIZES, model_inputs, random_pairs
-
-
-def running_positions(plan):
-    positions = torch.arange(plan.shape[1]).expand(plan.shape).clone()
-    return dataclasses.replace(plan, position_ids=positions)
-
-
-def positions_off_by_one(plan):
-    return dataclasses.replace(plan, position_ids=plan.position_ids + (plan.branch == REJECTED))
-
-
-def rejected_sees_chosen(plan):
-    return dataclasses.replace(plan, branch=torch.where(plan.branch == REJECTED, CHOSEN, plan.branch))
-
-
-def chosen_is_shared(plan):
-    return dataclasses.replace(plan, branch=torch.where(plan.branch == CHOSEN, SHARED, plan.branch))
-
-
-def pairs_see_each_other(plan):
-    return dataclasses.replace(plan, pair=plan.pair.clamp(max=0))
-
-
-def first_answer_token_from_the_branch(plan):
-    seams = torch.tensor([p.start + p.shared - 1 for p in plan.parts])
-    return dataclasses.replace(plan, scored=plan.scored + torch.isin(plan.scored, seams))
+from helpers.plan_mistakes import (
+    chosen_is_shared,
+    first_answer_token_from_the_branch,
+    pairs_see_each_other,
+    positions_off_by_one,
+    rejected_sees_chosen,
+    running_positions,
+)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +93,7 @@ def test_every_part_of_the_answers_is_judged_by_itself(name, rounded):
 @pytest.mark.parametrize("scale", [0.3, 0.02])
 def test_nothing_is_found_where_nothing_is_wrong(scale):
     for dtype in (torch.float32, torch.bfloat16):
-        for attention in ("dense", "segments"):
+        for attention in ATTENTIONS:
             verdict = probe(tiny_model("llama", scale=scale).to(dtype), attention=attention)
             assert verdict.ok or (dtype, scale) == (torch.bfloat16, 0.02), verdict
 
@@ -175,7 +157,7 @@ def test_a_model_whose_attention_was_changed_since_runs_padded(caplog):
     inputs = model_inputs(random_pairs(HARD_SIZES))
     with caplog.at_level(logging.WARNING):
         assert_same_outputs(model(**inputs), packed(**inputs))
-    assert packed.last_plan is None and "changed to 'eager'" in caplog.text
+    assert packed.last_plan is None and "on attention 'eager'" in caplog.text
 
 
 def test_a_length_the_model_cannot_run_is_refused_in_words():

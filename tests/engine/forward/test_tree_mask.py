@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trl_cpo.engine.forward.mask import (
@@ -17,6 +17,7 @@ from trl_cpo.engine.forward.mask import (
 )
 from trl_cpo.engine.forward.plan import NotPackable, plan_pairs
 from trl_cpo.engine.forward.segments import is_segment_table, segment_attention, segment_masks, segment_table
+from trl_cpo.engine.forward.varlen import varlen_attention
 
 from helpers.families import tiny_config
 from helpers.pair_batches import HARD_SIZES, PAIRS, model_inputs, random_pairs
@@ -59,16 +60,17 @@ def test_visible_is_the_definition(pairs, kind, row_length):
 
 
 @settings(max_examples=40, deadline=None)
-@given(PAIRS, KINDS, st.sampled_from([1, 2]))
-def test_attention_by_segments_is_masked_attention_values_and_gradients(pairs, kind, groups):
+@given(PAIRS, KINDS, st.sampled_from([1, 2]), st.sampled_from([segment_attention, varlen_attention]))
+def test_attention_is_masked_attention_values_and_gradients(pairs, kind, groups, attention):
     plan = plan_of(pairs, one_row=True)
+    assume(attention is segment_attention or kind.chunk is None)
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 2 * groups, plan.tokens, 4)] + [(1, 2, plan.tokens, 4)] * 2
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
     weight = torch.randn(1, plan.tokens, 2 * groups, 4, generator=generator, dtype=torch.float64)
     module = torch.nn.Module()
 
-    got, _ = segment_attention(module, q, k, v, segment_table(plan, kind), scaling=0.7)
+    got, _ = attention(module, q, k, v, segment_table(plan, kind), scaling=0.7)
     wide = [t.repeat_interleave(groups, 1) for t in (k, v)]
     scores = (q @ wide[0].transpose(2, 3) * 0.7).masked_fill(~visible(plan, kind), -torch.inf)
     expected = (scores.softmax(-1) @ wide[1]).transpose(1, 2)
@@ -110,12 +112,13 @@ def test_segments_need_one_row_and_no_other_mask_is_taken_for_their_table():
     assert not is_segment_table(None)
 
 
+@pytest.mark.parametrize("attention", [segment_attention, varlen_attention])
 @pytest.mark.parametrize("asked", [dict(softcap=1.0), dict(position_bias=torch.zeros(1)), dict(is_causal=False)])
-def test_segments_refuse_what_they_do_not_compute(asked):
+def test_what_is_not_computed_is_refused(asked, attention):
     plan = plan_of(random_pairs(HARD_SIZES), one_row=True)
     q = torch.zeros(1, 1, plan.tokens, 4)
     with pytest.raises(NotImplementedError):
-        segment_attention(torch.nn.Module(), q, q, q, segment_table(plan, LayerKind()), **asked)
+        attention(torch.nn.Module(), q, q, q, segment_table(plan, LayerKind()), **asked)
 
 
 @pytest.mark.parametrize(

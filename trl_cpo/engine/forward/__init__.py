@@ -3,10 +3,13 @@
 plan      where every token goes              (torch only)
 mask      attention masks for packed rows     plan
 segments  attention per part of a pair        plan, mask
+device_check  an attention on its device      mask, plan, segments
+varlen    one attention call a layer          device_check, segments
+backends  which attention a model gets        mask, plan, segments, varlen
 repack    hooks around the backbone           plan
-adapter   called in place of the model        mask, plan, repack, segments
+adapter   called in place of the model        backends, mask, plan, repack, segments
 probing   tests on the model itself           all of these
-sharing   one forward for each model          adapter, plan, probing, repack, segments
+sharing   one forward for each model          adapter, backends, plan, probing, repack
 """
 
 from .adapter import PackedPairForward

@@ -6,17 +6,17 @@ import weakref
 
 import torch
 
+from .backends import DENSE, back_end, switch, takes
 from .mask import dense_masks, layer_kinds, rope_follows_length
 from .plan import BatchPlans, NotPackable, PackingPlan, plan_pairs
 from .repack import backbone_of, packed_backbone, unwrap
-from .segments import MASKED_ATTENTION, NAME, register, segment_masks
+from .segments import segment_masks
 
 logger = logging.getLogger(__name__)
 
 # Reasons already logged per model, so that each is logged once, however many adapters wrap the model.
 _LOGGED: weakref.WeakKeyDictionary[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
-DENSE, SEGMENTS = "dense", "segments"
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _KNOWN = frozenset(
     ["input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head", "output_router_logits", "num_items_in_batch"]
@@ -32,7 +32,8 @@ class PackedPairForward:
 
     Args:
         model: causal language model with TRL's fused head, bare or wrapped (PEFT, DDP, DeepSpeed, FSDP).
-        attention: "segments" (attention per part of a pair; needs a model on sdpa) or "dense" (tree mask).
+        attention: a back end of `backends`: "varlen" (one call a layer), "segments" (two calls a pair), both for models on
+            sdpa, or "dense" (tree mask).
         row_length: places in a packed row with dense masks; None: the length of the longest pair.
         max_length: longest sequence for which packing is known to be correct; a batch with a longer one runs padded.
             None: any length.
@@ -53,8 +54,7 @@ class PackedPairForward:
         required: bool = False,
         plans: BatchPlans | None = None,
     ):
-        if attention not in (DENSE, SEGMENTS):
-            raise ValueError(f"Got attention={attention!r}; allowed are {DENSE!r} and {SEGMENTS!r}.")
+        self._one_row = back_end(attention).one_row
         self.model = model
         self.attention = attention
         self.row_length = row_length
@@ -65,8 +65,7 @@ class PackedPairForward:
         self._inner = unwrap(model)
         self._config = self._inner.config.get_text_config()
         self._kinds = layer_kinds(self._config)
-        if attention == SEGMENTS:
-            use_segments(self._inner)
+        switch(self._inner, attention)
 
     def around(self, model: torch.nn.Module) -> "PackedPairForward":
         """The same forward for another wrapper of the model, or for a reference of the same architecture."""
@@ -100,9 +99,9 @@ class PackedPairForward:
         return self._run(plan, inputs)
 
     def _plan(self, inputs: dict) -> PackingPlan:
-        implementation = self._inner.config._attn_implementation
-        if implementation not in ((NAME,) if self.attention == SEGMENTS else MASKED_ATTENTION):
-            raise NotPackable(f"the model's attention was changed to {implementation!r}")
+        if not takes(self._inner, self.attention):
+            given = self._inner.config._attn_implementation
+            raise NotPackable(f"the model is on attention {given!r}, which {self.attention} attention does not replace")
         unknown = sorted(name for name in inputs.keys() - _KNOWN if inputs[name] is not None)
         if unknown:
             raise NotPackable(f"the batch carries {', '.join(unknown)}, which cannot be packed")
@@ -110,7 +109,7 @@ class PackedPairForward:
             raise NotPackable("the call is not TRL's fused head with labels")
         if self._inner.training and getattr(self._inner.get_input_embeddings(), "neftune_noise_alpha", None):
             raise NotPackable("NEFTune scales its noise with the length of the row")
-        plan = self._planned(inputs, row_length=self.row_length, one_row=self.attention == SEGMENTS)
+        plan = self._planned(inputs, row_length=self.row_length, one_row=self._one_row)
         if self.max_length is not None and plan.longest > self.max_length:
             # Without the batch's length, so that the reason is logged once and not for every length.
             raise NotPackable(f"a sequence is longer than the {self.max_length} tokens probed")
@@ -137,7 +136,7 @@ class PackedPairForward:
         return dataclasses.replace(outputs, **fields, label_mask=inputs["labels"][:, 1:] != -100)
 
     def _masks(self, plan: PackingPlan, device: torch.device) -> torch.Tensor | dict[str, torch.Tensor]:
-        if self.attention == SEGMENTS:
+        if self._one_row:
             return plan.keep(tuple(self._kinds.items()), lambda: segment_masks(plan, self._kinds))
         # Eager attention adds its mask to the scores; sdpa takes a bool mask.
         additive = self._inner.dtype if self._config._attn_implementation == "eager" else None
@@ -158,25 +157,3 @@ def _spread(values: torch.Tensor, plan: PackingPlan) -> torch.Tensor:
     rows, columns = plan.output_shape
     flat = values.new_zeros(rows * columns).scatter(0, plan.on(values.device).target, values[0])
     return flat.view(rows, columns)
-
-
-def use_segments(model: torch.nn.Module) -> None:
-    """Switches a transformers model from sdpa to attention by segments; calls without segments are computed as before.
-
-    Raises:
-        NotPackable: the model is not on sdpa, or its attention cannot be switched.
-    """
-    register()
-    if model.config._attn_implementation == NAME:
-        return
-    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
-        raise NotPackable(f"attention by segments needs sdpa, and the model is on {model.config._attn_implementation}")
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        raise NotPackable("the model does not accept attention by segments")
-
-
-def drop_segments(model: torch.nn.Module) -> None:
-    """Switches a model back to sdpa after `use_segments`."""
-    if model.config._attn_implementation == NAME:
-        model.set_attn_implementation("sdpa")

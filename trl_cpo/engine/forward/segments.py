@@ -9,15 +9,20 @@ through unread, gradient checkpointing restores it in the backward pass, and rea
 mask goes to transformers' own sdpa attention, so a model left with this implementation behaves as with sdpa.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .mask import LayerKind
 from .plan import PackingPlan
 
 NAME = "trl_cpo_segments"
-MASKED_ATTENTION = ("sdpa", "eager", NAME)  # implementations that take a tree mask
-_FIELDS = 6  # start, shared, chosen, rejected, window, chunk; 0: no window, no chunk
+# Not cuDNN, which plans anew, for up to a second, for every size of a part and every stride of a row.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+FIELDS = 6  # start, shared, chosen, rejected, window, chunk; 0: no window, no chunk
 
 
 def segment_table(plan: PackingPlan, kind: LayerKind) -> torch.Tensor:
@@ -35,7 +40,7 @@ def segment_masks(plan: PackingPlan, kinds: dict[str, LayerKind]) -> torch.Tenso
     return next(iter(tables.values())) if len(tables) == 1 else tables
 
 
-def is_segment_table(mask: torch.Tensor | None) -> bool:
+def is_segment_table(mask: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     """Whether an attention mask is a segment table; other masks are bool or floating-point."""
     return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.dtype == torch.int64
 
@@ -79,13 +84,11 @@ def segment_attention(
         NotImplementedError: the model asks for a feature that attention by segments lacks.
     """
     if not is_segment_table(attention_mask):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
+        return sdpa_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     asked = [name for name in ("position_bias", "softcap", "s_aux", "cache") if kwargs.get(name) is not None]
-    if asked or is_causal is False or attention_mask.shape[2] != _FIELDS:
+    if asked or is_causal is False or attention_mask.shape[2] != FIELDS:
         raise NotImplementedError(f"attention by segments does not do {asked or 'attention that is not causal'}")
     segments = list(zip(*attention_mask[0, 0].tolist(), strict=True))
     repeats = query.shape[1] // key.shape[1]
@@ -96,14 +99,15 @@ def segment_attention(
     sizes = [size for _, s, c, r, _, _ in segments for size in (s + c, r)]
     queries, keys, values = (t.split(sizes, dim=2) for t in (query, key, value))
     outputs = []
-    for n, (_, s, c, r, window, chunk) in enumerate(segments):
-        q, k, v = queries[2 * n], keys[2 * n], values[2 * n]
-        if s + c:
-            outputs.append(_attend(q, k, v, _limited(s + c, s + c, window, chunk, q.device), dropout, scaling))
-        if r:
-            q, tail_k, tail_v = queries[2 * n + 1], keys[2 * n + 1], values[2 * n + 1]
-            k, v = torch.cat([k[:, :, :s], tail_k], dim=2), torch.cat([v[:, :, :s], tail_v], dim=2)
-            outputs.append(_attend(q, k, v, _limited(r, s + r, window, chunk, q.device), dropout, scaling))
+    with _kernels(query.device):
+        for n, (_, s, c, r, window, chunk) in enumerate(segments):
+            q, k, v = queries[2 * n], keys[2 * n], values[2 * n]
+            if s + c:
+                outputs.append(_attend(q, k, v, _limited(s + c, s + c, window, chunk, q.device), dropout, scaling))
+            if r:
+                q, tail_k, tail_v = queries[2 * n + 1], keys[2 * n + 1], values[2 * n + 1]
+                k, v = torch.cat([k[:, :, :s], tail_k], dim=2), torch.cat([v[:, :, :s], tail_v], dim=2)
+                outputs.append(_attend(q, k, v, _limited(r, s + r, window, chunk, q.device), dropout, scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -111,10 +115,12 @@ def _attend(q, k, v, mask, dropout, scaling) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None)
 
 
-def register() -> None:
-    """Registers the implementation with transformers under NAME; with ordinary 2-D masks it is sdpa."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+def _kernels(device: torch.device) -> AbstractContextManager:
+    return sdpa_kernel(_KERNELS) if device.type == "cuda" else nullcontext()
 
-    AttentionInterface.register(NAME, segment_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+def sdpa_attention(*args, **kwargs) -> tuple[torch.Tensor, None]:
+    """transformers' own sdpa attention, for masks that are no segment tables."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*args, **kwargs)

@@ -3,17 +3,18 @@
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from ..._trl.datasets import ColumnsBeside
+from ..processes import agreed_refusal
 from .adapter import PackedPairForward
+from .backends import given_attention
 from .plan import BatchPlans, NotPackable
 from .probing.probe import Verdict, probe
 from .repack import unwrap
-from .segments import NAME
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +41,22 @@ class PrefixSharing:
         max_length: longest sequence to expect; None: unknown.
         verbose: whether this process logs the choice.
         compiled: whether the models will be compiled: all pairs run padded then, and the log says so once.
+        autocast: gives the context that the models' forwards will run in, for the probe.
     """
 
-    def __init__(self, wanted: bool | None, max_length: int | None, verbose: bool = True, compiled: bool = False):
+    def __init__(
+        self,
+        wanted: bool | None,
+        max_length: int | None,
+        verbose: bool = True,
+        compiled: bool = False,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
         #: False: nothing is packed.
         self.wanted = False if compiled else wanted
         self.max_length = max_length
         self.verbose = verbose
+        self._autocast = autocast
         if compiled and wanted is not False and verbose:
             logger.warning(
                 "torch_compile=True: pairs run padded, without prefix sharing. Packed rows would be compiled anew for nearly "
@@ -89,15 +99,16 @@ class PrefixSharing:
         )
 
     def verdict(self, model: torch.nn.Module) -> Verdict:
-        """The probe's verdict on `model` with its current attention; probes it if needed.
+        """The probe's verdict on `model` with its current attention; probes it if needed, on all processes together.
 
         Raises:
             NotPackable: packing was asked for, and the model cannot be packed.
         """
         inner = unwrap(model)
-        attention = _attention_of(inner)
+        attention = given_attention(inner)
         if self._probed_with.get(inner) != attention:
-            verdict = probe(model, max_length=self.max_length)
+            with self._autocast():
+                verdict = probe(model, max_length=self.max_length, agree=agreed_refusal)
             if not verdict.ok and self.wanted:
                 raise NotPackable(
                     f"prefix_sharing=True does not work with {type(inner).__name__}: {verdict.reason}. Leave "
@@ -109,9 +120,3 @@ class PrefixSharing:
                     logger.warning("%s: %s", type(inner).__name__, note)
             self._known[inner], self._probed_with[inner] = verdict, attention
         return self._known[inner]
-
-
-def _attention_of(model: torch.nn.Module) -> str:
-    """The attention implementation that a model was given; segments count as sdpa, which they replace."""
-    given = getattr(getattr(model, "config", None), "_attn_implementation", "")
-    return "sdpa" if given == NAME else given

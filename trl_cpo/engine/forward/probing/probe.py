@@ -17,11 +17,15 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from ...model_state import evaluation_mode, snapshot
-from ..adapter import DENSE, SEGMENTS, PackedPairForward, drop_segments
+from ..adapter import PackedPairForward
+from ..backends import BACK_ENDS, DENSE, Choice, choice_for, kernel_of, product_dtype, switch_back
+from ..device_check import holding_faults
 from ..plan import REJECTED, NotPackable, PackingPlan
 from ..repack import backbone_of, layers_around, unwrap
 from .comparison import EXACT, ROUNDED, Bounds, Refused, Sample, compare, mean_gap
@@ -46,6 +50,8 @@ class Verdict:
         max_length: longest sequence that the result holds for; None: any.
         error: largest difference of a token's log-prob between packed and padded, in nats; NaN if not measured.
         notes: caveats despite `ok`.
+        computed: the attention's kernel and the dtype of the model's products.
+        why: why no better attention was taken; empty if there is none.
     """
 
     ok: bool
@@ -54,10 +60,15 @@ class Verdict:
     max_length: int | None = None
     error: float = float("nan")
     notes: tuple[str, ...] = ()
+    computed: str = ""
+    why: str = ""
 
     def __str__(self) -> str:
         if self.ok:
-            return f"prefix sharing on, {self.attention} attention, largest difference {self.error:.1e} nats"
+            why = f" ({self.why})" if self.why else ""
+            return (
+                f"prefix sharing on, {self.attention} attention{why}: {self.computed}, largest difference {self.error:.1e} nats"
+            )
         return f"prefix sharing off: {self.reason}"
 
 
@@ -92,7 +103,7 @@ def packed_forward(
 
     Args:
         model: causal language model with TRL's fused head, bare or wrapped.
-        attention: "segments", "dense", or "auto": segments if the model accepts them and is not compiled, else dense.
+        attention: a back end of `backends`, or "auto": those that can do what the model needs, best first.
         max_length: longest sequence to expect; None: unknown.
         row_length: places in a packed row with dense masks; None: the length of the longest pair.
         required: raise instead of falling back to the model.
@@ -115,48 +126,83 @@ def packed_forward(
     return model, verdict
 
 
-def probe(model: torch.nn.Module, *, attention: str = "auto", max_length: int | None = None, seed: int = 0) -> Verdict:
+def probe(
+    model: torch.nn.Module,
+    *,
+    attention: str = "auto",
+    max_length: int | None = None,
+    seed: int = 0,
+    agree: Callable[[str], str] = lambda reason: reason,
+) -> Verdict:
     """Tests whether packing is correct for a model; leaves the model and all random states unchanged.
+
+    Each back end is tried with the same number of forwards, whatever they give, so that the processes of a sharded model
+    never wait for each other. The precision is that of the autocast around the call.
 
     Args:
         model: causal language model with TRL's fused head, bare or wrapped. In a distributed run every process calls the
-            probe; with the same weights, all reach the same verdict.
+            probe.
         attention: see `packed_forward`.
         max_length: longest sequence to expect; None: unknown, and the verdict says up to which length it holds.
         seed: seed of the random tokens.
+        agree: gives this process's reason to refuse, empty if it has none, to all processes, and returns the one that holds
+            for all. Called after the padded runs, and after each back end.
+
+    Raises:
+        MemoryError, RuntimeError: memory ran out.
     """
     reason = static_reason(model)
     if reason is not None:
         return Verdict(False, reason)
     inner = unwrap(model)
     if attention != "auto":
-        tries = [attention]
+        choice = Choice((attention,))
     elif any("_orig_mod" in layer._modules for layer in layers_around(model)):
         # A compiled model would be recompiled for every segment table.
-        tries = [DENSE]
+        choice = Choice((DENSE,))
     else:
-        tries = [SEGMENTS, DENSE]
+        choice = choice_for(inner)
     # Uncompiled, the numbers are the same; the probe's few shapes are not worth compiling.
     model = model._modules.get("_orig_mod", model)
     verdict = Verdict(False, "no attention was tried")
     with evaluation_mode(model), _same_start(model):
-        drop_segments(inner)
-        try:
-            # Before the attention is switched: a model may compute something else depending on its name.
-            reference = _reference(model, max_length, seed)
-        except Refused as refusal:
-            return Verdict(False, str(refusal))
-        for tried in tries:
-            try:
-                packed = PackedPairForward(model, attention=tried, required=True)
-                error = _check(packed, reference)
-                return Verdict(True, "", tried, reference.holds, error, caveats(model))
-            except (Refused, NotPackable) as refusal:
-                verdict = Verdict(False, str(refusal), tried)
-            except Exception as error:  # an unexpected mask may make a model fail in any way
-                verdict = Verdict(False, f"it fails on packed rows: {_first_line(error)}", tried)
-            drop_segments(inner)
+        switch_back(inner)
+        # Before the attention is switched: a model may compute something else depending on its name.
+        reference, reason = _outcome(partial(_reference, model, max_length, seed), "")
+        if reason := agree(reason):
+            return Verdict(False, reason)
+        why = [choice.why] if choice.why else []
+        for tried in choice.names:
+            error, reason = _outcome(partial(_try, model, tried, reference), "it fails on packed rows: ")
+            if not (reason := agree(reason)):
+                computed = f"{kernel_of(inner, tried)}, {str(product_dtype(inner)).removeprefix('torch.')}"
+                return Verdict(True, "", tried, reference.holds, error, caveats(model), computed, "; ".join(why))
+            verdict = Verdict(False, reason, tried)
+            why.append(f"not {tried}: {reason}")
+            switch_back(inner)
     return verdict
+
+
+def _outcome(run: Callable[[], Any], failed: str) -> tuple[Any, str]:
+    """What `run` returns, and an empty reason; or None, and why packing is refused."""
+    try:
+        return run(), ""
+    except (Refused, NotPackable) as refusal:
+        return None, str(refusal)
+    except Exception as error:  # an unexpected mask may make a model fail in any way
+        _raise_out_of_memory(error)
+        return None, f"{failed}{_first_line(error)}"
+
+
+def _raise_out_of_memory(error: Exception) -> None:
+    """Raises `error` if it says that memory ran out: no verdict on the model, and the other processes must not go on."""
+    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts):
+        error.add_note(
+            "Memory ran out while a few pairs were run to test the packed forward. A training step needs more than that: "
+            "shorten max_length, or load the model in fewer bits or on more devices."
+        )
+        raise error
 
 
 @contextmanager
@@ -174,11 +220,8 @@ def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Re
     """Runs the padded path; raises Refused if it fails, or if nothing could be concluded from it."""
     draw = RandomPairs(model, seed)
     inputs = draw.batch(_SHORT)
-    try:
-        with watch_precision(model) as narrowest:
-            padded = model(**inputs)
-    except Exception as error:
-        raise Refused(f"it does not run with TRL's fused head, padded or packed: {_first_line(error)}") from error
+    with watch_precision(model) as narrowest, _refused("it does not run with TRL's fused head, padded or packed"):
+        padded = model(**inputs)
     step = narrowest()
     unknown = unknown_limits(unwrap(model).config.get_text_config())
     if step and unknown:
@@ -186,12 +229,19 @@ def _reference(model: torch.nn.Module, max_length: int | None, seed: int) -> _Re
     short = _sample(model, inputs, step, seed, padded)
     changed = draw.change(inputs, rows=(0, len(_SHORT) + 1))
     tried, holds = probe_length(model, max_length)
-    try:
-        sizes = _long_sizes(tried, plain_family(model))
+    sizes = _long_sizes(tried, plain_family(model))
+    with _refused(f"it fails on sequences of {tried} tokens"):
         long = tuple(_sample(model, draw.batch((size,)), step, seed) for size in sizes)
-    except Exception as error:
-        raise Refused(f"it fails on sequences of {tried} tokens: {_first_line(error)}") from error
     return _Reference(short, changed, long, holds, ROUNDED if step else EXACT)
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _raise_out_of_memory(error)
+        raise Refused(f"{what}: {_first_line(error)}") from error
 
 
 def _long_sizes(length: int | None, plain: bool) -> list[tuple[int, int, int]]:
@@ -215,29 +265,42 @@ def _sample(model: torch.nn.Module, inputs: dict, step: float, seed: int, padded
         return Sample(inputs, padded, model(**inputs))
 
 
+def _try(model: torch.nn.Module, attention: str, reference: _Reference) -> float:
+    return _check(PackedPairForward(model, attention=attention, required=True), reference)
+
+
 def _check(packed: PackedPairForward, reference: _Reference) -> float:
     """Returns the largest difference in nats; raises Refused if something is wrong."""
     pairs = len(_SHORT)
     bounds, sample, changed = reference.bounds, reference.short, reference.changed
     inputs, padded, scored = sample.inputs, sample.padded, sample.scored
-    plan = packed._plan(inputs)
-    right = packed._run(plan, inputs)
+
+    # All forwards first, and only then what they gave: with sharded weights every process must run as many.
+    with holding_faults() as faults:
+        plan = packed._plan(inputs)
+        right = packed._run(plan, inputs)
+        # One answer is changed in each of two pairs; all others must keep their log-probs.
+        moved = packed._run(packed._plan(changed), changed)
+        # Two deliberate mistakes, to measure their effect on this model: plain causal rows, and wrong positions.
+        causal, wrong_positions = _plain_causal(plan), _disordered(plan)
+        wrong, wrong_moved = (packed._run(causal, batch) for batch in (inputs, changed))
+        mirrored = packed._run(wrong_positions, inputs, plan)
+        long = [packed._run(packed._plan(sample.inputs), sample.inputs) for sample in reference.long]
+        ordinary = []
+        if BACK_ENDS[packed.attention].one_row:
+            # The switch stays on for the model's other calls, such as evaluation; they must not change either.
+            ordinary = [packed.model(**sample.inputs) for sample in (reference.short, *reference.long)]
+    if faults:
+        raise Refused(faults[0])
+
     rejected = scored.clone()
     rejected[:pairs] = False
-
-    # One answer is changed in each of two pairs; all others must keep their log-probs.
-    moved = packed._run(packed._plan(changed), changed)
     still = scored.clone()
     still[[0, pairs + 1]] = False
-
-    # Two deliberate mistakes, to measure their effect on this model: plain causal rows, and wrong positions.
-    causal, wrong_positions = _plain_causal(plan), _disordered(plan)
-    wrong, wrong_moved = (packed._run(causal, batch) for batch in (inputs, changed))
     follower = torch.zeros_like(scored)
     follower[pairs] = scored[pairs]
     leaking = mean_gap(wrong, wrong_moved, follower)
-    misplaced = mean_gap(right, packed._run(wrong_positions, inputs, plan), rejected)
-
+    misplaced = mean_gap(right, mirrored, rejected)
     for outputs in (padded, right):
         if not bool(torch.isfinite(outputs.log_probs).all()):
             raise Refused("log-probs are not finite")
@@ -254,13 +317,10 @@ def _check(packed: PackedPairForward, reference: _Reference) -> float:
         gap = float((padded.aux_loss - right.aux_loss).abs() / padded.aux_loss.abs().clamp(min=1e-6))
         if not gap < bounds.difference:
             raise Refused(f"the mixture's auxiliary loss differs by {gap:.1%} from the padded path's")
-    for sample in reference.long:
-        right = packed._run(packed._plan(sample.inputs), sample.inputs)
-        error = max(error, compare(sample, right, bounds, mistake))
-    if packed.attention == SEGMENTS:
-        # The switch stays on for the model's other calls, such as evaluation; they must not change either.
-        for sample in (reference.short, *reference.long):
-            compare(sample, packed.model(**sample.inputs), bounds, mistake)
+    for sample, outputs in zip(reference.long, long, strict=True):
+        error = max(error, compare(sample, outputs, bounds, mistake))
+    for sample, outputs in zip((reference.short, *reference.long), ordinary, strict=False):
+        compare(sample, outputs, bounds, mistake)
     return error
 
 

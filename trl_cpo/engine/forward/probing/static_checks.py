@@ -5,10 +5,10 @@ import re
 
 import torch
 
+from ..backends import MASKED_ATTENTION, is_kernel
 from ..mask import layer_kinds
 from ..plan import NotPackable
 from ..repack import backbone_of, layers_around, unwrap
-from ..segments import MASKED_ATTENTION
 
 # Model families whose layers mix tokens only through masked attention, with every limit in the configuration; checked by
 # tests/engine/forward/test_model_families.py. Other families are probed over the full length, in case a limit takes effect
@@ -107,7 +107,7 @@ def static_reason(model: torch.nn.Module) -> str | None:
     if _alibi(text):
         return "its positions are ALiBi biases along the row, which position_ids do not change"
     implementation = text._attn_implementation
-    if implementation not in MASKED_ATTENTION:
+    if implementation not in MASKED_ATTENTION and not is_kernel(implementation):
         return f"attention {implementation!r} takes no tree mask; load the model with attn_implementation='sdpa'"
     try:
         layer_kinds(text)

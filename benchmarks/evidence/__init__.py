@@ -1,0 +1,9 @@
+"""Where a constraint pays, where it does not, and at what price: experiments that can be repeated. See docs/evidence.md.
+
+text      turns of dialogues, parted by content into training, validation and test; a tokenizer learnt from them
+small     a small language model, and how it learns text and answers
+arms      the trainings that are compared: the package's forms, and TRL's own losses
+measures  KL, decisions, rewards: of the policy's own answers
+decisions, sampled, misaligned   the experiments
+tables    every table of the docs, from the records alone
+"""
