@@ -1,6 +1,6 @@
 """Runs packed forwards, backwards and steps of an 8B shape on a device without memory, and prints what they asked of it.
 
-    python tests/processes/run_on_fake_gpu.py
+    python tests/processes/run_on_fake_gpu.py varlen segments
 
 The tokens have the lengths of real pairs. One line of JSON: waits, operations a layer, and bytes kept for backward.
 """
@@ -21,28 +21,16 @@ from trl_cpo.engine.forward.plan import BatchPlans
 
 from helpers.fake_device import FakeGPU
 from helpers.pair_batches import model_inputs, random_pairs
+from helpers.tiny import SHAPE_8B
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 #: Prompt, chosen and rejected tokens, in turn.
 SIZES = [(103, 61, 40), (250, 20, 75), (31, 110, 96), (180, 44, 44)]
 
 
-def shape_8b(layers: int) -> Qwen3Config:
-    """Qwen3-8B with fewer layers."""
-    return Qwen3Config(
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-    )
-
-
 def model_on(gpu: FakeGPU, layers: int, lora: bool):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape_8b(layers), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(Qwen3Config(**SHAPE_8B, num_hidden_layers=layers), dtype=torch.bfloat16)
         add_fused_lm_head(model, outputs=OUTPUTS)
         if lora:
             adapters = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -91,7 +79,7 @@ def layer(attention: str, pairs: int, lora: bool) -> dict:
 
 if __name__ == "__main__":
     found = {}
-    for attention in sys.argv[1:] or ["segments"]:
+    for attention in sys.argv[1:]:
         for lora in (False, True):
             for pairs in (8, 32):
                 found[f"{attention}, {'lora' if lora else 'full'}, {pairs}"] = layer(attention, pairs, lora)

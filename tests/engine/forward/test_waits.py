@@ -7,17 +7,27 @@ import sys
 from collections import Counter
 
 import pytest
+from transformers import Qwen3Config
+
+from trl_cpo.plan import PlanRequest, estimate
 
 from helpers.paths import ROOT
+from helpers.tiny import SHAPE_8B
 
-#: Kernels that one more layer starts, forward and backward, by adapters and pairs. Attention by segments makes two calls a
-#: pair, so they grow with the pairs.
-SEGMENTS = {
-    "full, 8": (121, 162),
-    "full, 32": (313, 306),
-    "lora, 8": (149, 189),
-    "lora, 32": (341, 333),
+#: Kernels that one more layer starts, forward and backward, by back end, weights that are trained, and pairs. A
+#: variable-length call takes any number of pairs. Attention by segments makes two calls a pair, so they grow with the pairs.
+KERNELS = {
+    "varlen, full, 8": (54, 125),
+    "varlen, full, 32": (54, 125),
+    "varlen, lora, 8": (84, 152),
+    "varlen, lora, 32": (84, 152),
+    "segments, full, 8": (121, 162),
+    "segments, full, 32": (313, 306),
+    "segments, lora, 8": (149, 189),
+    "segments, lora, 32": (341, 333),
 }
+#: What is kept for backward, thousands of bytes a token and layer.
+KEPT = {"varlen, full": 217, "varlen, lora": 191, "segments, full": 249, "segments, lora": 222}
 
 
 def printed_by(program: str, *arguments: str) -> str:
@@ -29,8 +39,8 @@ def printed_by(program: str, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def segments() -> dict:
-    return json.loads(printed_by("run_on_fake_gpu.py", "segments").splitlines()[-1])
+def layers() -> dict:
+    return json.loads(printed_by("run_on_fake_gpu.py", "varlen", "segments").splitlines()[-1])
 
 
 def test_the_fake_device_sees_every_way_to_wait():
@@ -48,13 +58,38 @@ def test_the_fake_device_sees_every_way_to_wait():
     ]
 
 
-def test_a_packed_forward_and_backward_wait_for_nothing(segments):
-    assert {case: found["waits"] for case, found in segments.items()} == {f"segments, {case}": [] for case in SEGMENTS}
+def test_a_packed_forward_and_backward_wait_for_nothing(layers):
+    assert {case: found["waits"] for case, found in layers.items()} == dict.fromkeys(KERNELS, [])
 
 
-def test_kernels_of_a_layer(segments):
-    started = {case: (found["forward"], found["backward"]) for case, found in segments.items()}
-    assert started == {f"segments, {case}": kernels for case, kernels in SEGMENTS.items()}
+def test_kernels_of_a_layer(layers):
+    assert {case: (found["forward"], found["backward"]) for case, found in layers.items()} == KERNELS
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_plan_knows_what_a_layer_keeps(layers, case):
+    """Within 5 %; the same for any number of pairs."""
+    few, many = (layers[f"{case}, {pairs}"]["kept_per_token"] for pairs in (8, 32))
+    assert few == pytest.approx(many, rel=1e-3) == pytest.approx(1000 * KEPT[case], rel=0.01)
+    back_end, trained = case.split(", ")
+    # The mean pair of the program; TRL gives a quantized model's adapters its type.
+    prompt, answers = (103 + 250 + 31 + 180) / 4, (101 + 95 + 206 + 88) / 4
+    counted = []
+    for blocks in (2, 3):
+        request = PlanRequest(
+            config=Qwen3Config(**SHAPE_8B, num_hidden_layers=blocks),
+            device="cuda" if back_end == "varlen" else "cpu",
+            weight_bytes=2,
+            autocast=False,
+            bits=4 if trained == "lora" else 16,
+            lora_rank=16 if trained == "lora" else 0,
+            checkpointing=False,
+            micro_batch=8,
+            max_length=prompt + answers / 2,
+            prompt_share=prompt / (prompt + answers / 2),
+        )
+        counted.append(estimate(request).forward["activations"])
+    assert (counted[1] - counted[0]) / (8 * (prompt + answers)) == pytest.approx(few, rel=0.05)
 
 
 #: Where the CPU waits for the device in a micro-batch, and why.
