@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .device_check import check_attention, report
-from .plan import NotPackable
+from .plan import NotPackable, sent
 from .segments import FIELDS, is_segment_table, sdpa_attention
 
 varlen_attn: Callable[..., torch.Tensor] | None
@@ -104,14 +104,9 @@ def _layout(segments: tuple[tuple[int, int, int, int], ...], device: torch.devic
         *bounds,
         *(torch.cat(part) if part else torch.zeros(0, dtype=torch.long) for part in (gather, first, shared, second)),
     ]
-    queries, keys, *indices = _sent(torch.cat(parts), device).split([len(part) for part in parts])
+    queries, keys, *indices = sent(parts, device)
     longest = [max(lengths) for lengths in zip(*sequences, strict=True)]
     return Layout(queries.int(), keys.int(), *longest, *indices)
-
-
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device, in one copy that nobody waits for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Gather(torch.autograd.Function):
