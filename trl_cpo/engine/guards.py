@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .._trl.loss import MovedRewards, ObservedLoss
+from .._trl.loss import ObservedLoss
+from .._trl.rewards import MovedRewards
 from ..pairs import PairLogps
 
 #: Consecutive micro-batches with non-finite numbers after which a float16 run is stopped. The loss scaler recovers from
