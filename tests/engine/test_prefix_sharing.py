@@ -9,7 +9,8 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.constraints import CONSTRAINTS
-from trl_cpo.engine.forward import NotPackable, PackedPairForward, backends
+from trl_cpo.engine.forward import NotPackable, PackedPairForward, adapter, backends, plan_pairs
+from trl_cpo.engine.forward.sharing import PLANS
 
 from helpers.tiny import make_lora, make_mamba, make_model, make_moe, pairs_dataset, training_options
 
@@ -181,6 +182,33 @@ def test_eager_attention_is_packed_too(make):
     trainer = make(options={"constraint": "clip", "prefix_sharing": True}, model=model, ref_model=reference)
     trainer.train()
     assert trainer._sharing.verdict(trainer.model).attention == "dense"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_batch_is_planned_once_by_the_loader_for_policy_and_reference(make, monkeypatch, lora, workers):
+    extra = {"peft_config": make_lora()} if lora else {}
+    trainer = make(options={"constraint": "clip", "max_steps": 2, "dataloader_num_workers": workers}, **extra)
+    trainer._sharing.of(trainer.ref_model or trainer.model)  # probed now
+    late = []
+    monkeypatch.setattr(adapter, "plan_pairs", lambda *given, **rows: late.append(rows) or plan_pairs(*given, **rows))
+    trainer.train()
+    trainer.evaluate()
+    assert not late
+    # A batch that comes without a plan is planned once, for both.
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model, {name: value for name, value in batch.items() if name != PLANS})
+    assert len(late) == 1
+
+
+def test_a_stream_is_planned_before_the_forward(make, monkeypatch):
+    late = []
+    stream = pairs_dataset().to_iterable_dataset()
+    trainer = make(options={"constraint": "clip", "max_steps": 2}, train_dataset=stream, eval_dataset=None)
+    trainer._sharing.of(trainer.ref_model)
+    monkeypatch.setattr(adapter, "plan_pairs", lambda *given, **rows: late.append(rows) or plan_pairs(*given, **rows))
+    trainer.train()
+    assert len(late) == 2
 
 
 @pytest.mark.parametrize("wanted", [None, True])

@@ -26,9 +26,9 @@ from transformers import (
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.cli import main
 from trl_cpo.cli.recipe_files import read_config
-from trl_cpo.plan import PlanRequest, cheapest, estimate
+from trl_cpo.plan import PlanRequest, cheapest, estimate, without_checkpointing
 from trl_cpo.plan.activations import kept_by
-from trl_cpo.plan.changes import LADDER
+from trl_cpo.plan.changes import LADDER, SAFE
 from trl_cpo.plan.known import known_config, known_models
 from trl_cpo.plan.memory import HEAD_COPIES, adapters, optimizer, weights
 from trl_cpo.plan.shape import NF4_BYTES, default_targets, shape_of
@@ -412,6 +412,31 @@ class TestLadder:
         assert cheapest(PlanRequest(config=LLAMA_8B), 1e9) is None
 
 
+class TestWithoutCheckpointing:
+    REQUEST = PlanRequest(config=LLAMA_8B, weight_bytes=2, lora_rank=16, micro_batch=8, accumulation=2)
+
+    def test_where_it_fits_it_is_recommended(self):
+        without = estimate(dataclasses.replace(self.REQUEST, checkpointing=False))
+        found = without_checkpointing(self.REQUEST, without.peak / SAFE)
+        assert found.peak == without.peak and found.request == without.request
+        told = as_text(estimate(self.REQUEST), without.peak / SAFE, None, found)
+        assert "can be left off, which saves 1/4 of" in told and told.endswith("\n  --gradient_checkpointing False")
+
+    def test_else_with_smaller_micro_batches_of_the_same_step(self):
+        needed = estimate(dataclasses.replace(self.REQUEST, checkpointing=False)).peak
+        found = without_checkpointing(self.REQUEST, 0.9 * needed / SAFE)
+        assert found.request.micro_batch * found.request.accumulation == 16 and found.request.micro_batch == 4
+        told = as_text(estimate(self.REQUEST), needed, None, found)
+        assert "  --gradient_checkpointing False --per_device_train_batch_size 4 --gradient_accumulation_steps 4" in told
+
+    def test_where_nothing_fits_or_it_is_off_nothing_is_said(self):
+        off = dataclasses.replace(self.REQUEST, checkpointing=False)
+        one = estimate(dataclasses.replace(off, micro_batch=1))
+        assert without_checkpointing(self.REQUEST, 0.99 * one.peak / SAFE) is None
+        assert without_checkpointing(off, 1e12) is None
+        assert "left off" not in as_text(estimate(off), 1e12, None, None)
+
+
 def test_without_triton_the_head_holds_its_tiles_several_times():
     on_cpu, on_gpu = (estimate(dataclasses.replace(BASE, device=d, autocast=False, packed=True)) for d in ("cpu", "cuda"))
     assert on_cpu.forward["logits"] == HEAD_COPIES * on_gpu.forward["logits"]
@@ -497,6 +522,8 @@ class TestCommand:
         assert "Offloading takes 144.5 GB of the machine's memory" in as_text(estimate(request), 30e9, remedy)
 
     def test_a_recipe(self, folder, capsys):
+        assert self.plan("--config", "hh-rlhf-qlora-24gb", "--model", folder, "--memory", "24GB", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["without_checkpointing"]["micro_batch"] == 2
         assert self.plan("--config", "hh-rlhf-qlora-24gb", "--model", folder, "--memory", "24GB") == 0
         assert "base in 4 bits" in capsys.readouterr().out
 

@@ -115,6 +115,27 @@ LADDER: tuple[Change, ...] = (
 )
 
 
+#: Share of a device's memory that a run without gradient checkpointing may take, to be recommended.
+SAFE = 0.9
+
+
+def without_checkpointing(request: PlanRequest, memory: float) -> Estimate | None:
+    """The run without gradient checkpointing where that fits into `SAFE` of `memory` bytes; None: it does not, or is so now.
+
+    If need be with fewer pairs in a micro-batch, and as many times more micro-batches in a step.
+    """
+    if not request.checkpointing:
+        return None
+    for more in range(1, request.micro_batch + 1):
+        pairs, left = divmod(request.micro_batch, more)
+        if left:
+            continue
+        tried = replace(request, checkpointing=False, micro_batch=pairs, accumulation=request.accumulation * more)
+        if (found := estimate(tried)).peak <= SAFE * memory:
+            return found
+    return None
+
+
 def cheapest(request: PlanRequest, memory: float) -> tuple[list[Change], Estimate] | None:
     """The cheapest changes that bring a run under `memory` bytes per device, and the new estimate; None if none do.
 

@@ -3,12 +3,20 @@
 from typing import Any
 
 from .changes import Change
-from .memory import Estimate
+from .memory import Estimate, PlanRequest
 from .size import shown
 
 
-def as_text(estimate: Estimate, memory: float | None, remedy: tuple[list[Change], Estimate] | None) -> str:
-    """A table of the terms, largest first; whether they fit; and if not, the cheapest changes that make them fit."""
+def as_text(
+    estimate: Estimate,
+    memory: float | None,
+    remedy: tuple[list[Change], Estimate] | None,
+    unchecked: Estimate | None = None,
+) -> str:
+    """A table of the terms, largest first; whether they fit; and if not, the cheapest changes that make them fit.
+
+    `unchecked` is the run without gradient checkpointing, where that can be left off.
+    """
     request, shape = estimate.request, estimate.shape
     kind = f"LoRA r {request.lora_rank}" if request.lora_rank else "full fine-tuning"
     base = "" if request.bits >= 16 else f", base in {request.bits} bits"
@@ -35,6 +43,7 @@ def as_text(estimate: Estimate, memory: float | None, remedy: tuple[list[Change]
         return "\n".join(lines)
     if estimate.peak <= memory:
         lines.append(f"It fits into {shown(memory)}, with {shown(memory - estimate.peak)} to spare.")
+        lines += [] if unchecked is None else [_leave_off_checkpointing(request, unchecked)]
     elif remedy is None:
         lines.append(f"It does not fit into {shown(memory)}, and no change known here makes it fit.")
     else:
@@ -48,6 +57,19 @@ def as_text(estimate: Estimate, memory: float | None, remedy: tuple[list[Change]
     return "\n".join(lines)
 
 
+def _leave_off_checkpointing(request: PlanRequest, without: Estimate) -> str:
+    made = without.request
+    options = "--gradient_checkpointing False"
+    if made.micro_batch != request.micro_batch:
+        options += f" --per_device_train_batch_size {made.micro_batch} --gradient_accumulation_steps {made.accumulation}"
+    # In passes over the weights: forward, gradients of states, gradients of all weights, forward again; the reference's.
+    passes = (3 if request.lora_rank else 4) + (0 if request.precomputed else 1)
+    return (
+        f"Gradient checkpointing can be left off, which saves 1/{passes} of a step's arithmetic and then needs "
+        f"{shown(without.peak)}:\n  {options}"
+    )
+
+
 def _machine_memory(estimate: Estimate) -> str:
     return (
         f"Offloading takes {shown(estimate.machine_memory)} of the machine's memory for all its devices together; DeepSpeed "
@@ -55,7 +77,12 @@ def _machine_memory(estimate: Estimate) -> str:
     )
 
 
-def as_document(estimate: Estimate, memory: float | None, remedy: tuple[list[Change], Estimate] | None) -> dict[str, Any]:
+def as_document(
+    estimate: Estimate,
+    memory: float | None,
+    remedy: tuple[list[Change], Estimate] | None,
+    unchecked: Estimate | None = None,
+) -> dict[str, Any]:
     """The same as plain values for JSON, in bytes."""
     request = {name: value for name, value in vars(estimate.request).items() if name != "config"}
     return {
@@ -69,5 +96,12 @@ def as_document(estimate: Estimate, memory: float | None, remedy: tuple[list[Cha
         "fits": None if memory is None else estimate.peak <= memory,
         "changes": None if remedy is None else [change.option for change in remedy[0]],
         "peak_after_changes": None if remedy is None else round(remedy[1].peak),
+        "without_checkpointing": None
+        if unchecked is None
+        else {
+            "peak": round(unchecked.peak),
+            "micro_batch": unchecked.request.micro_batch,
+            "accumulation": unchecked.request.accumulation,
+        },
         "machine_memory_after_changes": None if remedy is None else round(remedy[1].machine_memory),
     }
