@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import DPOConfig, DPOTrainer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
+from trl_cpo._trl.datasets import of_tokens_alone
 from trl_cpo.data.loading import load_pairs, to_conversational
 
 #: Model shapes for random weights: hidden, MLP, layers, heads, key-value heads, vocabulary.
@@ -151,9 +152,9 @@ def batches_of(trainer, setting: Setting) -> list[dict[str, torch.Tensor]]:
         rows = made_up_tokens(setting, setting.batch * setting.batches)
     else:
         rows = trainer.train_dataset
-    batches = []
+    batches, collator = [], of_tokens_alone(trainer.data_collator)  # TRL's arm takes no plan
     for start in range(0, len(rows) - setting.batch + 1, setting.batch):
-        batch = trainer.data_collator([rows[i] for i in range(start, start + setting.batch)])
+        batch = collator([rows[i] for i in range(start, start + setting.batch)])
         if setting.padded_tokens is None or batch["input_ids"].numel() <= setting.padded_tokens:
             batches.append(batch)
         if len(batches) == setting.batches:

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -89,7 +90,9 @@ class CPOConstrainedTrainer(DPOTrainer):
         self._columns = columns = LabelColumns.of(args, datasets)
         if columns.fitted is not None and args.process_index == 0:
             logger.warning_once(str(columns.fitted))
-        self._gammas = columns.gammas(args.gamma)
+        gammas = columns.gammas(args.gamma)
+        # On the device for the loss, on the CPU for the metrics.
+        self._gammas = {} if gammas is None else {each.type: gammas.to(each) for each in (torch.device("cpu"), args.device)}
         self._bounds = args.bounds(columns.groups, columns.epsilons())
         names = [*METRICS, *reach_metrics(self._form), *([] if args.chosen_floor is None else [FALLEN])]
         self._ledgers = {mode: GroupLedgers(names, columns.groups) for mode in ("train", "eval")}
@@ -99,8 +102,6 @@ class CPOConstrainedTrainer(DPOTrainer):
         return self._columns.attached(dataset, name)
 
     def constructed(self) -> None:
-        if self._gammas is not None:
-            self._gammas = self._gammas.to(self.accelerator.device)
         if self.args.price:
             self.price = PriceTracker.of(self, self._limit)
 
@@ -124,7 +125,8 @@ class CPOConstrainedTrainer(DPOTrainer):
         )
 
     def _labelled(self, labels: PairLabels) -> LabelledForm:
-        return LabelledForm(self._form, labels, self._gammas, list(zip(self.loss_types, self.loss_weights, strict=True)))
+        gammas = self._gammas[labels.group.device.type] if self._gammas else None
+        return LabelledForm(self._form, labels, gammas, list(zip(self.loss_types, self.loss_weights, strict=True)))
 
     def on_batch(self, batch) -> None:
         pairs, targets = batch.counted()

@@ -4,7 +4,7 @@ Runs the experiments of docs/evidence.md and prints their tables.
     python -m benchmarks.evidence decisions --text PATH            # tuning: every arm, one seed
     python -m benchmarks.evidence decisions --text PATH --final    # each method's best arm by the validation part, more seeds
     python -m benchmarks.evidence sampled --text PATH --final
-    python -m benchmarks.evidence tables
+    python -m benchmarks.evidence tables --into docs/evidence.md
 
 PATH holds pairs as HH-RLHF writes them, for instance harmless-base's test split. Models are kept in --work, one line a run in
 --records; a run that is recorded is not run again. `--small` tries all of it in two minutes with the package's own pairs.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import decisions, misaligned, sampled, tables
+from . import decisions, figure, misaligned, sampled, tables
 from .text import learn_tokenizer, read_texts
 
 RECORDS = Path(__file__).parent / "records"
@@ -134,10 +134,17 @@ def main(arguments: list[str] | None = None) -> None:
         if name in tables.LEVELS:
             run.add_argument("--final", action="store_true", help="the best arm of each method by the validation part")
         run.add_argument("--small", action="store_true", help="try the programs; the numbers mean nothing")
-    verbs.add_parser("tables", help="print every table").add_argument("--records", type=Path, default=RECORDS)
+    table = verbs.add_parser("tables", help="print every table, or write those of a page and the figure beside it")
+    table.add_argument("--records", type=Path, default=RECORDS)
+    table.add_argument("--into", type=Path, help="page to fill")
     options = parser.parse_args(arguments)
     if options.verb == "tables":
-        print(tables.everything(options.records))
+        if options.into is None:
+            print(tables.everything(options.records))
+        else:
+            text = options.into.read_text(encoding="utf-8")
+            options.into.write_text(tables.filled(text, options.records), encoding="utf-8")
+            options.into.with_suffix(".svg").write_text(figure.figure(options.records), encoding="utf-8")
         return
     if options.text is None and not options.small:
         parser.error("--text is missing: pairs as HH-RLHF writes them, or --small to try the programs with the package's own.")

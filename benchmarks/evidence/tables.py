@@ -7,6 +7,7 @@ Student's t over seeds at 95 %, Bonferroni over the methods of a table.
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,15 @@ def named(folder: Path) -> dict[str, str]:
     if runs := read(folder / "misaligned.jsonl"):
         found["misaligned"] = misaligned(runs)
     return found
+
+
+MARK = re.compile(r"<!-- table: (?P<name>.+?) -->\n(?:\|.*\n)*")
+
+
+def filled(text: str, folder: Path) -> str:
+    """A page with the tables that it names: behind each `<!-- table: NAME -->`. Raises `KeyError` for an unknown name."""
+    tables = named(folder)
+    return MARK.sub(lambda found: f"<!-- table: {found['name']} -->\n{tables[found['name']]}\n", text)
 
 
 COLUMNS = {

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from trl_cpo.audit.advice import advise, interval, percent, times
+from trl_cpo.audit.advice import DECISION, advise, interval, percent, times
 from trl_cpo.audit.document import audited_set, last_words
 from trl_cpo.audit.measures import Settings
 from trl_cpo.audit.text import render
@@ -86,6 +86,18 @@ def test_deep_misalignment_calls_for_the_constraint():
     assert "trusts every label" in advice["labels"] and "DPO puts 40.0 %" in advice["labels"]
 
 
+@pytest.mark.parametrize(("tokens", "case"), [(2, "decisions"), (DECISION, "decisions"), (DECISION + 1, "constrain")])
+def test_short_answers_are_decisions(tokens, case):
+    """However shallow or deep, at any β that the audit was asked for: β is what a constraint sets free."""
+    lengths = np.full(1000, tokens)
+    advice = said(audited(pairs_of(mixed(), lengths, lengths)))
+    assert {"decisions", "constrain"} & set(advice) == {case}
+    if case == "decisions":
+        assert f"median {tokens} tokens" in advice[case] and "beta 1 and gamma 1" in advice[case]
+        shallow = said(audited(pairs_of(mixed(depth=2.0), lengths, lengths), Settings(0.004, 1.0)))
+        assert "decisions" in shallow and "dpo_as_fast" not in shallow
+
+
 def test_the_same_pairs_at_a_small_beta_are_dpos():
     """βD is what counts: at β = 0.004 the pairs at −50 are as shallow as those at −2 were."""
     assert "dpo_as_fast" in said(audited(pairs_of(mixed()), Settings(0.004, 1.0)))
@@ -98,10 +110,10 @@ def test_length_alone_is_not_to_be_constrained_by_sums():
     noise = rng.normal(0, 1, 800)
     pairs = ScoredPairs(-chosen + noise, -rejected * 1.0, chosen, rejected)
     advice = said(audited(pairs))
-    assert "constrain" not in advice and "Do not constrain sums here" in advice["constrain_means"]
+    assert "constrain" not in advice and "Do not constrain here" in advice["length_not_preference"]
     assert "does not show it" in advice["length"]
     by_means = said(audited(pairs, Settings(2.5, 0.05, "mean")))
-    assert "constrain_means" not in by_means and "length" not in by_means
+    assert "length_not_preference" not in by_means and "length" not in by_means
 
 
 def test_means_are_advised_on_by_means():

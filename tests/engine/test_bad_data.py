@@ -117,6 +117,28 @@ def test_a_reference_without_numbers_for_one_pair_is_refused_with_its_text(make)
     assert text in message
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_bad_numbers_in_any_micro_batch_stop_the_run_before_its_step(make, bad):
+    """The micro-batches of a step are looked at together, at its end."""
+    trainer = make(
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "max_steps": 2}, ref_model=broken_at_one_token()
+    )
+    calls, compute = [], trainer.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        calls.append(len(calls))
+        if len(calls) == 3 + bad + 1:  # in the second step
+            inputs["input_ids"][[1, 3], 0] = UNSEEN
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    with pytest.raises(
+        FloatingPointError, match="^Step 2: log-probabilities are NaN or infinite for pair 1 of the micro-batch"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 1 and len(calls) == 6
+
+
 def test_an_evaluation_counts_pairs_without_numbers_and_leaves_them_out(make):
     """Nothing is learned from an evaluation, so it does not end a run; transformers drops such losses without a word."""
     trainer = make({"constraint": "clip", "per_device_eval_batch_size": 2}, model=broken_at_one_token())

@@ -92,3 +92,12 @@ def test_a_transformers_model_gives_the_same_afterwards():
         first = model(inputs).logits
         assert torch.equal(first, model(inputs).logits) and not first.requires_grad
     assert model.training and not torch.equal(model(inputs).logits, first)
+
+
+def test_a_models_layers_are_looked_through_once(monkeypatch):
+    model, walks = torch.nn.Sequential(Repacked(2, 2)), []
+    walk = torch.nn.Module.modules
+    monkeypatch.setattr(torch.nn.Module, "modules", lambda self: (walks.append(self), walk(self))[1])
+    keep_trainable(model)
+    keep_trainable(model)
+    assert len(walks) == 1 and not model[0].support_avx512bf16_for_cpu

@@ -183,6 +183,17 @@ def test_eager_attention_is_packed_too(make):
     assert trainer._sharing.verdict(trainer.model).attention == "dense"
 
 
+@pytest.mark.parametrize("wanted", [None, True])
+def test_a_run_that_is_compiled_runs_padded_and_says_so(make, caplog, wanted):
+    options = {"constraint": "clip", "torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = make(options={**options, "prefix_sharing": wanted})
+    assert not in_use(trainer)
+    assert caplog.text.count("torch_compile=True: pairs run padded, without prefix sharing") == 1
+    caplog.clear()
+    make(options={**options, "prefix_sharing": False})
+    assert "pairs run padded" not in caplog.text
+
+
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"precompute_ref_log_probs": True}], ids=str)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_it_trains_over_variable_length_attention_as_dpotrainer_does(make, options, lora, flash_kernels, monkeypatch):

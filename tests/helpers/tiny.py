@@ -77,6 +77,17 @@ _WORDS = [
 ]
 
 
+#: Of Qwen3-8B, for devices without memory.
+SHAPE_8B = dict(
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+)
+
+
 def sentence(rng: random.Random, low: int, high: int) -> str:
     return " ".join(rng.choice(_WORDS) for _ in range(rng.randint(low, high)))
 

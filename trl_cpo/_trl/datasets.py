@@ -52,8 +52,10 @@ class ColumnsBeside:
 
 
 def of_tokens_alone(collator: Any) -> Any:
-    """The collator without the columns that `ColumnsBeside` adds: what a reference is scored with."""
-    return collator.collator if isinstance(collator, ColumnsBeside) else collator
+    """The collator without what `ColumnsBeside` adds: what a reference is scored with."""
+    while isinstance(collator, ColumnsBeside):
+        collator = collator.collator
+    return collator
 
 
 #: The columns of a pair that hold its text.

@@ -19,6 +19,7 @@ from trl import DPOTrainer
 from trl import __version__ as trl_version
 
 from ..pairs import PairLogps, completion_lengths, degenerate_pairs, sequence_logps
+from .rewards import MovedRewards
 
 #: What each of DPOTrainer's loss types depends on: the difference of summed log-ratios ("sum") or of their means per token
 #: ("mean"), each side's log-ratio by itself ("one side"), or no reference at all ("no reference").
@@ -54,6 +55,7 @@ class ObservedLoss:
         pairs: log-probabilities, (B,) each; the policy's keep their graph.
         target: target margins t, (B,), nats.
         degenerate: (B,), bool: pairs whose answers cannot be compared.
+        rewards: DPO's rewards, to be put in place of those just logged; None: the target was not moved.
     """
 
     loss: Tensor
@@ -61,6 +63,7 @@ class ObservedLoss:
     pairs: PairLogps
     target: Tensor
     degenerate: Tensor
+    rewards: MovedRewards | None = None
 
 
 class _Observed:
@@ -101,8 +104,8 @@ def observed_loss(
 
     DPO's loss at the target t equals DPO's loss against a reference whose gap is t. So the reference's rejected
     log-probability is lowered by `t − δ_ref` before the loss (times the response's length where the loss averages per
-    token), and the logged `rewards/*` are corrected to the true reference after it. The forwards are those of DPOTrainer,
-    in the same order. Degenerate pairs keep DPO's target and get nothing added.
+    token). The logged `rewards/*` are then of that reference, until DPO's are put in their place (`MovedRewards`). The
+    forwards are those of DPOTrainer, in the same order. Degenerate pairs keep DPO's target and get nothing added.
 
     Args:
         trainer: the trainer that computes the loss.
@@ -157,13 +160,12 @@ def observed_loss(
             f"{1 + bool(return_outputs)}. It cannot tell which log-probabilities the loss used. Please report this, with the "
             "TRL version."
         )
-    if "log_ratios" in seen:
-        _restore_rewards(trainer, seen["log_ratios"])
+    rewards = MovedRewards.of(trainer, seen["log_ratios"]) if "log_ratios" in seen else None
     loss, *others = result if return_outputs else (result,)
     added = None if added_loss is None else added_loss(seen["pairs"])
     if added is not None:
         loss = loss + torch.where(degenerate, 0.0, added).mean()
-    return ObservedLoss(loss, tuple(others), seen["pairs"], seen["target"], degenerate)
+    return ObservedLoss(loss, tuple(others), seen["pairs"], seen["target"], degenerate, rewards)
 
 
 def reference_logps(trainer: DPOTrainer, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -187,13 +189,3 @@ def policy_logps(trainer: DPOTrainer, forward: Callable, inputs: dict[str, Tenso
     with trainer.accelerator.autocast():
         outputs = forward(**features, use_cache=False, labels=labels, fused_lm_head=True)
     return sequence_logps(outputs.log_probs, mask, trainer.ld_alpha).chunk(2)
-
-
-def _restore_rewards(trainer: DPOTrainer, log_ratios: Tensor) -> None:
-    """Replaces the `rewards/*` just logged at a moved target by DPO's, β (s_θ − s_ref), from (B, 2) log-ratios."""
-    rewards = trainer.beta * log_ratios
-    chosen, rejected = trainer.accelerator.gather(rewards).unbind(dim=1)
-    logged = trainer._metrics["train" if trainer.model.training else "eval"]
-    logged["rewards/rejected"][-1] = rejected.mean().item()
-    logged["rewards/accuracies"][-1] = (chosen > rejected).float().mean().item()
-    logged["rewards/margins"][-1] = (chosen - rejected).mean().item()

@@ -4,12 +4,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..units import DEFAULTS_OF_MEANS
-
-#: The loss by means that is advised where sums are length.
-_MEANS = {**DEFAULTS_OF_MEANS, "reduction": "mean"}
+#: The loss that is advised for decisions.
+_DECISIONS = {"beta": 1.0, "gamma": 1.0, "reduction": "sum"}
 #: Advice after which plain DPO is what to train.
-_PLAIN = ("dpo_as_good", "undecided", "dpo_as_fast", "nothing_to_escape")
+_PLAIN = ("dpo_as_good", "undecided", "dpo_as_fast", "nothing_to_escape", "length_not_preference")
 
 
 def train_command(advice: Sequence[Mapping[str, str]], settings: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
@@ -23,8 +21,8 @@ def train_command(advice: Sequence[Mapping[str, str]], settings: Mapping[str, An
     cases = {piece["case"] for piece in advice}
     if "constrain" in cases:
         constraint, loss = "clip", settings
-    elif "constrain_means" in cases:
-        constraint, loss = "clip", _MEANS
+    elif "decisions" in cases:
+        constraint, loss = "clip", _DECISIONS
     elif cases & set(_PLAIN):
         constraint, loss = "none", settings
     else:

@@ -164,12 +164,14 @@ def escape(ref_gap: np.ndarray, gap: np.ndarray, settings: Settings) -> dict:
 
 
 def length(pairs: ScoredPairs) -> dict:
-    """Whether δ_ref follows the lengths: its rank correlation with `tokens(chosen) − tokens(rejected)`, and the fraction
-    misaligned where the chosen answer is longer, as long, and shorter; by sums and by means.
+    """How long answers are (median tokens of both), and whether δ_ref follows the lengths: its rank correlation with
+    `tokens(chosen) − tokens(rejected)`, and the fraction misaligned where the chosen answer is longer, as long, and shorter;
+    by sums and by means.
     """
     longer_by = pairs.chosen_tokens - pairs.rejected_tokens
     groups = {"longer": longer_by > 0, "same": longer_by == 0, "shorter": longer_by < 0}
-    document = {"longer_by": _spread(longer_by.astype(np.float64))}
+    tokens = np.concatenate([pairs.chosen_tokens, pairs.rejected_tokens])
+    document = {"tokens": float(np.median(tokens)), "longer_by": _spread(longer_by.astype(np.float64))}
     for name in REDUCTIONS:
         ref_gap = pairs.ref_gap(name)
         document[name] = {

@@ -115,7 +115,7 @@ def _request(options: argparse.Namespace, args, policy, device: str):
         lora_targets=targets if isinstance(targets, str) else tuple(targets or ()),
         precomputed=bool(args.precompute_ref_log_probs),
         checkpointing=bool(args.gradient_checkpointing),
-        packed=bool(packed),
+        packed=bool(packed) and not args.torch_compile,
         micro_batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         max_length=args.max_length or 1024,

@@ -35,7 +35,7 @@ from ..data import validation
 from ..pairs import PairLogps
 from .batching import BalancedSampler, TokenBudget, pair_tokens
 from .config import DPOConfig
-from .forward.sharing import PrefixSharing
+from .forward.sharing import PlansBeside, PrefixSharing
 from .guards import BatchGuard, GatheredBatch
 from .model_state import evaluation_mode, keep_trainable
 from .precision import in_half_precision
@@ -175,6 +175,8 @@ class DPOTrainer(ResumableTrainer):
         )
         if self._carried:
             self.data_collator = ColumnsBeside(self.data_collator, self._carried)
+        if self._sharing.wanted is not False:
+            self.data_collator = PlansBeside(self.data_collator)
         self._check_reference_stays()
         self.reference_tables.weights_may_change()
         self._guard = BatchGuard(self.accelerator, lambda ids: self.processing_class.decode(ids))
@@ -233,7 +235,7 @@ class DPOTrainer(ResumableTrainer):
         """Called once, at the end of construction: the model is where training starts, or was started that is resumed."""
 
     def on_batch(self, batch: GatheredBatch) -> None:
-        """Called with every training and evaluation batch, gathered over all processes."""
+        """Called with every training and evaluation batch, gathered over all processes: in training at the end of a step."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss with the guards, through the packed forward if it is in use."""
@@ -261,28 +263,35 @@ class DPOTrainer(ResumableTrainer):
             FloatingPointError: in training, a log-probability or the loss is not finite.
             ValueError: on the first micro-batch of a run, the policy differs from its reference.
         """
-        observed = observed_loss(
-            self,
-            super().compute_loss,
-            model,
-            inputs,
-            forward=self._sharing.of(model),
-            reduction=reduction,
-            target_of=target_of,
-            added_loss=added_loss,
-            return_outputs=return_outputs,
-            num_items_in_batch=num_items_in_batch,
-        )
-        training, step = self.model.training, self.state.global_step
-        batch = self._guard.gathered(observed, inputs, training=training, step=step + 1, beside=beside)
-        self.on_batch(batch)
-        loss = observed.loss
-        if not training:
-            self._evaluated.append((batch.logps, batch.degenerate))
-        elif isinstance(self._order, TokenBudget):
-            loss = loss * (len(observed.target) / self._order.mean_pairs)
-        if training and batch.sound and self._start_check.due(step):
-            self._check_start(model, inputs, observed.pairs, reduction)
+        with self._sharing.batch(inputs) as inputs:
+            observed = observed_loss(
+                self,
+                super().compute_loss,
+                model,
+                inputs,
+                forward=self._sharing.of(model),
+                reduction=reduction,
+                target_of=target_of,
+                added_loss=added_loss,
+                return_outputs=return_outputs,
+                num_items_in_batch=num_items_in_batch,
+            )
+            loss, training, step = observed.loss, self.model.training, self.state.global_step
+            if not training:
+                batch = self._guard.evaluated(observed, beside)
+                self.on_batch(batch)
+                self._evaluated.append((batch.logps, batch.degenerate))
+            else:
+                self._guard.take(observed, inputs, step=step + 1, beside=beside)
+                if isinstance(self._order, TokenBudget):
+                    loss = loss * (len(observed.target) / self._order.mean_pairs)
+                # At the end of a step, before its last backward pass: each look waits for the device.
+                if self.accelerator.sync_gradients or self._start_check.is_open:
+                    batches = self._guard.settle()
+                    for batch in batches:
+                        self.on_batch(batch)
+                    if batches[-1].sound and self._start_check.due(step):
+                        self._check_start(model, inputs, observed.pairs, reduction)
         return (loss, *observed.outputs) if return_outputs else loss
 
     def train(self, *args, **kwargs):
@@ -294,6 +303,7 @@ class DPOTrainer(ResumableTrainer):
                 "or unfreeze the model with model.requires_grad_(True), before the trainer is made."
             )
         self._check_reference_stays()  # parameters may have been unfrozen since
+        self._guard.begin()
         return super().train(*args, **kwargs)
 
     def _check_reference_stays(self) -> None:
@@ -331,7 +341,8 @@ class DPOTrainer(ResumableTrainer):
     def compute_ref_log_probs(self, model, inputs):
         """The reference's log-probabilities of a batch, through the packed forward if it is in use."""
         keep_trainable(model)  # a precomputed reference runs before __init__ gets to its own call
-        return super().compute_ref_log_probs(self._sharing.of(model), inputs)
+        with self._sharing.batch(inputs) as inputs:
+            return super().compute_ref_log_probs(self._sharing.of(model), inputs)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if not isinstance(dataset, Dataset):
@@ -394,14 +405,17 @@ class DPOTrainer(ResumableTrainer):
         self._order = TokenBudget(self._costs(), tokens=self.args.tokens_per_step, **self._dealing())
         return train_dataloader(self, self._order)
 
-    def _get_dataloader(self, *args, is_training: bool = False, **options):
+    def _get_dataloader(self, dataset, *args, is_training: bool = False, **options):
         # `dataloader_drop_last` is about training: an evaluation without its last pairs would be of other pairs.
-        asked = self.args.dataloader_drop_last
+        asked, collator = self.args.dataloader_drop_last, self.data_collator
         self.args.dataloader_drop_last = asked and is_training
+        if isinstance(dataset, IterableDataset) and isinstance(collator, PlansBeside):
+            # Accelerate cuts and joins the batches of a stream, and a plan is of one batch.
+            self.data_collator = collator.collator
         try:
-            return super()._get_dataloader(*args, is_training=is_training, **options)
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **options)
         finally:
-            self.args.dataloader_drop_last = asked
+            self.args.dataloader_drop_last, self.data_collator = asked, collator
 
     @property
     def mean_pairs(self) -> float | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .._trl.loss import ObservedLoss
+from .._trl.rewards import MovedRewards
 from ..pairs import PairLogps
 
 #: Consecutive micro-batches with non-finite numbers after which a float16 run is stopped. The loss scaler recovers from
@@ -19,7 +20,7 @@ FLOAT16_PATIENCE = 20
 
 @dataclass(frozen=True)
 class GatheredBatch:
-    """The results of a batch of pairs from all processes; the same on every process.
+    """The results of a batch of pairs from all processes, on the CPU; the same on every process.
 
     Attributes:
         logps: (N, 4), as `PairLogps.rows` makes them, nats.
@@ -42,17 +43,9 @@ class GatheredBatch:
     beside: Tensor | None = None
 
     @classmethod
-    def of(cls, observed: ObservedLoss, gather: Callable[[Tensor], Tensor], beside: Tensor | None = None) -> "GatheredBatch":
-        """Gathers a batch over all processes, with one collective and one wait for the device.
-
-        `beside` is (B, K), numbers that float32 holds exactly.
-        """
-        pairs = observed.pairs.detach()
-        loss = observed.loss.detach().expand(len(observed.target))
-        marks = torch.stack([observed.target, observed.degenerate, loss], dim=1)
-        rows = [pairs.rows(), marks] if beside is None else [pairs.rows(), marks, beside.to(marks.dtype)]
-        gathered = gather(torch.cat(rows, dim=1))
-        logps, marks, beside = gathered.split([4, 3, gathered.size(1) - 7], dim=1)
+    def of(cls, rows: Tensor) -> "GatheredBatch":
+        """The batch of the gathered `rows_of` all processes."""
+        logps, marks, beside = rows.split([4, 3, rows.size(1) - 7], dim=1)
         targets, degenerate, losses = marks.unbind(dim=1)
         degenerate, finite = degenerate.bool(), logps.isfinite()
         known = (
@@ -90,54 +83,98 @@ class GatheredBatch:
         return {name: count for name, count in counts.items() if count}
 
 
+def rows_of(observed: ObservedLoss, beside: Tensor | None = None) -> Tensor:
+    """All that is gathered of each pair, (B, 7 + K). `beside` is (B, K), numbers that float32 holds exactly."""
+    pairs = observed.pairs.detach()
+    loss = observed.loss.detach().expand(len(observed.target))
+    marks = torch.stack([observed.target, observed.degenerate, loss], dim=1)
+    return torch.cat([pairs.rows(), marks] if beside is None else [pairs.rows(), marks, beside.to(marks.dtype)], dim=1)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A micro-batch on the device: its gathered rows, and what its messages and its log need."""
+
+    rows: Tensor
+    inputs: dict[str, Tensor]
+    step: int
+    rewards: MovedRewards | None
+
+
 class BatchGuard:
     """Stops training before a batch with non-finite numbers reaches the weights.
 
-    Under fp16 the loss scaler skips such steps, so a few in a row are tolerated (`FLOAT16_PATIENCE`).
+    The micro-batches of a step are taken as they come, and looked at together before its last backward pass, so that the
+    CPU waits for the device once a step. Under fp16 the loss scaler skips a step with bad numbers, so a few in a row are
+    tolerated (`FLOAT16_PATIENCE`).
     """
 
     def __init__(self, accelerator: Accelerator, decode: Callable[[Any], str]):
         self._accelerator = accelerator
         self._decode = decode
         self._unsound = 0  # micro-batches in a row
+        self._taken: list[_Taken] = []
 
-    def gathered(
-        self,
-        observed: ObservedLoss,
-        inputs: dict[str, Tensor],
-        *,
-        training: bool,
-        step: int,
-        beside: Tensor | None = None,
-    ) -> GatheredBatch:
-        """Gathers the batch of all processes; every process must call it.
+    def begin(self) -> None:
+        """Start of training: drops micro-batches of a step that was interrupted."""
+        self._taken = []
+
+    def evaluated(self, observed: ObservedLoss, beside: Tensor | None = None) -> GatheredBatch:
+        """The evaluated batch of all processes, without rows repeated to fill the last one; every process must call it."""
+        rows = self._accelerator.gather_for_metrics(rows_of(observed, beside))
+        taken = _Taken(rows, {}, 0, observed.rewards)
+        return GatheredBatch.of(*_on_cpu([taken]))
+
+    def take(self, observed: ObservedLoss, inputs: dict[str, Tensor], *, step: int, beside: Tensor | None = None) -> None:
+        """Gathers a micro-batch that is trained on from all processes; every process must call it. Waits for nothing.
+
+        Rows repeated to fill the last batch count, because they are trained on.
 
         Args:
             observed: the loss and log-probabilities of this process.
             inputs: the collated batch.
-            training: whether the batch is trained on. Rows repeated to fill the last batch count in training, because they
-                are trained on; in evaluation they do not.
             step: number of the optimizer step, from 1.
             beside: (B, K), gathered with them; None: nothing.
+        """
+        rows = self._accelerator.gather(rows_of(observed, beside))
+        texts = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        self._taken.append(_Taken(rows, texts, step, observed.rewards))
+
+    def settle(self) -> list[GatheredBatch]:
+        """The micro-batches taken since the last call, in order, in one copy from the device.
 
         Raises:
-            FloatingPointError: in training, a log-probability or the loss is not finite. The message names the pairs and
-                a remedy.
+            FloatingPointError: a log-probability or a loss is not finite. The message names the pairs and a remedy.
         """
-        gather = self._accelerator.gather if training else self._accelerator.gather_for_metrics
-        batch = GatheredBatch.of(observed, gather, beside)
-        if not training:
-            return batch
-        self._unsound = 0 if batch.sound else self._unsound + 1
-        if batch.sound or self._is_patient(batch):
-            return batch
-        text_of = _texts(inputs["input_ids"], inputs.get("attention_mask"), self._decode)
-        rank, pairs = self._accelerator.process_index, len(inputs["input_ids"]) // 2
-        raise FloatingPointError(not_finite_message(batch, step=step, per_process=pairs, text_of=text_of, rank=rank))
+        taken, self._taken = self._taken, []
+        batches = [GatheredBatch.of(rows) for rows in _on_cpu(taken)]
+        for one, batch in zip(taken, batches, strict=True):
+            self._unsound = 0 if batch.sound else self._unsound + 1
+            if batch.sound or self._is_patient(batch):
+                continue
+            text_of = _texts(one.inputs["input_ids"], one.inputs.get("attention_mask"), self._decode)
+            rank, pairs = self._accelerator.process_index, len(one.inputs["input_ids"]) // 2
+            raise FloatingPointError(not_finite_message(batch, step=one.step, per_process=pairs, text_of=text_of, rank=rank))
+        return batches
 
     def _is_patient(self, batch: GatheredBatch) -> bool:
         half = self._accelerator.mixed_precision == "fp16"
         return half and batch.reference_sound and self._unsound < FLOAT16_PATIENCE
+
+
+def _on_cpu(taken: list[_Taken]) -> list[Tensor]:
+    """The rows of micro-batches, in one copy with the rewards, which go to the log."""
+    tensors = [tensor for one in taken for tensor in (one.rows, one.rewards and one.rewards.numbers) if tensor is not None]
+    if tensors and tensors[0].device.type != "cpu":
+        parts = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([tensor.numel() for tensor in tensors])
+        tensors = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    copied = iter(tensors)
+    rows = []
+    for one in taken:
+        rows.append(next(copied))
+        if one.rewards is not None:
+            one.rewards.restore(next(copied).tolist())
+    return rows
 
 
 def not_finite_message(batch: GatheredBatch, *, step: int, per_process: int, text_of: Callable[[int], str], rank: int) -> str:

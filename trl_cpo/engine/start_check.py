@@ -35,6 +35,11 @@ class StartCheck:
         self._due = exempt is None
         self._tolerance = HALF_PRECISION_TOLERANCE if half_precision else FULL_PRECISION_TOLERANCE
 
+    @property
+    def is_open(self) -> bool:
+        """Whether `due` was not asked yet, and may say yes."""
+        return self._due
+
     def due(self, step: int) -> bool:
         """Whether to check this batch, `step` optimizer steps into the run; True at most once."""
         due, self._due = self._due, False

@@ -38,18 +38,25 @@ class Kept:
 class _LikeLora(nn.Module):
     """A frozen linear layer with an adapter. It runs PEFT's operations, so it keeps what PEFT's layer keeps."""
 
-    def __init__(self, base: nn.Linear, rank: int):
+    def __init__(self, base: nn.Linear, rank: int, dtype: torch.dtype):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.down = nn.Linear(base.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, base.out_features, bias=False)
+        self.down = nn.Linear(base.in_features, rank, bias=False, dtype=dtype)
+        self.up = nn.Linear(rank, base.out_features, bias=False, dtype=dtype)
 
     def forward(self, x):
         result = self.base(x)
         return result + self.up(self.down(x.to(self.down.weight.dtype))) * 2.0
 
 
-def kept_by(config: Any, *, dtype: torch.dtype, autocast: bool, lora: str | tuple[str, ...] = ()) -> tuple[Kept, Kept]:
+def kept_by(
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    autocast: bool,
+    lora: str | tuple[str, ...] = (),
+    lora_dtype: torch.dtype = torch.float32,
+) -> tuple[Kept, Kept]:
     """What one block keeps for backward, and what the rest of the model without the head keeps.
 
     Builds the model with one block and with two, and runs both on fake tensors with rows of three lengths; the difference
@@ -60,12 +67,13 @@ def kept_by(config: Any, *, dtype: torch.dtype, autocast: bool, lora: str | tupl
         dtype: type of the weights.
         autocast: whether the model runs under bfloat16 autocast.
         lora: the linear layers that have adapters, as PEFT takes them; all else is frozen then. Empty: all is trained.
+        lora_dtype: type of the adapters' weights.
 
     Raises:
         ValueError: the model cannot run on fake tensors, because its computation depends on values, as in mixtures of
             experts.
     """
-    return _kept_by(config.to_json_string(), config, dtype, autocast, lora)
+    return _kept_by(config.to_json_string(), config, dtype, autocast, lora, lora_dtype)
 
 
 class _Keyed:
@@ -86,10 +94,8 @@ def _kept_by(text, config, *options):
 
 
 @lru_cache(maxsize=64)
-def _counted(keyed: _Keyed, dtype, autocast, lora) -> tuple[Kept, Kept]:
-    one, two = (
-        [_bytes_kept(_cut(keyed.config, layers), length, dtype, autocast, lora) for length in _LENGTHS] for layers in (1, 2)
-    )
+def _counted(keyed: _Keyed, *options) -> tuple[Kept, Kept]:
+    one, two = ([_bytes_kept(_cut(keyed.config, layers), length, *options) for length in _LENGTHS] for layers in (1, 2))
     block = [b - a for a, b in zip(one, two, strict=True)]
     return _fit(block), _fit([a - b for a, b in zip(one, block, strict=True)])
 
@@ -107,11 +113,11 @@ def _cut(config: Any, layers: int) -> Any:
     text.num_hidden_layers = layers
     kinds = getattr(text, "layer_types", None)
     if kinds:
-        text.layer_types = list(kinds[-layers:])
+        text.layer_types = [*kinds, kinds[-1]][-layers:]  # of a model of one block, that block twice
     return config
 
 
-def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora) -> float:
+def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora, lora_dtype) -> float:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
@@ -124,7 +130,7 @@ def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora) -> float:
             for path, module in list(model.named_modules()):
                 if isinstance(module, nn.Linear) and module is not head and is_target(path, lora):
                     parent, _, name = path.rpartition(".")
-                    setattr(model.get_submodule(parent), name, _LikeLora(module, 8))
+                    setattr(model.get_submodule(parent), name, _LikeLora(module, 8, lora_dtype))
         weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         kept: dict[int, tuple[int, Any]] = {}
 

@@ -95,6 +95,11 @@ class PlanRequest:
         return 2 if self.autocast and self.parallel.startswith("zero") else self.weight_bytes
 
     @property
+    def computes_in_half(self) -> bool:
+        """Whether products are computed in 16 bits."""
+        return self.autocast or self.held_bytes == 2
+
+    @property
     def shards_quantized(self) -> bool:
         """Whether sharded weights include the quantized ones: FSDP2 shards floating-point types alone."""
         return self.parallel != "fsdp2" or (self.bits == 4 and self.quant_storage in FLOAT_STORAGE)
@@ -254,17 +259,18 @@ def rows(request: PlanRequest) -> tuple[int, float, float]:
 def activations(request: PlanRequest, shape: Shape) -> float:
     """What the policy's forward pass keeps for backward, counted on the architecture itself (`activations.kept_by`).
 
-    With checkpointing, each block keeps only its input, and one block at a time is recomputed. The packed forward's
-    attention by segments takes no mask, and keeps a second copy of the prompt's keys and values for the rejected answer.
+    With checkpointing, each block keeps only its input, and one block at a time is recomputed.
     """
     block, around = kept_by(
-        request.config, dtype=_dtype(request), autocast=request.autocast, lora=request.lora_targets if request.lora_rank else ()
+        request.config,
+        dtype=_dtype(request),
+        autocast=request.autocast,
+        lora=request.lora_targets if request.lora_rank else (),
+        lora_dtype=torch.bfloat16 if trainable(request, shape)[1] == 2 else torch.float32,
     )
     count, tokens, _ = rows(request)
     if request.packed:
-        prompts = request.micro_batch * request.prompt_share * request.max_length
-        each = 2 if request.autocast or request.held_bytes == 2 else 4
-        a_block, outside = block.packed(tokens) + each * 2 * shape.hidden * prompts, around.packed(tokens)
+        a_block, outside = block.packed(tokens) + packed_attention(request, shape), around.packed(tokens)
     else:
         a_block, outside = block.padded(count, tokens), around.padded(count, tokens)
     if not request.checkpointing:
@@ -272,11 +278,25 @@ def activations(request: PlanRequest, shape: Shape) -> float:
     return shape.layers * count * tokens * shape.hidden * request.held_bytes + a_block + outside
 
 
+def packed_attention(request: PlanRequest, shape: Shape) -> float:
+    """What attention over packed pairs keeps in a block, beside what attention over one plain row keeps.
+
+    Both ways take no mask, and have a second copy of the prompt's keys and values for the rejected answer. Parts of pairs,
+    for a CPU or float32, join their outputs in a copy. One variable-length call, for CUDA in half precision, takes keys and
+    values as they are, where plain attention repeats them for every head of the queries.
+    """
+    _, tokens, _ = rows(request)
+    prompts = request.micro_batch * request.prompt_share * request.max_length
+    if request.device == "cuda" and request.computes_in_half:
+        return 2 * 2 * (shape.key_value * (tokens + prompts) - shape.query * tokens)
+    return (2 if request.computes_in_half else 4) * shape.query * (2 * prompts + tokens)
+
+
 def workspace(request: PlanRequest, shape: Shape) -> float:
     """What the backward pass of one block needs: two tensors as wide as the widest layer."""
     count, tokens, _ = rows(request)
     widest = max((max(inside, outside) for _, inside, outside in shape.linears), default=shape.hidden)
-    return 2 * count * tokens * widest * (2 if request.autocast or request.held_bytes == 2 else 4)
+    return 2 * count * tokens * widest * (2 if request.computes_in_half else 4)
 
 
 def head(request: PlanRequest, shape: Shape) -> float:
@@ -285,7 +305,7 @@ def head(request: PlanRequest, shape: Shape) -> float:
     positions = scored if request.device == "cuda" or request.packed else count * tokens
     tile = min(positions, HEAD_TOKENS) * min(shape.vocabulary, HEAD_ENTRIES)
     if request.device == "cuda":
-        return tile * (2 if request.autocast or request.held_bytes == 2 else 4)
+        return tile * (2 if request.computes_in_half else 4)
     return tile * 4 * HEAD_COPIES
 
 

@@ -31,7 +31,7 @@ class Shape:
         layers: number of blocks.
         block: weights of the largest block.
         hidden, vocabulary: widths.
-        key_value: width of a layer's keys, over all heads.
+        query, key_value: width of a layer's queries and keys, over all heads.
     """
 
     weights: int
@@ -42,6 +42,7 @@ class Shape:
     block: int
     hidden: int
     vocabulary: int
+    query: int
     key_value: int
 
     @cached_property
@@ -132,6 +133,7 @@ def shape_of(config: Any) -> Shape:
         block=max(map(_weights_of, blocks), default=0),
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
+        query=width * heads,
         key_value=width * (getattr(text, "num_key_value_heads", None) or heads),
     )
 

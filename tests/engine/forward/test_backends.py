@@ -127,7 +127,8 @@ def test_the_next_back_end_is_tried_where_a_kernel_fails(monkeypatch):
 
     monkeypatch.setattr(varlen, "_call", broken)
     model = tiny_model("llama")
-    assert probe(model).attention == SEGMENTS
+    verdict = probe(model)
+    assert verdict.attention == SEGMENTS and "(not varlen: it fails on packed rows: RuntimeError: no kernel" in str(verdict)
     assert "no kernel image" in probe(model, attention="varlen").reason
 
 

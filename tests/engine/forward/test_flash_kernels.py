@@ -98,7 +98,7 @@ def test_chunks_are_refused():
 @pytest.mark.parametrize("counted_once", [False, True])
 def test_a_device_checks_the_kernel_once(counted_once, monkeypatch, caplog):
     monkeypatch.setattr(varlen, "CHECKED", ("cpu",))
-    monkeypatch.setattr(varlen, "_KERNELS_CHECKED", set())
+    monkeypatch.setattr(varlen, "_KERNEL_FAULTS", {})
     if counted_once:
         monkeypatch.setattr(varlen.Gather, "backward", lambda ctx, g: (g.index_select(0, ctx.layout.first), None))
     with caplog.at_level(logging.INFO):

@@ -1,11 +1,13 @@
 """The plan against its definition, token by token."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_cpo.engine.forward.plan import CHOSEN, REJECTED, SHARED, NotPackable, fill_rows, plan_pairs
+from trl_cpo.engine.forward.plan import CHOSEN, REJECTED, SHARED, BatchPlans, NotPackable, fill_rows, plan_pairs
 
 from helpers.pair_batches import COLLATOR, HARD_SIZES, PAIRS, model_inputs, random_pairs
 
@@ -118,3 +120,35 @@ def test_what_cannot_be_packed_is_refused(ids, mask, labels, reason):
     labels = torch.full_like(ids, -100) if labels is None else torch.tensor(labels)
     with pytest.raises(NotPackable, match=reason):
         plan_pairs(ids, mask, labels)
+
+
+def test_a_plan_rearranged_is_the_plan_of_those_rows():
+    inputs = model_inputs(random_pairs(HARD_SIZES))
+    of_rows = dict(row_length=40, one_row=False)
+    one = plan_pairs(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], one_row=True)
+    other = plan_pairs(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], **of_rows)
+    assert_same_plan(one.rearranged(**of_rows), other)
+    assert_same_plan(other.rearranged(one_row=True), one)
+
+
+def test_the_plans_of_a_batch_are_made_once_and_only_for_its_shape():
+    inputs = model_inputs(random_pairs(HARD_SIZES))
+    batch = {**inputs, "completion_mask": (inputs["labels"] != -100).long()}
+    plans, shape, rows = BatchPlans.of(batch), batch["input_ids"].shape, dict(row_length=None, one_row=True)
+    plan = plans.get(shape, **rows)
+    assert_same_plan(plan, plan_pairs(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], one_row=True))
+    assert plans.get(shape, **rows) is plan
+    dense = plans.get(shape, row_length=None, one_row=False)
+    assert dense.shape[0] > 1 and plans.get(shape, row_length=None, one_row=False) is dense
+    restored = pickle.loads(pickle.dumps(plans))  # as a loader's worker hands it on
+    assert_same_plan(restored.get(shape, **rows), plan)
+    assert plans.get(torch.Size([2, 5]), **rows) is None
+    assert BatchPlans.of({**batch, "attention_mask": 1 - batch["attention_mask"]}).get(shape, **rows) is None
+
+
+def assert_same_plan(one, other):
+    for name, value in vars(one).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, getattr(other, name)), name
+        elif name != "_kept":
+            assert value == getattr(other, name), name

@@ -264,19 +264,36 @@ def test_the_probe_finds_a_fault_in_the_kernel(fault, reason, monkeypatch):
     assert reason in probe(tiny_model("llama"), attention="varlen").reason
 
 
-@pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_a_device_checks_its_kernel_once_before_it_is_used(fault, monkeypatch, caplog):
-    varlen._checked.cache_clear()
+@pytest.fixture
+def checked_here(monkeypatch):
+    """The CPU counts as a device whose kernel is checked."""
     monkeypatch.setattr(varlen, "CHECKED", ("cpu",))
+    varlen._fault.cache_clear()
+    yield
+    varlen._fault.cache_clear()
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_a_device_checks_its_kernel_once_before_it_is_used(fault, checked_here, monkeypatch, caplog):
     if fault:
         monkeypatch.setattr(*FAULTS[fault])
+    model, count = tiny_model("mistral"), []
+    model.model.register_forward_hook(lambda *_: count.append(1))
     with caplog.at_level(logging.INFO):
-        verdict = probe(tiny_model("mistral"), attention="varlen")
-    varlen._checked.cache_clear()
+        verdict = probe(model, attention="varlen")
     assert verdict.ok == (fault is None)
     assert caplog.text.count("held against plain attention") == (fault is None)
-    if fault:
-        assert "its attention on cpu is wrong" in verdict.reason
+    assert fault is None or "its attention on cpu is wrong" in verdict.reason
+    # No forward is broken off in the middle: another process, whose device is sound, would wait for this one.
+    assert len(count) == 10
+
+
+def test_a_fault_that_shows_in_training_stops_it(checked_here, monkeypatch):
+    model = tiny_model("llama")
+    packed = PackedPairForward(model, attention="varlen", required=True)
+    monkeypatch.setattr(*FAULTS["a shared token's gradient counted once"])
+    with pytest.raises(NotPackable, match="its attention on cpu is wrong: dk"):
+        packed(**model_inputs(random_pairs(HARD_SIZES)))
 
 
 def test_a_mask_that_is_no_table_is_sdpas():

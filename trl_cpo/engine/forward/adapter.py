@@ -8,7 +8,7 @@ import torch
 
 from .backends import DENSE, back_end, switch, takes
 from .mask import dense_masks, layer_kinds, rope_follows_length
-from .plan import NotPackable, PackingPlan, plan_pairs
+from .plan import BatchPlans, NotPackable, PackingPlan, plan_pairs
 from .repack import backbone_of, packed_backbone, unwrap
 from .segments import segment_masks
 
@@ -39,6 +39,7 @@ class PackedPairForward:
             None: any length.
         required: raise an error if a batch cannot be packed, instead of running it padded.
         told: reasons for a padded batch that were logged and are not logged again; None: those logged for this model.
+        plans: plans of the batch that is run, made before or by another model's forward; a missing one is added.
 
     Attributes:
         last_plan: how the last batch was packed; None if it ran padded.
@@ -53,6 +54,7 @@ class PackedPairForward:
         max_length: int | None = None,
         required: bool = False,
         told: set[str] | None = None,
+        plans: BatchPlans | None = None,
     ):
         self._one_row = back_end(attention).one_row
         self.model = model
@@ -60,6 +62,7 @@ class PackedPairForward:
         self.row_length = row_length
         self.max_length = max_length
         self.required = required
+        self._plans = plans
         self.last_plan: PackingPlan | None = None
         self._inner = unwrap(model)
         self._told = _LOGGED.setdefault(self._inner, set()) if told is None else told
@@ -110,13 +113,7 @@ class PackedPairForward:
             raise NotPackable("the call is not TRL's fused head with labels")
         if self._inner.training and getattr(self._inner.get_input_embeddings(), "neftune_noise_alpha", None):
             raise NotPackable("NEFTune scales its noise with the length of the row")
-        plan = plan_pairs(
-            inputs["input_ids"],
-            inputs.get("attention_mask"),
-            inputs["labels"],
-            row_length=self.row_length,
-            one_row=self._one_row,
-        )
+        plan = self._planned(inputs, row_length=self.row_length, one_row=self._one_row)
         if self.max_length is not None and plan.longest > self.max_length:
             # Without the batch's length, so that the reason is logged once and not for every length.
             raise NotPackable(f"a sequence is longer than the {self.max_length} tokens probed")
@@ -124,22 +121,27 @@ class PackedPairForward:
             raise NotPackable("the model's rotary frequencies depend on the padded length, and no row is that long")
         return plan
 
+    def _planned(self, inputs: dict, **rows) -> PackingPlan:
+        batch = inputs["input_ids"]
+        plan = None if self._plans is None else self._plans.get(batch.shape, **rows)
+        if plan is None:
+            plan = plan_pairs(batch, inputs.get("attention_mask"), inputs["labels"], **rows)
+            if self._plans is not None:
+                self._plans.add(plan, **rows)
+        return plan
+
     def _run(self, plan: PackingPlan, inputs: dict, mask_plan: PackingPlan | None = None):
         """Runs a planned batch. The probe passes another plan for the mask, to measure the effect of a mistake."""
         device = inputs["input_ids"].device
-        scored, labels = plan.scored, plan.labels
-        if not len(scored):
-            # Nothing is scored: one place without a label keeps the outputs in the model's graph, like TRL's zeros.
-            scored, labels = torch.zeros(1, dtype=torch.long), torch.full((1,), -100)
         call = {name: value for name, value in inputs.items() if name != "labels"}
-        with packed_backbone(backbone_of(self.model), plan, self._masks(mask_plan or plan, device), scored):
-            outputs = self.model(**call, shift_labels=labels.to(device)[None])
+        with packed_backbone(backbone_of(self.model), plan, self._masks(mask_plan or plan, device)):
+            outputs = self.model(**call, shift_labels=plan.on(device).labels[None])
         fields = {name: _spread(value, plan) for name in _PER_TOKEN if (value := getattr(outputs, name)) is not None}
         return dataclasses.replace(outputs, **fields, label_mask=inputs["labels"][:, 1:] != -100)
 
     def _masks(self, plan: PackingPlan, device: torch.device) -> torch.Tensor | dict[str, torch.Tensor]:
         if self._one_row:
-            return segment_masks(plan, self._kinds)
+            return plan.keep(tuple(self._kinds.items()), lambda: segment_masks(plan, self._kinds))
         # Eager attention adds its mask to the scores; sdpa takes a bool mask.
         additive = self._inner.dtype if self._config._attn_implementation == "eager" else None
         return dense_masks(plan, self._kinds, additive, device)
@@ -156,5 +158,5 @@ def _spread(values: torch.Tensor, plan: PackingPlan) -> torch.Tensor:
         # Zeros with a graph, so that backward() works.
         return (values * 0).sum().to(values.dtype).expand(plan.output_shape)
     rows, columns = plan.output_shape
-    flat = values.new_zeros(rows * columns).scatter(0, plan.target.to(values.device), values[0])
+    flat = values.new_zeros(rows * columns).scatter(0, plan.on(values.device).target, values[0])
     return flat.view(rows, columns)

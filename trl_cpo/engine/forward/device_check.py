@@ -3,7 +3,8 @@
 The kernels cannot be tested where there is no such device, so each device tests its own before their first use.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,28 @@ def check_attention(
             )
         errors.append((error, of_plain))
     return Errors(errors[0], (max(e for e, _ in errors[1:]), max(p for _, p in errors[1:])))
+
+
+_held: list[str] | None = None
+
+
+@contextmanager
+def holding_faults() -> Iterator[list[str]]:
+    """Within the block, faults go to the list that it gives: a forward that one process breaks off leaves others waiting."""
+    global _held
+    before, _held = _held, []
+    try:
+        yield _held
+    finally:
+        _held = before
+
+
+def report(fault: str) -> None:
+    """Raises `NotPackable` if there is a fault, or holds it (`holding_faults`)."""
+    if fault and _held is None:
+        raise NotPackable(fault)
+    if fault and _held is not None:
+        _held.append(fault)
 
 
 def _plan() -> PackingPlan:

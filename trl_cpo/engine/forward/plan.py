@@ -8,7 +8,9 @@ with positions 0..s-1 | s..s+c-1 | s..s+r-1. The state of a shared token does no
 both rows use it: the first token of each answer is predicted from the same place, position s-1.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -68,6 +70,44 @@ class PackingPlan:
     labels: torch.Tensor
     target: torch.Tensor
     output_shape: tuple[int, int]
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is on a device stays in this process.
+        return {**vars(self), "_kept": {}}
+
+    def keep(self, what: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for every model that runs this batch."""
+        if what not in self._kept:
+            self._kept[what] = make()
+        return self._kept[what]
+
+    def on(self, device: torch.device) -> "Indices":
+        """The index tensors on a device: sent once, in one copy that nothing waits for."""
+        return self.keep(("on", device), lambda: Indices(*sent(self._indices(), device)))
+
+    def home_on(self, device: torch.device) -> torch.Tensor:
+        """`home` on a device, flat (2B·T,); sent once."""
+        return self.keep(("home", device), lambda: sent([self.home.reshape(-1)], device)[0])
+
+    def _indices(self) -> tuple[torch.Tensor, ...]:
+        scored, labels = self.scored, self.labels
+        if not len(scored):
+            # Nothing is scored: one place without a label keeps the outputs in the model's graph, like TRL's zeros.
+            scored, labels = torch.zeros(1, dtype=torch.long), torch.full((1,), -100)
+        return self.source, self.position_ids, scored, labels, self.target
+
+    def rearranged(self, row_length: int | None = None, one_row: bool = False) -> "PackingPlan":
+        """The plan of the same batch with other rows."""
+        rows, columns = self.output_shape[0], self.output_shape[1] + 1
+        shared, lengths = [0] * (rows // 2), [0] * rows
+        for part in self.parts:
+            shared[part.pair] = part.shared
+            lengths[part.pair] = part.shared + part.chosen
+            lengths[rows // 2 + part.pair] = part.shared + part.rejected
+        labels = torch.full((rows, columns - 1), -100)
+        labels.view(-1)[self.target] = self.labels
+        return _arranged(shared, lengths, labels, row_length, one_row)
 
     @property
     def tokens(self) -> int:
@@ -78,6 +118,28 @@ class PackingPlan:
     def longest(self) -> int:
         """Number of tokens of the longest sequence, prompt plus answer."""
         return max(parts.shared + max(parts.chosen, parts.rejected) for parts in self.parts)
+
+
+@dataclass(frozen=True)
+class Indices:
+    """The tensors of a `PackingPlan` that a forward reads, on one device. Without scored tokens: one place, without a label."""
+
+    source: torch.Tensor
+    position_ids: torch.Tensor
+    scored: torch.Tensor
+    labels: torch.Tensor
+    target: torch.Tensor
+
+
+def sent(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of one type on a device, in one copy. The CPU does not wait for it: on CUDA it is from pinned memory."""
+    if device.type == "cpu":
+        return list(tensors)
+    together = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if device.type == "cuda":
+        together = together.pin_memory()
+    parts = together.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def shared_lengths(input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -163,9 +225,15 @@ def plan_pairs(
     if bool(((labels != -100) & (attention_mask == 0)).any()):
         raise NotPackable("padding has labels")
     lengths = row_lengths(attention_mask)
-    pairs, columns = input_ids.size(0) // 2, input_ids.size(1)
     shared = shared_lengths(input_ids, lengths).tolist()
-    lengths = lengths.tolist()
+    return _arranged(shared, lengths.tolist(), labels[:, 1:], row_length, one_row)
+
+
+def _arranged(
+    shared: list[int], lengths: list[int], labels: torch.Tensor, row_length: int | None, one_row: bool
+) -> PackingPlan:
+    """The plan of B pairs with these shared lengths, (B,), and lengths, (2B,); labels are of TRL's output, (2B, T-1)."""
+    pairs, columns = len(shared), labels.size(1) + 1
     sizes = [lengths[i] + lengths[pairs + i] - shared[i] for i in range(pairs)]
     filled = [i for i in range(pairs) if sizes[i]]
     if not filled:
@@ -179,7 +247,7 @@ def plan_pairs(
     shape = (len(rows), places)
     source, position_ids, branch = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     pair = torch.full(shape, -1)
-    home = torch.zeros_like(input_ids)
+    home = torch.zeros(2 * pairs, columns, dtype=torch.long)
     parts: list[PairParts] = []
     for row, members in enumerate(rows):
         start = 0
@@ -201,7 +269,7 @@ def plan_pairs(
             parts.append(PairParts(i, row, start, s, c, r))
             start = stop
 
-    scored = labels[:, 1:] != -100
+    scored = labels != -100
     return PackingPlan(
         parts=tuple(sorted(parts, key=lambda p: p.pair)),
         shape=shape,
@@ -211,7 +279,40 @@ def plan_pairs(
         branch=branch,
         home=home,
         scored=home[:, :-1][scored],
-        labels=labels[:, 1:][scored],
+        labels=labels[scored],
         target=scored.reshape(-1).nonzero().squeeze(1),
         output_shape=(2 * pairs, columns - 1),
     )
+
+
+class BatchPlans:
+    """The plans of one batch, for every model that runs it: one for each way to arrange its rows."""
+
+    def __init__(self, plan: PackingPlan | None = None):
+        self._plans = {} if plan is None else {(None, True): plan}
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> "BatchPlans":
+        """The plans of a collated batch on the CPU; none if it cannot be packed, which the forward will say."""
+        ids, mask = batch.get("input_ids"), batch.get("completion_mask")
+        if ids is None or mask is None:
+            return cls()
+        labels = ids.masked_fill(mask == 0, -100)
+        try:
+            return cls(plan_pairs(ids, batch.get("attention_mask"), labels, one_row=True))
+        except NotPackable:
+            return cls()
+
+    def get(self, shape: torch.Size, *, row_length: int | None, one_row: bool) -> PackingPlan | None:
+        """The plan with such rows, of a batch of this shape, (2B, T); None if there is none yet."""
+        first = next(iter(self._plans.values()), None)
+        if first is None or shape != (first.output_shape[0], first.output_shape[1] + 1):
+            self._plans.clear()  # another batch took this one's place
+            return None
+        if (row_length, one_row) not in self._plans:
+            self.add(first.rearranged(row_length, one_row), row_length=row_length, one_row=one_row)
+        return self._plans[row_length, one_row]
+
+    def add(self, plan: PackingPlan, *, row_length: int | None, one_row: bool) -> None:
+        """Adds the plan with such rows."""
+        self._plans[row_length, one_row] = plan

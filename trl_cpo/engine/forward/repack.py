@@ -44,7 +44,6 @@ def packed_backbone(
     backbone: torch.nn.Module,
     plan: PackingPlan,
     masks: torch.Tensor | dict[str, torch.Tensor],
-    predictors: torch.Tensor,
 ) -> Iterator[None]:
     """Within the block, calling the backbone with the padded batch runs the packed one.
 
@@ -55,19 +54,18 @@ def packed_backbone(
         backbone: the module that TRL's fused head calls.
         plan: the packed rows.
         masks: the attention mask to pass to the backbone.
-        predictors: (N,), flat packed places whose states the head gets.
     """
 
     def pack(module, args, kwargs):
         if args or kwargs.get("inputs_embeds") is not None:
             raise TypeError("the backbone was called with positional arguments or inputs_embeds; use the padded path")
         input_ids = kwargs["input_ids"]
-        device = input_ids.device
+        indices = plan.on(input_ids.device)
         packed = dict(
             kwargs,
-            input_ids=input_ids.reshape(-1)[plan.source.to(device)],
+            input_ids=input_ids.reshape(-1)[indices.source],
             attention_mask=masks,
-            position_ids=plan.position_ids.to(device),
+            position_ids=indices.position_ids,
         )
         return (), packed
 
@@ -75,14 +73,13 @@ def packed_backbone(
         states = output.last_hidden_state
         if states.shape[:2] != plan.shape:
             raise RuntimeError(f"hidden states have shape {tuple(states.shape)}, expected rows {plan.shape}")
-        output.last_hidden_state = states.flatten(0, 1).index_select(0, predictors.to(states.device))[None]
+        output.last_hidden_state = states.flatten(0, 1).index_select(0, plan.on(states.device).scored)[None]
         routers = output.get("router_logits")
         if routers is not None:
-            home = plan.home.reshape(-1)
             for router in routers:
                 if router.shape[0] != plan.source.numel():
                     raise RuntimeError(f"router logits have shape {tuple(router.shape)} for rows {plan.shape}")
-            output.router_logits = tuple(router.index_select(0, home.to(router.device)) for router in routers)
+            output.router_logits = tuple(router.index_select(0, plan.home_on(router.device)) for router in routers)
         return output
 
     hooks = [

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .device_check import check_attention
+from .device_check import check_attention, report
+from .plan import NotPackable, sent
 from .segments import FIELDS, is_segment_table, sdpa_attention
 
 varlen_attn: Callable[..., torch.Tensor] | None
@@ -103,14 +104,9 @@ def _layout(segments: tuple[tuple[int, int, int, int], ...], device: torch.devic
         *bounds,
         *(torch.cat(part) if part else torch.zeros(0, dtype=torch.long) for part in (gather, first, shared, second)),
     ]
-    queries, keys, *indices = _sent(torch.cat(parts), device).split([len(part) for part in parts])
+    queries, keys, *indices = sent(parts, device)
     longest = [max(lengths) for lengths in zip(*sequences, strict=True)]
     return Layout(queries.int(), keys.int(), *longest, *indices)
-
-
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device, in one copy that nobody waits for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Gather(torch.autograd.Function):
@@ -172,7 +168,7 @@ def varlen_attention(
     dtype = _product_dtype(value)
     queries, keys, values = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
     if query.device.type in CHECKED:
-        _checked(query.device, dtype, queries.shape[1] // keys.shape[1], queries.shape[2], values.shape[2], window)
+        report(_fault(query.device, dtype, queries.shape[1] // keys.shape[1], queries.shape[2], values.shape[2], window))
     return _attend(queries, keys, values, layout, scaling, window)[None], None
 
 
@@ -206,7 +202,7 @@ def kernel_attention(
         return flash_attention(module, query, key, value, None, **{**given, "is_causal": True}, **sequences, **longest)
 
     if query.device.type in CHECKED:
-        _check_kernel(module.config._attn_implementation, attend, query, key, value, window)
+        report(_kernel_fault(module.config._attn_implementation, attend, query, key, value, window))
     return attend(query, key, value, layout, **given)
 
 
@@ -217,24 +213,32 @@ def flash_attention_of_transformers() -> Callable:
     return flash_attention_forward
 
 
-_KERNELS_CHECKED: set[tuple] = set()
+_KERNEL_FAULTS: dict[tuple, str] = {}
 
 
-def _check_kernel(name: str, attend: Callable, query, key, value, window: int | None) -> None:
-    """Holds a flash kernel against plain attention on a device, once for each kind of layer."""
+def _kernel_fault(name: str, attend: Callable, query, key, value, window: int | None) -> str:
+    """What is wrong with a flash kernel on a device, looked for once for each kind of layer; empty if nothing is."""
     device, dtype, groups = query.device, _product_dtype(value), query.shape[1] // key.shape[1]
     sizes = query.shape[3], value.shape[3]
-    about = (name, device, dtype, groups, sizes, window)
-    if about in _KERNELS_CHECKED:
-        return
 
     def packed(queries, keys, values, table, window):
         rows = (t.transpose(0, 1)[None] for t in (queries, keys, values))
         return attend(*rows, layout_of(table, device), scaling=sizes[0] ** -0.5, sliding_window=window)[0][0]
 
-    errors = check_attention(packed, device, dtype, groups, sizes, window)
-    _KERNELS_CHECKED.add(about)
+    about = (name, device, dtype, groups, sizes, window)
+    if about not in _KERNEL_FAULTS:
+        _KERNEL_FAULTS[about] = _checked(name, packed, device, dtype, groups, sizes, window)
+    return _KERNEL_FAULTS[about]
+
+
+def _checked(name: str, attend: Callable, device: torch.device, dtype: torch.dtype, groups: int, sizes, window) -> str:
+    """Holds an attention against plain attention on a device; the fault found, or empty."""
+    try:
+        errors = check_attention(attend, device, dtype, groups, sizes, window)
+    except NotPackable as fault:
+        return str(fault)
     logger.info("%s on %s, %s, heads of %d: held against plain attention, %s", name, device, dtype, sizes[0], errors)
+    return ""
 
 
 def _read(table: torch.Tensor, device: torch.device) -> tuple[Layout, int | None, int | None]:
@@ -308,17 +312,10 @@ def does_windows() -> bool:
 
 
 @functools.cache
-def _checked(device: torch.device, dtype: torch.dtype, groups: int, size: int, value_size: int, window: int | None) -> None:
-    """Holds this kernel against plain attention on a device, once for each kind of layer."""
+def _fault(device: torch.device, dtype: torch.dtype, groups: int, size: int, value_size: int, window: int | None) -> str:
+    """What is wrong with torch's kernel on a device, looked for once for each kind of layer; empty if nothing is."""
 
     def attend(queries, keys, values, table, window):
         return _attend(queries, keys, values, layout_of(table, device), None, window)
 
-    errors = check_attention(attend, device, dtype, groups, (size, value_size), window)
-    logger.info(
-        "torch's variable-length attention on %s, %s, heads of %d: held against plain attention, %s",
-        device,
-        dtype,
-        size,
-        errors,
-    )
+    return _checked("torch.nn.attention.varlen", attend, device, dtype, groups, (size, value_size), window)

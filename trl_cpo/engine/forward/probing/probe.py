@@ -25,6 +25,7 @@ import torch
 from ...model_state import evaluation_mode, snapshot
 from ..adapter import PackedPairForward
 from ..backends import BACK_ENDS, DENSE, Choice, choice_for, kernel_of, product_dtype, switch_back
+from ..device_check import holding_faults
 from ..plan import REJECTED, NotPackable, PackingPlan
 from ..repack import backbone_of, layers_around, unwrap
 from .comparison import EXACT, ROUNDED, Bounds, Refused, Sample, compare, mean_gap
@@ -50,7 +51,7 @@ class Verdict:
         error: largest difference of a token's log-prob between packed and padded, in nats; NaN if not measured.
         notes: caveats despite `ok`.
         computed: the attention's kernel and the dtype of the model's products.
-        why: why a better attention was not tried; empty if there is none.
+        why: why no better attention was taken; empty if there is none.
     """
 
     ok: bool
@@ -170,12 +171,14 @@ def probe(
         reference, reason = _outcome(partial(_reference, model, max_length, seed), "")
         if reason := agree(reason):
             return Verdict(False, reason)
+        why = [choice.why] if choice.why else []
         for tried in choice.names:
             error, reason = _outcome(partial(_try, model, tried, reference), "it fails on packed rows: ")
             if not (reason := agree(reason)):
                 computed = f"{kernel_of(inner, tried)}, {str(product_dtype(inner)).removeprefix('torch.')}"
-                return Verdict(True, "", tried, reference.holds, error, caveats(model), computed, choice.why)
+                return Verdict(True, "", tried, reference.holds, error, caveats(model), computed, "; ".join(why))
             verdict = Verdict(False, reason, tried)
+            why.append(f"not {tried}: {reason}")
             switch_back(inner)
     return verdict
 
@@ -273,19 +276,22 @@ def _check(packed: PackedPairForward, reference: _Reference) -> float:
     inputs, padded, scored = sample.inputs, sample.padded, sample.scored
 
     # All forwards first, and only then what they gave: with sharded weights every process must run as many.
-    plan = packed._plan(inputs)
-    right = packed._run(plan, inputs)
-    # One answer is changed in each of two pairs; all others must keep their log-probs.
-    moved = packed._run(packed._plan(changed), changed)
-    # Two deliberate mistakes, to measure their effect on this model: plain causal rows, and wrong positions.
-    causal, wrong_positions = _plain_causal(plan), _disordered(plan)
-    wrong, wrong_moved = (packed._run(causal, batch) for batch in (inputs, changed))
-    mirrored = packed._run(wrong_positions, inputs, plan)
-    long = [packed._run(packed._plan(sample.inputs), sample.inputs) for sample in reference.long]
-    ordinary = []
-    if BACK_ENDS[packed.attention].one_row:
-        # The switch stays on for the model's other calls, such as evaluation; they must not change either.
-        ordinary = [packed.model(**sample.inputs) for sample in (reference.short, *reference.long)]
+    with holding_faults() as faults:
+        plan = packed._plan(inputs)
+        right = packed._run(plan, inputs)
+        # One answer is changed in each of two pairs; all others must keep their log-probs.
+        moved = packed._run(packed._plan(changed), changed)
+        # Two deliberate mistakes, to measure their effect on this model: plain causal rows, and wrong positions.
+        causal, wrong_positions = _plain_causal(plan), _disordered(plan)
+        wrong, wrong_moved = (packed._run(causal, batch) for batch in (inputs, changed))
+        mirrored = packed._run(wrong_positions, inputs, plan)
+        long = [packed._run(packed._plan(sample.inputs), sample.inputs) for sample in reference.long]
+        ordinary = []
+        if BACK_ENDS[packed.attention].one_row:
+            # The switch stays on for the model's other calls, such as evaluation; they must not change either.
+            ordinary = [packed.model(**sample.inputs) for sample in (reference.short, *reference.long)]
+    if faults:
+        raise Refused(faults[0])
 
     rejected = scored.clone()
     rejected[:pairs] = False
