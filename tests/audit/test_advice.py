@@ -234,6 +234,31 @@ def test_text_is_rendered_from_json_and_short(scores):
     assert ("Δr from the scores" in text) == scores and ("β = 0.01" in text) != scores
 
 
+def test_groups_as_people_read_them():
+    """The most misaligned first; a bad name cannot drive a terminal; a long list is cut."""
+    names = np.array(["fine\x1b[31m"] * 500 + ["deep"] * 400 + [f"small {n}" for n in range(20)] * 5)
+    gaps = np.r_[np.full(500, 5.0), np.full(400, -30.0), np.full(100, 0.5)]
+    one = audited(pairs_of(gaps, np.full(1000, 20), np.full(1000, 20)), by=("topic", names))
+    assert [each["group"] for each in one["groups"]["each"]][:2] == ["deep", "fine\\x1b[31m"]
+    text = render(
+        {
+            "model": "M",
+            "ref_model": None,
+            "dataset": "D",
+            "seed": 0,
+            "settings": vars(SETTINGS),
+            "sets": [{"rows": 1000, "refused": 0, **json.loads(json.dumps(one, allow_nan=False))}],
+        }
+    )
+    lines = text.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("Groups by topic (deficit: median of γ - δ_ref"))
+    assert lines[at + 2].split()[:3] == ["deep", "400", "100.0"] and lines[at + 2].endswith(" 31 [31 to 31]")
+    assert lines[at + 3].split()[0] == "fine\\x1b[31m" and lines[at + 3].endswith(" -")
+    assert lines[at + 4].endswith("0.5 [? to ?]") and lines[at + 14] == "  … and 10 more with --json"
+    assert max(map(len, lines[at : at + 15])) <= 118
+    assert audited(pairs_of(gaps))["groups"] is None
+
+
 def test_advice_reads_the_document_alone():
     one = json.loads(json.dumps(audited(pairs_of(mixed()))))
     assert advise(one, vars(Settings(0.1, 1.0))) == one["advice"]

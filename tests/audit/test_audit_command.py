@@ -23,6 +23,7 @@ from trl_cpo._trl import reference as seam
 from trl_cpo.cli import main
 from trl_cpo.engine.reference import table_of, tables
 from trl_cpo.engine.reference.digests import text_digest
+from trl_cpo.labels.columns import MOST_GROUPS
 from trl_cpo.scoring.token_pairs import TokenPairs, Truncation, answer_tokens
 
 from helpers.paths import ROOT, TESTS
@@ -341,6 +342,35 @@ def test_each_pair_is_written_where_asked(audit, tmp_path, ref_model_folder):
     assert code == 2 and "in a folder that does not exist" in err
     code, text, err = audit("--pairs", tmp_path / "y.jsonl", "--preflight-only")
     assert code == 2 and "scores nothing" in err and not (tmp_path / "y.jsonl").exists()
+
+
+def test_how_each_group_starts(audit, tmp_path):
+    """The same counts as of the slices of that column; the command trains with these groups."""
+    code, text, err = audit("--json", "--slice", "kind", "--by", "kind")
+    assert code == FAULTY, err
+    (one,) = json.loads(text)["sets"]
+    slices = {part["value"]: part for part in one["slices"]}
+    assert one["groups"]["column"] == "kind" and [each["group"] for each in one["groups"]["each"]] == ["even", "odd"]
+    for each in one["groups"]["each"]:
+        assert (each["pairs"], each["misaligned"]) == (slices[each["group"]]["pairs"], slices[each["group"]]["misaligned"])
+        assert each["deficit"]["50%"]["n"] == each["pairs"] - slices[each["group"]]["same_target"]["k"]
+    code, text, err = audit("--by", "kind")
+    assert "Groups by kind (deficit" in text and " --group_column kind " in text
+
+    def refused(values):
+        Dataset.from_list([{**row, "topic": value} for row, value in zip(pair_rows(len(values)), values, strict=True)]).to_json(
+            tmp_path / "other.jsonl"
+        )
+        code, out, err = audit("--by", "topic", dataset=tmp_path / "other.jsonl")
+        assert code == 2 and out == ""
+        return err
+
+    assert "row 1: --by topic must hold the name of a group, without '/'; got None" in refused(["a", None])
+    assert "row 0: --by topic must hold the name of a group, without '/'; got 'a/b'" in refused(["a/b", "c"])
+    err = refused([str(number) for number in range(MOST_GROUPS + 1)])
+    assert "holds 101 different values, too many for groups (at most 100). Name a column with few, or use --slice topic" in err
+    code, out, err = audit("--by", "source")
+    assert code == 2 and "no column 'source'" in err
 
 
 def test_refusals_say_what_to_do_and_exit_with_2(audit, tmp_path, model_folder, tokenizer):

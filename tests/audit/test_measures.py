@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from trl_cpo.audit.measures import Settings, assumption, escape, gradient, length, measure, misaligned, policy
+from trl_cpo.audit.measures import Settings, assumption, escape, gradient, groups, length, measure, misaligned, policy
 from trl_cpo.audit.uncertainty import fraction, quantile, rank_correlation, shares
 from trl_cpo.scoring.scored_pairs import ScoredPairs
 from trl_cpo.slices import MOST_SLICES, OTHERS, slices_of
@@ -31,6 +31,27 @@ def test_misaligned_by_sum_by_mean_and_by_both():
     found = misaligned(pairs)
     assert [found[name]["k"] for name in ("sum", "mean", "both")] == [2, 2, 1]
     assert found["sum"]["n"] == 4 and found["sum"]["value"] == 0.5
+
+
+def test_groups_by_hand():
+    """γ = 1. Of a: −3 and 0.5 lie 4 and 0.5 below, the lower median is 0.5; of b nothing lies below."""
+    pairs, names = pairs_of([-3.0, 2.0, 0.5, 1.0]), np.array(["a", "b", "a", "b"])
+    first, second = groups(pairs, names, Settings(0.1, 1.0))
+    assert (first["group"], first["pairs"], second["group"], second["pairs"]) == ("a", 2, "b", 2)
+    assert first["misaligned"]["sum"] == fraction(np.array([True, False])) and second["misaligned"]["sum"]["k"] == 0
+    assert (first["deficit"]["50%"]["n"], first["deficit"]["50%"]["value"]) == (2, 0.5)
+    assert second["deficit"]["50%"] == {"n": 0, "value": None, "low": None, "high": None}
+
+
+def test_the_deficit_is_in_nats_of_the_reduction_with_its_interval():
+    gap = -np.arange(1.0, 101.0)
+    tens = np.full(100, 10)
+    for reduction, per in (("sum", 1.0), ("mean", 10.0)):
+        pairs = pairs_of(gap, chosen_tokens=tens, rejected_tokens=tens)
+        (one,) = groups(pairs, np.full(100, "g"), Settings(0.1, 0.5, reduction))
+        found = one["deficit"]["50%"]
+        assert found["value"] == pytest.approx(0.5 + 50 / per)
+        assert found["low"] < found["value"] < found["high"] and one["misaligned"][reduction]["value"] == 1.0
 
 
 def test_a_gap_of_zero_is_not_misaligned():

@@ -75,6 +75,15 @@ def test_folder_of_data_files(tmp_path, ending, streaming):
         load_pairs(tmp_path, "validation", streaming=streaming)
 
 
+@pytest.mark.parametrize("name", [".", "./", "..", "inside/.."])
+def test_the_folder_that_one_stands_in(tmp_path, monkeypatch, name):
+    """A folder without a last part of its own, which the loader of datasets asks for."""
+    (tmp_path / "inside").mkdir()
+    write_file(tmp_path / "train.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path / "inside" if name == ".." else tmp_path)
+    assert list(load_pairs(name)) == ROWS
+
+
 def test_folder_inside_a_folder(tmp_path):
     write_jsonl(tmp_path / "harmless-base" / "train.jsonl.gz", ROWS)
     assert list(load_pairs(tmp_path, "train", data_dir="harmless-base")) == ROWS

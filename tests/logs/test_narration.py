@@ -104,6 +104,40 @@ def test_nothing_to_tell():
     assert "from" not in sentence(held_out(in_u=math.nan), held_out(in_u=0.3), prefix="eval_")
 
 
+def of_groups(prefix="", **numbers):
+    return {f"{prefix}cpo/{group}/{name}": value for name, values in numbers.items() for group, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        (
+            dict(slack={"a": 0.1, "b": -0.31, "c": -0.3}, violation={"a": 9.0, "b": 1.0, "c": 1.0}),
+            "; of 3 groups, b is furthest from its bound (slack -0.31)",
+        ),
+        (dict(slack={"a": 0.1, "b": 0.0}), "; all 2 groups are within their bounds"),
+        (dict(violation={"a": 0.5, "b": 1.25}), "; of 2 groups, b is furthest below gamma (1.25 nats per response on average)"),
+        (dict(violation={"a": 0.0, "b": 0.0}), "; no pair of the 2 groups is below gamma"),
+        (dict(violation={"a": 1.0, "b": math.nan, "c": 1.0}), "; of 2 groups, a is furthest below gamma"),
+        (dict(violation={"x\x1b[31m": 1.0, "b": 0.5}), "; of 2 groups, x\\x1b[31m is furthest below gamma"),
+        (dict(violation={"a": 1.0}), ""),
+        (dict(chosen_floor_slack={"a": -1.0, "b": -2.0}), ""),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "eval_"])
+def test_the_group_furthest_from_its_bound(numbers, words, prefix):
+    plain = held_out() if prefix else log()
+    # All pairs together are no group, and neither are those of another set.
+    more = {
+        f"{prefix}cpo/slack": -99.0,
+        f"{prefix}cpo/violation": 99.0,
+        **of_groups("eval_b_", violation={"z": 99.0, "y": 1.0}),
+    }
+    without = sentence(None, plain, prefix=prefix or None)
+    said = sentence(None, {**plain, **more, **of_groups(prefix, **numbers)}, prefix=prefix or None)
+    assert said.startswith(without) and said.removeprefix(without).startswith(words) and bool(words) == (said != without)
+
+
 def told(logs, first_process=True, end=True):
     """What a Narrator prints for a run of these logs."""
     state = TrainerState()

@@ -19,6 +19,8 @@ from .preflight import digests, examine
 
 #: The columns in which TRL's own preference sets keep the scores of the two answers.
 SCORE_COLUMNS = ("score_chosen", "score_rejected")
+#: More groups than this are refused in training too.
+MOST_GROUPS = 100
 
 
 class AuditError(ValueError):
@@ -36,6 +38,7 @@ class AuditRequest:
     dataset_config: str | None = None
     dataset_data_dir: str | None = None
     slices: tuple[str, ...] = ()
+    by: str | None = None
     score_columns: tuple[str, str] | None = None
     settings: Settings = field(default_factory=lambda: Settings(beta=0.1, gamma=1.0))
     max_pairs: int | None = None
@@ -66,12 +69,15 @@ def audit(
             split,
             config=request.dataset_config,
             data_dir=request.dataset_data_dir,
-            needs=(*request.slices, *(request.score_columns or ())),
+            needs=(*request.slices, *(request.score_columns or ()), *([] if request.by is None else [request.by])),
             max_pairs=request.max_pairs,
             seed=request.seed,
         )
         for split in request.splits
     }
+    if request.by is not None:
+        for name, one in sets.items():
+            _check_groups(request.by, one, name)
     scorer = request.scorer
     tokenizer = scorer.tokenizer(model)
     if ref_model is not None:
@@ -164,6 +170,7 @@ def _numbers(
         rows=[tokens.rows[at] for at in kept],
         text_of=lambda at: prepared.dataset[int(kept[at])],
         worst=request.worst,
+        by=None if request.by is None else (request.by, np.array([str(each) for each in column(request.by, object)[kept]])),
     )
     options = {
         "model_name_or_path": request.ref_model or request.model,
@@ -171,10 +178,27 @@ def _numbers(
         "dataset_config": request.dataset_config,
         "dataset_data_dir": request.dataset_data_dir,
         "dataset_train_split": entry["set"],
+        "group_column": request.by,
         "max_length": request.scorer.max_length,
         "truncation_mode": request.scorer.truncation_mode,
     }
     return {**audited, "command": train_command(audited["advice"], vars(request.settings), options)}
+
+
+def _check_groups(column: str, one: PairSet, name: str) -> None:
+    """Raises `AuditError` where training with this `group_column` would be refused."""
+    values = one.pairs[column][:]
+    for row, value in zip(one.pairs[ROW][:], values, strict=True):
+        if isinstance(value, (list, dict)) or value is None or not str(value).strip() or "/" in str(value):
+            raise AuditError(
+                f"{name}, row {row}: --by {column} must hold the name of a group, without '/'; got {value!r}. Name another "
+                "column, or correct it."
+            )
+    if (number := len({str(value) for value in values})) > MOST_GROUPS:
+        raise AuditError(
+            f"{name}: --by {column} holds {number} different values, too many for groups (at most {MOST_GROUPS}). Name a "
+            f"column with few, or use --slice {column}."
+        )
 
 
 def _reward_gap(request: AuditRequest, one: PairSet, column: Callable) -> np.ndarray | None:

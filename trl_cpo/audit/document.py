@@ -8,7 +8,7 @@ from ..quoting import quoted
 from ..scoring.scored_pairs import ScoredPairs
 from ..slices import slices_of
 from .advice import advise
-from .measures import Settings, measure
+from .measures import Settings, groups, measure
 
 #: Raised when a field changes its meaning.
 FORMAT = 1
@@ -25,8 +25,9 @@ def audited_set(
     rows: Sequence[int],
     text_of: Callable[[int], dict],
     worst: int = 3,
+    by: tuple[str, np.ndarray] | None = None,
 ) -> dict:
-    """One set: its preflight, the measures of all its pairs and of each slice, its worst pairs and the advice.
+    """One set: its preflight, the measures of all its pairs and of each slice, its groups, its worst pairs and the advice.
 
     Args:
         name: of the set.
@@ -35,6 +36,7 @@ def audited_set(
         rows: (n,), the number of each pair in its source.
         text_of: position of a pair to its "prompt", "chosen" and "rejected", strings or messages.
         worst: how many of the pairs with the lowest δ_ref are quoted.
+        by: a column, and the name of each pair's group in it, (n,); None: no groups.
     """
     slices = [
         {"column": column, "value": quoted(value, 40), **measure(pairs.take(mask), settings)}
@@ -46,6 +48,7 @@ def audited_set(
         "preflight": preflight,
         "all": measure(pairs, settings),
         "slices": slices,
+        "groups": None if by is None else {"column": by[0], "each": groups(pairs, by[1], settings)},
         "worst": _worst(pairs, settings, rows, text_of, worst),
     }
     return {**document, "advice": advise(document, vars(settings))}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..quoting import quoted
 from ..scoring.scored_pairs import ScoredPairs
 from ..units import REDUCTIONS
 from .uncertainty import fraction, quantile, rank_correlation, shares
@@ -52,6 +53,26 @@ def misaligned(pairs: ScoredPairs) -> dict:
     """The fraction with δ_ref < 0, by sums, by means per token, and by both at once."""
     below = {name: pairs.ref_gap(name) < 0 for name in REDUCTIONS}
     return {**{name: fraction(mask) for name, mask in below.items()}, "both": fraction(below["sum"] & below["mean"])}
+
+
+def groups(pairs: ScoredPairs, group_of: np.ndarray, settings: Settings) -> list[dict]:
+    """How each group of pairs starts: its fraction misaligned, and how far below γ its pairs lie. In the order of the names.
+
+    The deficit is `γ − δ_ref`, nats; its median is over the pairs of the group with δ_ref < γ.
+    """
+    found = []
+    for name in sorted(set(group_of.tolist())):
+        own = pairs.take(group_of == name)
+        deficit = settings.gamma - own.ref_gap(settings.reduction)
+        found.append(
+            {
+                "group": quoted(name, 40),
+                "pairs": len(own),
+                "misaligned": misaligned(own),
+                "deficit": {"50%": quantile(deficit[deficit > 0], 0.5)},
+            }
+        )
+    return found
 
 
 def _spread(values: np.ndarray) -> dict:

@@ -29,7 +29,8 @@ def render(document: dict) -> str:
         lines += _preflight(audited["preflight"]) + _judgements(audited.get("judgements"))
         if audited.get("all"):
             lines += _standing(audited["all"]) + _pull(audited["all"], settings) + _length(audited["all"])
-            lines += _policy(audited["all"], settings) + _slices(audited, settings) + _worst(audited)
+            lines += _policy(audited["all"], settings) + _slices(audited, settings) + _groups(audited, settings)
+            lines += _worst(audited)
             lines += ["", "Advice"]
             for piece in audited["advice"]:
                 lines += _wrapped(piece["says"], "  - ", "    ")
@@ -226,6 +227,31 @@ def _slices(audited: dict, settings: dict) -> list[str]:
     if (rest := len(audited["slices"]) - _MOST_SLICES) > 0:
         lines.append(f"  … and {rest} more with --json")
     return lines
+
+
+def _groups(audited: dict, settings: dict) -> list[str]:
+    """The groups of `--by`, those with the most misaligned pairs first."""
+    found = audited.get("groups")
+    if not found:
+        return []
+    reduction = settings["reduction"]
+    lines = ["", f"Groups by {found['column']} (deficit: median of γ - δ_ref where δ_ref < γ, {UNITS[reduction]})"]
+    lines.append(f"  {'':34}{'pairs':>7}{'misaligned by sum':>25}{'by mean':>25}{'deficit':>23}")
+    each = sorted(found["each"], key=lambda one: (-one["misaligned"][reduction]["value"], one["group"]))
+    for one in each[:_MOST_SLICES]:
+        low = one["misaligned"]
+        line = f"  {trimmed(one['group'], 34):<34}{one['pairs']:>7}{interval(low['sum']):>25}{interval(low['mean']):>25}"
+        lines.append(f"{line}{_deficit(one['deficit']['50%']):>23}")
+    if (rest := len(each) - _MOST_SLICES) > 0:
+        lines.append(f"  … and {rest} more with --json")
+    return lines
+
+
+def _deficit(one: dict) -> str:
+    if one["value"] is None:
+        return "-"
+    low, high = ("?" if one[end] is None else f"{one[end]:.3g}" for end in ("low", "high"))
+    return f"{one['value']:.3g} [{low} to {high}]"
 
 
 def _worst(audited: dict) -> list[str]:

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
     add("--dataset-data-dir", metavar="DIR", help="folder inside the dataset, such as harmless-base in HH-RLHF")
     add("--slice", nargs="+", action="extend", default=[], metavar="COLUMN", help="also report by the values of these columns")
+    add("--by", metavar="COLUMN", help="also show how each group starts; the group_column of training")
     add(
         "--score-columns",
         nargs=2,
@@ -161,6 +162,7 @@ def _request(options: argparse.Namespace):
         dataset_config=options.dataset_config,
         dataset_data_dir=options.dataset_data_dir,
         slices=tuple(dict.fromkeys(options.slice)),
+        by=options.by,
         score_columns=tuple(options.score_columns) if options.score_columns else None,
         settings=Settings(
             beta=beta if options.beta is None else options.beta,

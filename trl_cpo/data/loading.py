@@ -93,7 +93,8 @@ def load_pairs(
             _refuse_options(name, "a folder written by save_to_disk", config=config)
             dataset = _from_saved(folder, split, streaming)
         else:
-            dataset = _from_loader(str(folder), split, streaming, config)
+            # datasets names what it reads by a folder's last part, and "." has none.
+            dataset = _from_loader(str(folder if folder.name else folder.resolve()), split, streaming, config)
     elif _looks_like_path(name):
         raise SourceError(f"There is no file or folder {name}. {_ALLOWED}")
     else:

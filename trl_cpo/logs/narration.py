@@ -1,12 +1,14 @@
 """The log in words: how training moves the two log-probabilities, and the share of pairs in the undesirable region U."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from ..quoting import quoted
 from ..units import UNITS
 
 #: A mean log-probability that moved by less than this, in nats, counts as unmoved: rebatching alone can cause that much
@@ -27,6 +29,9 @@ def sentence(
     response); 7 % of 60 held-out pairs in U, down from 21 %; the policy prefers chosen on 52 %, up from 18 %". Where the
     first is of the reference itself, which has no pair in U, the share in U stands alone. Two training logs are over
     different pairs, and stand side by side: "…; 75 % of 4 training pairs in U, 0 % of 4 others in the first log; …".
+
+    With groups, the one that is furthest from its bound, or from its γ where there is no bound, follows: "…; of 3 groups,
+    harmless is furthest from its bound (slack -0.31)".
 
     Args:
         before: an earlier log with the `cpo/*` metrics, for comparison, or None.
@@ -53,7 +58,7 @@ def sentence(
                 than[_IN_U] = ""  # no pair of a policy that is its reference is in U
         said = f"{_share(_IN_U, now, 'held-out pairs')} in U{than[_IN_U]}; "
         said += f"the policy prefers chosen on {_percent(now[_PREFERS])}{than[_PREFERS]}"
-    return f"{_displacement(now[_CHOSEN], now[_REJECTED], unit)}; {said}"
+    return f"{_displacement(now[_CHOSEN], now[_REJECTED], unit)}; {said}{_furthest_group(after, prefix or '', unit)}"
 
 
 def _metrics(log: Mapping[str, Any], prefix: str) -> dict[str, float] | None:
@@ -65,6 +70,31 @@ def _metrics(log: Mapping[str, Any], prefix: str) -> dict[str, float] | None:
 def _share(name: str, metrics: Mapping[str, float], of: str) -> str:
     # A log of an earlier version does not say how many.
     return f"{_percent(metrics[name])} of {f'{metrics[_PAIRS]:,.0f} ' if _PAIRS in metrics else ''}{of}"
+
+
+def _furthest_group(log: Mapping[str, Any], prefix: str, unit: str) -> str:
+    """The group furthest from its bound, or from its γ, with "; " in front; empty without two groups."""
+    found = {name: _by_group(log, prefix, name) for name in ("slack", "violation")}
+    slacks, violations = found["slack"], found["violation"]
+    if len(slacks) > 1:
+        group = min(slacks, key=lambda name: (slacks[name], name))
+        if slacks[group] >= 0:
+            return f"; all {len(slacks)} groups are within their bounds"
+        return f"; of {len(slacks)} groups, {quoted(group, 40)} is furthest from its bound (slack {slacks[group]:.3g})"
+    if len(violations) > 1:
+        group = min(violations, key=lambda name: (-violations[name], name))
+        if violations[group] <= 0:
+            return f"; no pair of the {len(violations)} groups is below gamma"
+        below = f"{violations[group]:.3g} {unit} on average"
+        return f"; of {len(violations)} groups, {quoted(group, 40)} is furthest below gamma ({below})"
+    return ""
+
+
+def _by_group(log: Mapping[str, Any], prefix: str, name: str) -> dict[str, float]:
+    """`<prefix>cpo/<group>/<name>` by group, of those that are numbers."""
+    pattern = re.compile(re.escape(f"{prefix}cpo/") + r"([^/]+)/" + re.escape(name), re.DOTALL)
+    matched = ((pattern.fullmatch(key), value) for key, value in log.items())
+    return {match[1]: value for match, value in matched if match is not None and math.isfinite(value)}
 
 
 def _displacement(chosen: float, rejected: float, unit: str) -> str:

@@ -86,7 +86,7 @@ def _claim(options: "PairArguments", args: "RunConfig", held: ExitStack, is_main
 
     told: list[Any] = [None, None]
     if is_main:
-        name = Path(options.dataset_name).name.split(".")[0]
+        name = Path(options.dataset_name).name.split(".")[0] or "pairs"  # of "." and ".hidden" nothing is left
         asked = claimed(args.output_dir) if args.chose_output_dir else claimed_next(f"outputs/{name}-{args.constraint}")
         try:
             # Not even a claim is written into a folder that is somebody else's.

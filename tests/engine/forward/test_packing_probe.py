@@ -18,6 +18,7 @@ from trl_cpo.engine.forward.probing import comparison
 from trl_cpo.engine.forward.probing import probe as probing
 from trl_cpo.engine.forward.probing.rounding import watch_precision
 from trl_cpo.engine.forward.probing.static_checks import static_reason
+from trl_cpo.engine.forward.sharing import PrefixSharing
 
 from helpers.families import tiny_model
 from helpers.forward_checks import ATTENTIONS, assert_same_outputs
@@ -144,6 +145,20 @@ def test_a_finding_holds_up_to_the_length_it_was_made_for(caplog):
             inputs = model_inputs(random_pairs([(30, 4, 5), (36, answer, 3)]))  # longest: 36 + answer
             assert_same_outputs(model(**inputs), packed(**inputs))
             assert (packed.last_plan is not None) == is_packed
+    assert [r.getMessage() for r in caplog.records] == [
+        "Batch run padded, without prefix sharing: a sequence is longer than the 40 tokens probed."
+    ]
+
+
+def test_policy_and_reference_say_once_why_a_batch_is_padded(caplog):
+    sharing = PrefixSharing(None, max_length=40)
+    inputs = model_inputs(random_pairs([(30, 4, 5), (36, 10, 3)]))
+    with caplog.at_level(logging.WARNING):
+        for model in (tiny_model("gpt_neo", window_size=80), tiny_model("gpt_neo", window_size=80)):
+            for _ in range(2):
+                packed = sharing.of(model)
+                packed(**inputs)
+                assert packed.last_plan is None
     assert [r.getMessage() for r in caplog.records] == [
         "Batch run padded, without prefix sharing: a sequence is longer than the 40 tokens probed."
     ]

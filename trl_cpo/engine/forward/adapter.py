@@ -38,6 +38,7 @@ class PackedPairForward:
         max_length: longest sequence for which packing is known to be correct; a batch with a longer one runs padded.
             None: any length.
         required: raise an error if a batch cannot be packed, instead of running it padded.
+        told: reasons for a padded batch that were logged and are not logged again; None: those logged for this model.
         plans: plans of the batch that is run, made before or by another model's forward; a missing one is added.
 
     Attributes:
@@ -52,6 +53,7 @@ class PackedPairForward:
         row_length: int | None = None,
         max_length: int | None = None,
         required: bool = False,
+        told: set[str] | None = None,
         plans: BatchPlans | None = None,
     ):
         self._one_row = back_end(attention).one_row
@@ -63,6 +65,7 @@ class PackedPairForward:
         self._plans = plans
         self.last_plan: PackingPlan | None = None
         self._inner = unwrap(model)
+        self._told = _LOGGED.setdefault(self._inner, set()) if told is None else told
         self._config = self._inner.config.get_text_config()
         self._kinds = layer_kinds(self._config)
         switch(self._inner, attention)
@@ -75,6 +78,7 @@ class PackedPairForward:
             row_length=self.row_length,
             max_length=self.max_length,
             required=self.required,
+            told=self._told,
         )
 
     def __call__(self, **inputs):
@@ -143,9 +147,8 @@ class PackedPairForward:
         return dense_masks(plan, self._kinds, additive, device)
 
     def _log_once(self, reason: str) -> None:
-        told = _LOGGED.setdefault(self._inner, set())
-        if reason not in told:
-            told.add(reason)
+        if reason not in self._told:
+            self._told.add(reason)
             logger.warning("Batch run padded, without prefix sharing: %s.", reason)
 
 

@@ -66,6 +66,8 @@ class PrefixSharing:
         # Keyed by the innermost model: evaluation passes it bare, training wrapped. Weakly, so that a reference can be freed
         # once its log-probabilities are precomputed.
         self._known: weakref.WeakKeyDictionary[torch.nn.Module, Verdict] = weakref.WeakKeyDictionary()
+        # Policy and reference see the same batches: what is said of one is not said again of the other.
+        self._told: set[str] = set()
         # The attention each was probed with: `model.set_attn_implementation` may change it at any time.
         self._probed_with: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
 
@@ -95,6 +97,7 @@ class PrefixSharing:
             attention=verdict.attention,
             max_length=verdict.max_length,
             required=bool(self.wanted),
+            told=self._told,
             plans=self._plans,
         )
 
