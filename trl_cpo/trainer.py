@@ -125,7 +125,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         )
 
     def _labelled(self, labels: PairLabels) -> LabelledForm:
-        gammas = self._gammas[labels.group.device.type] if self._gammas else None
+        gammas = None if labels.group is None else self._gammas.get(labels.group.device.type)
         return LabelledForm(self._form, labels, gammas, list(zip(self.loss_types, self.loss_weights, strict=True)))
 
     def on_batch(self, batch) -> None:

@@ -137,7 +137,7 @@ class BatchGuard:
             beside: (B, K), gathered with them; None: nothing.
         """
         rows = self._accelerator.gather(rows_of(observed, beside))
-        texts = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        texts: dict[str, Tensor] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         self._taken.append(_Taken(rows, texts, step, observed.rewards))
 
     def settle(self) -> list[GatheredBatch]:
@@ -164,7 +164,9 @@ class BatchGuard:
 
 def _on_cpu(taken: list[_Taken]) -> list[Tensor]:
     """The rows of micro-batches, in one copy with the rewards, which go to the log."""
-    tensors = [tensor for one in taken for tensor in (one.rows, one.rewards and one.rewards.numbers) if tensor is not None]
+    tensors: list[Tensor] = []
+    for one in taken:
+        tensors += [one.rows] if one.rewards is None else [one.rows, one.rewards.numbers]
     if tensors and tensors[0].device.type != "cpu":
         parts = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([tensor.numel() for tensor in tensors])
         tensors = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

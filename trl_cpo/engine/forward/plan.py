@@ -289,7 +289,7 @@ class BatchPlans:
     """The plans of one batch, for every model that runs it: one for each way to arrange its rows."""
 
     def __init__(self, plan: PackingPlan | None = None):
-        self._plans = {} if plan is None else {(None, True): plan}
+        self._plans: dict[tuple[int | None, bool], PackingPlan] = {} if plan is None else {(None, True): plan}
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> "BatchPlans":

@@ -116,7 +116,7 @@ def packed_forward(
     """
     verdict = probe(model, attention=attention, max_length=max_length)
     if verdict.ok:
-        options = dict(attention=verdict.attention, row_length=row_length, max_length=verdict.max_length)
+        options: dict[str, Any] = dict(attention=verdict.attention, row_length=row_length, max_length=verdict.max_length)
         return PackedPairForward(model, required=required, **options), verdict
     if required:
         raise NotPackable(
