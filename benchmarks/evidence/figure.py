@@ -9,9 +9,9 @@ from .tables import BASELINE, Run, method_of, read, starts
 #: Of each panel: experiment, variant, largest KL, title, axis.
 PANELS = (
     ("decisions", "1 token", 2.0, "Decisions (one-word answers)", "held-out right, %", "KL, nats a prompt"),
-    ("sampled", "noiseless", 16.0, "Sampled answers (up to 40 tokens)", "reward of own answers", "KL, nats an answer"),
+    ("sampled", "noiseless", 4.0, "Sampled answers (up to 40 tokens)", "reward of own answers", "KL, nats an answer"),
 )
-COLOURS = {"dpo": "#666666", "clip": "#c2410c", "penalty": "#1d4ed8", "bound": "#15803d", "clip reach": "#1d4ed8"}
+COLOURS = {"dpo": "#666666", "clip": "#c2410c", "simpo": "#1d4ed8", "clip reach": "#15803d"}
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 400, 300, 56, 40, 44
 
 
@@ -48,7 +48,8 @@ def _panel(runs: list[Run], panel: tuple[Any, ...], shift: int, shown: Sequence[
     percent = experiment == "decisions"
     score = "right" if percent else "reward"
     found = {arm: curve for arm, curve in curves(runs, experiment, variant, score).items() if method_of(arm) in shown}
-    values = [y for curve in found.values() for x, y in curve if x <= largest]
+    found = {arm: _cut(curve, largest) for arm, curve in found.items()}
+    values = [y for curve in found.values() for _, y in curve]
     step = 0.05 if percent else 0.1
     low, high = step * (min(values) // step), step * (1 + max(values) // step)
     width, height = WIDTH - LEFT - 96, HEIGHT - TOP - BOTTOM
@@ -72,22 +73,25 @@ def _panel(runs: list[Run], panel: tuple[Any, ...], shift: int, shown: Sequence[
     ends = []
     for arm, curve in found.items():
         colour = COLOURS[method_of(arm)]
-        inside = _cut(curve, largest)
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in inside))
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
         dash = ' stroke-dasharray="5 3"' if method_of(arm) == BASELINE else ""
         lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
-        x, y = place(*inside[-1])
+        x, y = place(*curve[-1])
         ends.append([y, x, _name(arm), colour])
     # Labels stand beside the ends of their curves, 14 apart at least.
-    for at, end in enumerate(sorted(ends)):
-        end[0] = max(end[0], sorted(ends)[at - 1][0] + 14) if at else end[0]
+    ends.sort()
+    for above, end in zip(ends, ends[1:], strict=False):
+        end[0] = max(end[0], above[0] + 14)
     for y, x, name, colour in ends:
         lines.append(f'<text x="{x + 5:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
     return lines
 
 
 def _name(arm: str) -> str:
-    return {"dpo": "DPO"}.get(method_of(arm), method_of(arm)) + " β " + next(word for word in arm.split() if word[0].isdigit())
+    names = {"dpo": "DPO", "simpo": "SimPO"}
+    if method_of(arm) == "clip reach":
+        return "clip, reach"
+    return names.get(method_of(arm), method_of(arm)) + " β " + next(word for word in arm.split() if word[0].isdigit())
 
 
 def _cut(curve: list[tuple[float, float]], largest: float) -> list[tuple[float, float]]:

@@ -109,7 +109,7 @@ def final(runs: list[Run], experiment: str, variant: str) -> str:
     begun, levels, score = starts(runs), LEVELS[experiment], SCORE[experiment]
     found = _finals(runs, variant)
     baseline = next((arm for arm in found if method_of(arm) == BASELINE), None)
-    lines = _head("arm", *(f"at KL {level:g}" for level in levels), *(f"less DPO at {level:g}" for level in levels))
+    lines = _head("arm", "seeds", *(f"at KL {level:g}" for level in levels), *(f"less DPO at {level:g}" for level in levels))
     at: dict[str, dict[float, dict[int, float]]] = {
         arm: {
             level: {run["seed"]: within(run, begun[variant, run["seed"]], level, "test", score) for run in own}
@@ -126,7 +126,7 @@ def final(runs: list[Run], experiment: str, variant: str) -> str:
             shared = [seed for seed in by_level[level] if seed in at[baseline][level]]
             differences = [by_level[level][seed] - at[baseline][level][seed] for seed in shared]
             cells.append(_with_half(experiment, *interval(differences, len(at) - 1), signed=True))
-        lines.append(_row(arm, *cells))
+        lines.append(_row(arm, str(len(found[arm])), *cells))
     return "\n".join(lines)
 
 
@@ -164,7 +164,8 @@ def misaligned(runs: list[Run]) -> str:
             tests = [run["curve"][at]["test"] for run in own]
             cells = [_with_half("decisions", *interval([test[name] for test in tests])) for name in names]
             kl, half = interval([test["kl"] for test in tests])
-            lines.append(_row(variant.split()[1], arm, str(point["step"]), *cells, f"{kl:.1f} ± {half:.1f}"))
+            shown = f"{kl:.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
+            lines.append(_row(variant.split()[1], arm, str(point["step"]), *cells, shown))
     return "\n".join(lines)
 
 
