@@ -7,7 +7,7 @@ import runpy
 
 import pytest
 import torch
-from constraint_cases import PAIRS, added_of, case_of, made, total_loss
+from constraint_cases import PAIRS, added_of, case_of, made, multiplier_of, total_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from trl_cpo.constraint_fields import HYPERPARAMETERS
 from trl_cpo.constraint_names import FORM_NAMES, HYPERPARAMETER_NAMES
 from trl_cpo.constraints import CONSTRAINTS
 from trl_cpo.hyperparameters import fault, hyperparameter
+from trl_cpo.labels.form import LabelledForm, PairLabels
 from trl_cpo.objective import pair_loss
 from trl_cpo.pairs import PairLogps
 
@@ -32,6 +33,13 @@ def pairs_of(*columns, dtype=torch.float64, requires_grad=False) -> PairLogps:
     for tensor in tensors[:2]:
         tensor.requires_grad_(requires_grad)
     return PairLogps(*tensors)
+
+
+def asked_of(form, pairs: PairLogps) -> torch.Tensor:
+    """The whole loss of each pair as the trainer asks a form for it, with its reach, (B,)."""
+    labelled = LabelledForm(form, PairLabels(), None, [("sigmoid", 1.0)])
+    added = labelled.added_loss(pairs, multiplier_of(form))
+    return pair_loss(pairs.gap, labelled.target(pairs.detach()), beta=form.beta) + (0.0 if added is None else added)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
@@ -164,9 +172,13 @@ class TestContract:
 
         for name, declared in form.hyperparameters().items():
             other = dataclasses.replace(form, **{name: different(declared)})
-            changed = other.dual_rule != form.dual_rule or not torch.equal(total_loss(form, pairs), total_loss(other, pairs))
+            changed = other.dual_rule != form.dual_rule or not torch.equal(asked_of(form, pairs), asked_of(other, pairs))
             # γ is every form's, to count violations at.
-            assert changed == (name != "gamma" or form.moves_target or form.adds_loss), name
+            expected = name != "gamma" or form.moves_target or form.adds_loss
+            if name == "reach":
+                asked = form.gamma if form.adds_loss else form.target(pairs)
+                expected = bool((asked - pairs.ref_gap > other.reach).any())
+            assert changed == expected, name
 
     def test_at_its_neutral_values_it_is_dpo(self, case, batch):
         neutral, pairs = dataclasses.replace(case.form, **case.dpo), PairLogps(*batch)

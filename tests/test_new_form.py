@@ -42,7 +42,7 @@ SQUARED_ROW = """\
         dpo={"penalty_weight": 0.0},
     ),
 """
-REACH = '''\
+LIFT = '''\
 """The target margin, clipped from below as far as it may be raised."""
 
 from dataclasses import dataclass
@@ -56,18 +56,18 @@ from .base import Constraint
 
 
 @dataclass(frozen=True)
-class Reach(Constraint):
-    """Clip, raised by at most r nats: `t = δ_ref + min(max(0, γ − δ_ref), r)`, r = `reach`. γ → −∞ is DPO."""
+class Lift(Constraint):
+    """Clip, raised by at most r nats: `t = δ_ref + min(max(0, γ − δ_ref), r)`, r = `lift`. γ → −∞ is DPO."""
 
-    reach: float = hyperparameter(10.0, "Most nats that a target is raised by.", above=0.0)
+    lift: float = hyperparameter(10.0, "Most nats that a target is raised by.", above=0.0)
 
     def target(self, pairs: PairLogps) -> Tensor:
-        return pairs.ref_gap + torch.clamp(self.gamma - pairs.ref_gap, min=0.0, max=self.reach)
+        return pairs.ref_gap + torch.clamp(self.gamma - pairs.ref_gap, min=0.0, max=self.lift)
 '''
-REACH_ROW = """\
+LIFT_ROW = """\
     # δ_ref + min(max(0, 1 − δ_ref), 2): 2 + 0, −3 + 2, 0 + 1
-    "reach": Case(
-        CONSTRAINTS["reach"](beta=0.5, gamma=1.0, reach=2.0), targets=(2, -1, 1), dpo={"gamma": -math.inf}
+    "lift": Case(
+        CONSTRAINTS["lift"](beta=0.5, gamma=1.0, lift=2.0), targets=(2, -1, 1), dpo={"gamma": -math.inf}
     ),
 """
 
@@ -121,10 +121,10 @@ def copy(tmp_path):
     copy = Copy(tmp_path)
     copy.took = {
         "squared": copy.add("squared", SQUARED, SQUARED_ROW, "| `squared` | λ/2 · max(0, γ − δ_θ)² |\n"),
-        "reach": copy.add("reach", REACH, REACH_ROW, "| `reach` | min(max(δ_ref, γ), δ_ref + reach) |\n"),
+        "lift": copy.add("lift", LIFT, LIFT_ROW, "| `lift` | min(max(δ_ref, γ), δ_ref + lift) |\n"),
     }
     # A hyperparameter has a row of its own.
-    copy.insert("docs/constraints.md", "| `epsilon` |", "| `reach` | 10.0 | nats |\n")
+    copy.insert("docs/constraints.md", "| `epsilon` |", "| `lift` | 10.0 | nats |\n")
     return copy
 
 

@@ -94,10 +94,16 @@ def test_a_transformers_model_gives_the_same_afterwards():
     assert model.training and not torch.equal(model(inputs).logits, first)
 
 
-def test_a_models_layers_are_looked_through_once(monkeypatch):
-    model, walks = torch.nn.Sequential(Repacked(2, 2)), []
-    walk = torch.nn.Module.modules
-    monkeypatch.setattr(torch.nn.Module, "modules", lambda self: (walks.append(self), walk(self))[1])
+def test_layers_are_looked_through_on_a_cpu_alone():
+    models = {device: torch.nn.Sequential(Repacked(2, 2)).to(device) for device in ("cpu", "meta")}
+    for model in models.values():
+        keep_trainable(model)
+    assert {device: model[0].support_avx512bf16_for_cpu for device, model in models.items()} == {"cpu": False, "meta": True}
+
+
+def test_a_layer_that_a_model_got_later_is_kept_too():
+    model = torch.nn.Sequential(Repacked(2, 2))
     keep_trainable(model)
+    model.append(Repacked(2, 2))
     keep_trainable(model)
-    assert len(walks) == 1 and not model[0].support_avx512bf16_for_cpu
+    assert not any(layer.support_avx512bf16_for_cpu for layer in model)

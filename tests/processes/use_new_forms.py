@@ -1,4 +1,4 @@
-"""Started by test_new_form.py in a copy of this repository to which the forms "squared" and "reach" were added.
+"""Started by test_new_form.py in a copy of this repository to which the forms "squared" and "lift" were added.
 
 Writes the stub, runs the matrix on the two forms, and uses all that should follow from their fields. Exit code 0 where it does.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NEW = ("squared", "reach")
+NEW = ("squared", "lift")
 
 
 def write_stub() -> None:
@@ -39,18 +39,18 @@ def check_config() -> None:
     def config(**values):
         return CPOConstrainedConfig("out", use_cpu=True, bf16=False, report_to="none", **values)
 
-    field = CPOConstrainedConfig.__dataclass_fields__["reach"]
-    assert field.default == 10.0 and field.metadata["help"] == "For 'reach': most nats that a target is raised by. [> 0]"
-    assert "reach (`float`, *optional*, defaults to `10.0`):" in CPOConstrainedConfig.__doc__
+    field = CPOConstrainedConfig.__dataclass_fields__["lift"]
+    assert field.default == 10.0 and field.metadata["help"] == "For 'lift': most nats that a target is raised by. [> 0]"
+    assert "lift (`float`, *optional*, defaults to `10.0`):" in CPOConstrainedConfig.__doc__
     assert "For 'penalty' and 'squared': weight" in CPOConstrainedConfig.__dataclass_fields__["penalty_weight"].metadata["help"]
-    with pytest.raises(ValueError, match="reach must be a finite number > 0; got 0.0"):
-        config(constraint="clip", reach=0.0)
-    with pytest.raises(TypeError, match="reech"):
-        config(constraint="reach", reech=3.0)
+    with pytest.raises(ValueError, match="lift must be a finite number > 0; got 0.0"):
+        config(constraint="clip", lift=0.0)
+    with pytest.raises(TypeError, match="lieft"):
+        config(constraint="lift", lieft=3.0)
     with pytest.raises(ValueError, match="Did you mean 'squared'"):
         config(constraint="sqared")
-    assert config(constraint="clip", gamma=1.0, reach=3.0).cautions() == ["constraint='clip' does not use reach=3.0."]
-    assert config(constraint="reach", reach=3.0, gamma=1.0).form.reach == 3.0
+    assert config(constraint="clip", gamma=1.0, lift=3.0).cautions() == ["constraint='clip' does not use lift=3.0."]
+    assert config(constraint="lift", lift=3.0, gamma=1.0).form.lift == 3.0
 
 
 def check_command_line() -> None:
@@ -59,14 +59,14 @@ def check_command_line() -> None:
     from trl_cpo.report.table import MAIN_SETTINGS
 
     every = " ".join(run_parser("trl-cpo train").format_help().split())
-    assert "--reach REACH" in every and "For 'reach': most nats that a target is raised by. [> 0]" in every
-    assert all(name in train._OFTEN for name in NEW) and "reach" in MAIN_SETTINGS
-    arguments = ["--output_dir", "out", "--use_cpu", "--bf16", "False", "--constraint", "reach", "--reach", "4"]
-    assert parse_run(arguments, None)[1].form.reach == 4.0
+    assert "--lift LIFT" in every and "For 'lift': most nats that a target is raised by. [> 0]" in every
+    assert all(name in train._OFTEN for name in NEW) and "lift" in MAIN_SETTINGS
+    arguments = ["--output_dir", "out", "--use_cpu", "--bf16", "False", "--constraint", "lift", "--lift", "4"]
+    assert parse_run(arguments, None)[1].form.lift == 4.0
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        assert main(["train", "--constraint", "reach", "--reech", "4"]) == 2
-    assert "--reech" in said.getvalue()
+        assert main(["train", "--constraint", "lift", "--lieft", "4"]) == 2
+    assert "--lieft" in said.getvalue()
 
 
 def check_certificates() -> None:
@@ -85,7 +85,7 @@ def check_certificates() -> None:
         assert check(made, run) == []
         return made["subject"]
 
-    for name, field in (("reach", "reach"), ("squared", "penalty_weight")):
+    for name, field in (("lift", "lift"), ("squared", "penalty_weight")):
         first = certified(f"{name}-1", **options(name))
         second = certified(f"{name}-2", **options(name, **{field: 7.0}))
         assert first != second and {**first, "hyperparameters": 0} == {**second, "hyperparameters": 0}
@@ -103,8 +103,8 @@ def check_population_optimum() -> None:
         return torch.tensor([value], dtype=torch.float64)
 
     pairs, p = PairLogps(one(0.0), one(0.0), one(-3.0), one(-1.0)), one(0.7)  # δ_ref = −2
-    reach = CONSTRAINTS["reach"](beta=1.0, gamma=1.0, reach=2.0)
-    assert population_gaps(reach, pairs, p).item() == pytest.approx(0.0 + math.log(0.7 / 0.3), abs=1e-12)
+    lift = CONSTRAINTS["lift"](beta=1.0, gamma=1.0, lift=2.0)
+    assert population_gaps(lift, pairs, p).item() == pytest.approx(0.0 + math.log(0.7 / 0.3), abs=1e-12)
     squared = CONSTRAINTS["squared"](beta=1.0, gamma=1.0, penalty_weight=0.4)
     grid = torch.linspace(-6, 6, 1_200_001, dtype=torch.float64)
     loss = torch.log1p(torch.exp(-(grid + 2))) + 0.3 * (grid + 2) + 0.2 * (1 - grid).clamp(min=0) ** 2

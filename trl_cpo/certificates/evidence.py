@@ -135,6 +135,8 @@ def _subject(pairs: Any, metrics: Any) -> dict[str, Any]:
         subject["loss_type"] = config.get("loss_type")
         form = CONSTRAINTS.get(str(subject["constraint"]), Constraint)  # of another version, its hyperparameters are unknown
         own = form.hyperparameters().keys() - Constraint.hyperparameters().keys()
+        if config.get("reach") is not None:
+            own |= {"reach"}
         subject["hyperparameters"] = {name: config[name] for name in sorted(own & config.keys())}
     else:
         subject |= {name: pairs[name] for name in ("dataset", "model", "ref_model") if name in pairs}

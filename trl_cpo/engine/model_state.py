@@ -1,15 +1,11 @@
 """Running a model without side effects."""
 
 import random
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-
-# Models that `keep_trainable` was called for.
-_KEPT: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 @contextmanager
@@ -49,12 +45,11 @@ def keep_trainable(model: torch.nn.Module) -> None:
     """Prevents 4-bit layers from being repacked permanently at their first evaluation on a CPU with AVX512-BF16.
 
     bitsandbytes 0.50.2 repacks them for a kernel without a backward; after any evaluation a QLoRA run would continue with
-    a gradient norm of zero. On other devices, and for models without such layers, this does nothing. A model's layers are
-    looked through once, however often this is called.
+    a gradient norm of zero. For models without such layers this does nothing, and on other devices it does not look for any:
+    it is called with every pass of a reference.
     """
-    if model in _KEPT:
+    if (weight := next(model.parameters(), None)) is not None and weight.device.type != "cpu":
         return
-    _KEPT.add(model)
     for module in _repacked_layers(model.modules()):
         module.support_avx512bf16_for_cpu = False
 

@@ -177,7 +177,7 @@ def test_one_call_a_layer_for_any_number_of_pairs(pairs, monkeypatch):
 def test_indices_are_sent_once_for_policy_reference_and_every_layer(monkeypatch):
     varlen._layout.cache_clear()
     sent = []
-    monkeypatch.setattr(varlen, "_sent", lambda t, device: sent.append(len(t)) or t)
+    monkeypatch.setattr(varlen, "sent", lambda tensors, device: sent.append(len(tensors)) or list(tensors))
     models = [tiny_model("gemma3_text", seed=seed) for seed in (0, 1)]
     inputs = model_inputs(random_pairs(HARD_SIZES))
     for model in models:
