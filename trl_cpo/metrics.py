@@ -146,8 +146,8 @@ class MetricLedger:
         if state["sums"].keys() != set(self.names):
             other = sorted(state["sums"].keys() ^ set(self.names))
             raise ValueError(
-                f"The saved metrics are not this version's: {', '.join(other)} on one side only. Resume with the version "
-                "of trl-cpo that wrote the checkpoint."
+                f"The saved metrics are not this version's: {', '.join(other)} on one side only. Resume with `reach` and "
+                "`chosen_floor` on or off as they were, and with the version of trl-cpo that wrote the checkpoint."
             )
         self.clear()
         self._resumed = torch.tensor([state["sums"][name] for name in self.names], dtype=torch.float64).T.contiguous()
