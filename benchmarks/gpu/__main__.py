@@ -85,7 +85,6 @@ def main() -> None:
     parser.add_argument("--out", default="gpu.jsonl", help="file to add records to")
     parser.add_argument("--trial", action="store_true", help="tiny rows: that the program runs")
     parser.add_argument("--loop", action="store_true", help="also time train() itself, on each model's first row")
-    parser.add_argument("--profile", default=None, help="also write the kernels of a packed step of each model's first row")
     parser.add_argument("--table", default=None, help="print the table of this file, and measure nothing")
     options = parser.parse_args()
     from .table import table
@@ -107,11 +106,6 @@ def main() -> None:
             file.write(json.dumps(records[-1]) + "\n")
         shown = record.get("failed") or f"{1000 * sum(record['new_s']) / len(record['new_s']):.0f} ms"
         print(f"{record['row']}: {record['arm']} {shown}", flush=True)
-    if options.profile:
-        from .profile import kernels
-
-        for row in {(row.size, row.training): row for row in reversed(rows)}.values():
-            kernels(row, Path(options.profile))
     print(table(records))
 
 

@@ -4,7 +4,7 @@ import gc
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -73,6 +73,8 @@ def trainer_of(row: Row, arm: str, device: torch.device) -> Any:
                 trainer = CPOConstrainedTrainer(model=model, args=args, **given)
             assert trainer._sharing.verdict(trainer.model).attention == arm
     trainer.precompute_ref_logps = True  # with the made-up scores
+    # As `train` does: the forward runs under autocast.
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
     trainer.model.train()
     return trainer
 
@@ -102,7 +104,7 @@ def step(trainer: Any, rows: list[dict]) -> None:
     batch = trainer._prepare_inputs(batch)
     trainer.model.zero_grad(set_to_none=True)
     with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(trainer.model, batch)
+        loss = trainer.compute_loss(trainer.model_wrapped, batch)
     loss.backward()
 
 
@@ -135,7 +137,30 @@ def measure(trainer: Any, row: Row, device: torch.device) -> dict:
         held = torch.cuda.memory_allocated()
     new, again = list(timed(trainer, batches, device)), list(timed(trainer, batches, device))
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0.0
-    return {"new_s": new, "again_s": again, "held_bytes": held, "peak_bytes": peak}
+    found = {"new_s": new, "again_s": again, "held_bytes": held, "peak_bytes": peak}
+    return found | kernels(lambda: step(trainer, batches[-1]), device)
+
+
+def kernels(run: Callable[[], None], device: torch.device, longest: int = 30) -> dict:
+    """What the device did in a step that was run before: how long it was busy, and its kernels, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if device.type != "cuda":
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        synchronise(device)
+    totals: dict[str, tuple[float, int]] = {}
+    for event in found.profiler.kineto_results.events():
+        if str(event.device_type()).endswith("CUDA"):
+            seconds, calls = totals.get(event.name(), (0.0, 0))
+            totals[event.name()] = seconds + event.duration_ns() / 1e9, calls + 1
+    ordered = sorted(totals.items(), key=lambda item: -item[1][0])
+    return {
+        "busy_s": sum(seconds for seconds, _ in totals.values()),
+        "kernels": sum(calls for _, calls in totals.values()),
+        "longest": [(name[:120], seconds, calls) for name, (seconds, calls) in ordered[:longest]],
+    }
 
 
 class _Clock(TrainerCallback):

@@ -30,8 +30,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         by_row.setdefault(record["row"], {})[record["arm"]] = record
     known = {row.name: row for row in (*ROWS, *TRIAL)}
     lines = [
-        "| setting | TRL, ms | varlen, ms | segments, ms | times TRL's speed | TFLOP/s | memory, GB | predicted: TRL, varlen |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | TRL, ms | varlen, ms | segments, ms | times TRL's speed | device busy, ms: TRL, varlen | TFLOP/s | "
+        "memory, GB | predicted, ms: TRL, varlen |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(lines + [_line(known[name], arms) for name, arms in by_row.items()])
 
@@ -44,6 +45,7 @@ def _line(row: Row, arms: dict[str, dict]) -> str:
         cells.append((record or {}).get("failed", "")[:40] if new is None else f"{new:.0f} ({again:.0f})")
     new, again = speedup(arms), speedup(arms, key="again_s")
     cells.append("" if new is None else f"{new:.2f}× ({again:.2f}×)")
+    cells.append(", ".join(f"{1000 * arms[arm]['busy_s']:.0f}" for arm in (TRL, VARLEN) if "busy_s" in arms.get(arm, {})))
     ours = arms.get(VARLEN, {})
     again = ms(ours, "again_s")
     cells.append("" if again is None else f"{ours['useful_operations'] / again / 1e9:.0f}")

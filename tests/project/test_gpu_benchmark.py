@@ -67,17 +67,25 @@ def test_the_program_measures_every_arm(tmp_path, monkeypatch, capsys):
 
 def test_the_table_divides_the_right_times():
     def record(arm, *seconds, **other):
-        return {"row": ROWS[0].name, "arm": arm, "new_s": list(seconds), "again_s": [1.0], "peak_bytes": 1e9, **other}
+        return {
+            "row": ROWS[0].name,
+            "arm": arm,
+            "new_s": list(seconds),
+            "again_s": [1.0],
+            "peak_bytes": 1e9,
+            "busy_s": 0.5,
+            **other,
+        }
 
     records = [record(TRL, 3.0, 5.0), record(VARLEN, 1.0, 3.0, useful_operations=2e12), {**record(SEGMENTS), "failed": "x"}]
     del records[2]["new_s"], records[2]["again_s"]
     assert speedup({r["arm"]: r for r in records}) == 2.0
     line = table(records).splitlines()[-1]
-    assert line == "| 0.5b lora, hh, 8 pairs | 4000 (1000) | 2000 (1000) | x | 2.00× (1.00×) | 2 | 1 → 1 | 79, 52 |"
+    assert line == "| 8b lora, hh, 8 pairs | 4000 (1000) | 2000 (1000) | x | 2.00× (1.00×) | 500, 500 | 2 | 1 → 1 | 692, 175 |"
 
 
 def test_rows_that_do_not_exist_are_named(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--only", "9b"])
     with pytest.raises(SystemExit):
         program.main()
-    assert "the rows are 0.5b lora, hh, 8 pairs" in capsys.readouterr().err
+    assert "the rows are 8b lora, hh, 8 pairs" in capsys.readouterr().err
