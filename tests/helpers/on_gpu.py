@@ -21,7 +21,7 @@ DEVICE = torch.device("cpu") if REHEARSAL else torch.device("cuda", 0)
 #: Marks of every module of tests/gpu. What libraries warn of differs from device to device, and is shown and not an error.
 ON_GPU = [
     pytest.mark.skipif(not (REHEARSAL or torch.cuda.is_available()), reason="needs a CUDA GPU, and this machine has none"),
-    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("default", "ignore:.*will be removed in v6:FutureWarning", "ignore:constraint=:UserWarning"),
 ]
 
 
