@@ -14,6 +14,9 @@ from trl_cpo.engine.forward import varlen
 
 from helpers.on_gpu import DEVICE, REHEARSAL, rehearsed
 
+#: Absolute, because tests change the folder they are in.
+LOG = os.environ.get("TRL_CPO_GPU_LOG") and os.path.abspath(os.environ["TRL_CPO_GPU_LOG"])
+
 
 @pytest.fixture(scope="session", autouse=True)
 def device():
@@ -33,8 +36,8 @@ def record(request, device):
     def write(**numbers) -> None:
         line = json.dumps({"test": request.node.nodeid.rpartition("/")[2], **numbers, "device": name}, default=str)
         print(line)
-        if path := os.environ.get("TRL_CPO_GPU_LOG"):
-            with open(path, "a") as file:
+        if LOG:
+            with open(LOG, "a") as file:
                 file.write(line + "\n")
 
     return write
