@@ -306,3 +306,16 @@ def test_a_mask_that_is_no_table_is_sdpas():
     got, _ = varlen_attention(torch.nn.Module(), q, k, v, mask)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert torch.equal(got, expected.transpose(1, 2))
+
+
+def test_the_check_may_come_in_a_layer_that_is_checkpointed(checked_here):
+    """Found on an H200: what the check kept for its own backward was taken for the layer's, and recomputation lacked it."""
+    model = tiny_model("llama")
+    inputs = model_inputs(random_pairs(HARD_SIZES))
+    plain = gradients(model, PackedPairForward(model, attention="varlen", required=True)(**inputs))
+    varlen._fault.cache_clear()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    again = gradients(model, PackedPairForward(model, attention="varlen", required=True)(**inputs))
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
