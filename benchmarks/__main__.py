@@ -1,9 +1,10 @@
 """
 Runs benchmark cases and writes JSON and a table.
 
-    python -m benchmarks --pairs path/to/hh-rlhf-harmless-base-test.jsonl.gz            # all CPU cases
+    python -m benchmarks --pairs path/to/hh-rlhf-harmless-base-test.jsonl.gz            # all cases
     python -m benchmarks --cases packed-lora-8 packed-full-8 --no-memory                # some, times only
-    python -m benchmarks --cases gpu-lora-long gpu-lora-short gpu-full-long gpu-full-short   # on a GPU
+
+On a GPU: `python -m benchmarks.gpu`.
 """
 
 import argparse
@@ -27,8 +28,6 @@ def row(name: str, record: dict, target: str) -> str:
         ratio += f" ({record['lowest']:.2f} to {record['highest']:.2f}, n={record['batches']}; CPU {record['cpu_ratio']:.2f}×)"
     if "share_of_limit" in record:
         ratio += f", {100 * record['share_of_limit']:.0f} % of {record['limit']:.2f}×"
-    if "useful_tflops" in record:
-        ratio += f", {record['useful_tflops']:.3g} TFLOP/s"
     memory = ""
     if "memory_ratio" in record:
         memory = f"{record['memory_ratio']:.2f} ({record['baseline_mib']:.0f} → {record['ours_mib']:.0f} MiB)"
@@ -43,10 +42,9 @@ def main() -> None:
     )
     parser.add_argument("--model", default=None, help="model folder; default: the embedded SmolLM2-135M-Instruct")
     parser.add_argument("--pairs", default="demo-answers", help="pairs: file, folder, hub name, 'demo' or 'demo-answers'")
-    parser.add_argument("--cases", nargs="*", default=None, help="cases to run; default: all but gpu-*")
+    parser.add_argument("--cases", nargs="*", default=None, help="cases to run; default: all")
     parser.add_argument("--batches", type=int, default=3, help="batches per arm")
     parser.add_argument("--max_length", type=int, default=512, help="longest sequence, tokens")
-    parser.add_argument("--gpu_shape", default="8b", help="model shape of gpu-* (random weights): 8b, or tiny for a trial run")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--no-memory", action="store_true", help="measure times only")
     parser.add_argument("--out", default="benchmarks.json", help="JSON file to add to")
@@ -56,8 +54,8 @@ def main() -> None:
         from trl_cpo.data.demo.model import demo_model_folder
 
         options.model = str(demo_model_folder())
-    table = cases(options.model, options.pairs, options.batches, options.gpu_shape, options.max_length)
-    names = options.cases or [name for name in table if not name.startswith("gpu-")]
+    table = cases(options.model, options.pairs, options.batches, options.max_length)
+    names = options.cases or list(table)
     unknown = [name for name in names if name not in table]
     if unknown:
         parser.error(f"no case {', '.join(unknown)}; the cases are {', '.join(table)}")

@@ -10,15 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo._trl.datasets import of_tokens_alone
 from trl_cpo.data.loading import load_pairs, to_conversational
-
-#: Model shapes for random weights: hidden, MLP, layers, heads, key-value heads, vocabulary.
-SHAPES = {"8b": (4096, 14336, 32, 32, 8, 128256), "tiny": (32, 48, 2, 4, 2, 400)}
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,6 @@ class Setting:
     max_length: int = 512
     batches: int = 3
     made_up: tuple[int, int] | None = None  # synthetic pairs: prompt : answer, as parts of max_length
-    shape: str | None = None  # random weights of this shape instead of the model
-    dtype: str = "float32"
     checkpointing: bool = False
     precomputed: bool = False
     forward_only: bool = False
@@ -59,31 +54,6 @@ def dataset_of(setting: Setting, count: int):
     return pairs.select(repeated)
 
 
-def model_of(setting: Setting, seed: int = 0, layers: int | None = None):
-    """The setting's model: loaded from its folder, or with random weights and `layers` layers (None: all of its shape)."""
-    if setting.shape is None:
-        return AutoModelForCausalLM.from_pretrained(setting.model, dtype=getattr(torch, setting.dtype))
-    hidden, mlp, all_layers, heads, kv_heads, vocabulary = SHAPES[setting.shape]
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers or all_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=8192,
-        dtype=setting.dtype,
-    )
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, setting.dtype))
-    try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            return LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(previous)
-
-
 def trainer_of(setting: Setting, arm: str, count: int | None = None):
     """The trainer of an arm: "dpo" (TRL's), "padded" or "packed" (ours, constraint clip)."""
     import datasets
@@ -97,7 +67,7 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        bf16=on_gpu and setting.dtype == "bfloat16",
+        bf16=False,
         use_cpu=not on_gpu,
         beta=0.1,
         dataloader_pin_memory=on_gpu,
@@ -112,9 +82,6 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
         )  # the synthetic references do not match the policy
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(setting.model)
-    # Without a reference, DPOTrainer would load one of another shape. A precomputed one never runs: one layer will do.
-    shaped = not setting.lora and setting.shape is not None
-    reference = model_of(setting, layers=1 if setting.precomputed else None) if shaped else None
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if setting.lora else None
     # More pairs than needed: DPOTrainer drops those whose prompt alone is too long, and some batches are skipped.
     spare = setting.batches + 1 if setting.padded_tokens is None else 40
@@ -122,8 +89,7 @@ def trainer_of(setting: Setting, arm: str, count: int | None = None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trainer_class(
-            model=model_of(setting),
-            ref_model=reference,
+            model=AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32),
             args=args,
             processing_class=tokenizer,
             peft_config=lora,

@@ -7,7 +7,6 @@ import torch
 from transformers import TrainerCallback
 
 from .arms import (
-    SHAPES,
     Setting,
     batches_of,
     reduced,
@@ -18,7 +17,6 @@ from .arms import (
 )
 from .measure import compared, interleaved, peak_memory
 
-H200_TFLOPS = 788.0
 #: The most tokens to which DPOTrainer can pad a batch of 8 in 24 GB, on a CPU, without gradient checkpointing.
 PADDED_TOKENS = 4600
 
@@ -125,53 +123,10 @@ class FirstStep(TrainerCallback):
             self.ended = time.perf_counter()
 
 
-def flops_per_step(setting: Setting, batches) -> float:
-    """Useful floating-point operations of a step: unique tokens only, 2 FLOP per multiply-add.
-
-    With N weights, a token costs 2N forward, and backward 4N (full) or 2N (LoRA, whose weight gradients are only the
-    adapters'). Attention costs 4·hidden·(keys seen) per query and layer forward, and twice that backward. Embeddings are
-    lookups, and the head scores only completion tokens.
-    """
-    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[setting.shape]
-    per_layer = hidden * hidden * 2 + 2 * hidden * hidden * kv_heads // heads + 3 * hidden * mlp
-    total = 0.0
-    for batch in batches:
-        lengths = batch["attention_mask"].sum(1).tolist()
-        answers = batch["completion_mask"].sum(1).tolist()
-        half = len(lengths) // 2
-        for i in range(half):
-            prompt = lengths[i] - answers[i]
-            tails = (answers[i], answers[half + i])
-            tokens = prompt + sum(tails)
-            attended = prompt**2 / 2 + sum(a * prompt + a**2 / 2 for a in tails)
-            dense = 2 * layers * per_layer * tokens + 2 * hidden * vocabulary * sum(tails)
-            attention = 4 * layers * hidden * attended
-            total += dense * (2 if setting.lora else 3) + attention * 3
-    return total / len(batches)
-
-
-def gpu(setting: Setting, memory: bool) -> dict:
-    """Our share of the GPU's matrix rate: random weights in a large model's shape, bfloat16, precomputed reference.
-
-    The arms alternate as in the other cases, so both models are on the GPU at once. For full fine-tuning of 8B that takes
-    some 70 GB of weights and gradients (2 × 16 GB each, and one layer instead of each reference), beside the activations.
-    """
-    _, steps, batches = _steps(setting, "dpo", "packed")
-    record = compared(interleaved(steps, batches), "dpo", "packed")
-    rate = flops_per_step(setting, batches) / record["ours_s"] / 1e12
-    return {
-        **record,
-        "pairs_per_s": setting.batch / record["ours_s"],
-        "useful_tflops": rate,
-        "share_of_h200": rate / H200_TFLOPS,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
-def cases(model: str, pairs: str, batches: int, gpu_shape: str, max_length: int = 512) -> dict:
+def cases(model: str, pairs: str, batches: int, max_length: int = 512) -> dict:
     """The cases by name: (function, setting, target in words)."""
     base = Setting(model=model, pairs=pairs, batches=batches, max_length=max_length)
-    # Gradient checkpointing, TRL's default, is on in one CPU case and on a GPU. Without it, a padded batch of 8 × 512 needs
+    # Gradient checkpointing, TRL's default, is on in one case. Without it, a padded batch of 8 × 512 needs
     # more than 20 GB on a CPU, as TRL's head scores every position over SmolLM2's vocabulary. So only those batches of 8
     # are used that fit; they have the least padding to save. Batches of 4 all fit into 24 GB.
     eight = reduced(base, padded_tokens=PADDED_TOKENS)
@@ -193,17 +148,4 @@ def cases(model: str, pairs: str, batches: int, gpu_shape: str, max_length: int 
     for made_up in ((4, 1), (1, 1), (1, 4)):
         setting = reduced(base, batch=2, made_up=made_up, precomputed=True)
         table[f"equal-{made_up[0]}to{made_up[1]}"] = (equal_lengths, setting, "90 % of the limit, never slower")
-    for lora in (True, False):
-        for name, made_up, length in (("long", (3, 1), 2048), ("short", (1, 1), 256)):
-            setting = reduced(
-                base,
-                shape=gpu_shape,
-                lora=lora,
-                dtype="bfloat16",
-                made_up=made_up,
-                precomputed=True,
-                max_length=length if gpu_shape != "tiny" else 64,
-                checkpointing=True,
-            )
-            table[f"gpu-{'lora' if lora else 'full'}-{name}"] = (gpu, setting, "45 % of 788 TFLOP/s")
     return table

@@ -24,14 +24,11 @@ def run(tmp_path, model_folder, *options):
 @pytest.mark.slow
 def test_times(tmp_path, model_folder):
     names = ["constraint-cost", "packed-lora-8", "packed-full-8", "reference-pass-8", "release-4", "equal-4to1"]
-    names += ["gpu-lora-short", "gpu-full-long"]
-    records, table = run(tmp_path, model_folder, "--no-memory", "--gpu_shape", "tiny", "--cases", *names)
+    records, table = run(tmp_path, model_folder, "--no-memory", "--cases", *names)
     assert list(records) == names
     for name in names:
         assert records[name]["ratio"] > 0 and f"| {name} |" in table
     assert records["equal-4to1"]["limit"] == pytest.approx(10 / 6)
-    assert records["gpu-lora-short"]["useful_tflops"] > 0
-    assert records["gpu-full-long"]["lowest"] <= records["gpu-full-long"]["highest"]
     assert records["packed-full-8"]["lowest"] <= records["packed-full-8"]["highest"]
 
 
@@ -74,7 +71,7 @@ def test_growth_is_told_apart_from_the_first_step(model_folder):
     from benchmarks.__main__ import row
     from benchmarks.cases import cases, growth
 
-    _, setting, target = cases(model_folder, "demo-answers", 2, "tiny", 128)["growth"]
+    _, setting, target = cases(model_folder, "demo-answers", 2, 128)["growth"]
     record = growth(setting, False, sizes=(16, 40))
     times = record["seconds_per_pair"]
     assert list(times) == [16, 40] and all(v["train_s"] > 0 and v["first_step_s"] > 0 for v in times.values())
@@ -104,31 +101,13 @@ def test_a_case_with_checkpointing_runs_its_layers_once_more(model_folder, arm, 
 
 
 def test_the_cases_that_need_it_have_checkpointing(model_folder):
-    """Those of a GPU, and the one that says so: the figures of the others were measured without."""
+    """The one that says so: the figures of the others were measured without."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.cases import cases
 
-    settings = {name: setting for name, (_, setting, _) in cases(model_folder, "demo-answers", 2, "8b").items()}
-    named = {name for name in settings if name.startswith("gpu-") or name.endswith("-checkpointing")}
+    settings = {name: setting for name, (_, setting, _) in cases(model_folder, "demo-answers", 2).items()}
+    named = {name for name in settings if name.endswith("-checkpointing")}
     assert {name for name, setting in settings.items() if setting.checkpointing} == named
-
-
-def test_useful_operations_of_a_dense_layer_by_hand():
-    """One pair: 2 per weight forward, 4 backward, each unique token once; 4 per hidden unit and key seen in attention."""
-    import torch
-
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.arms import SHAPES, Setting
-    from benchmarks.cases import flops_per_step
-
-    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES["8b"]
-    batch = {"attention_mask": torch.ones(2, 5), "completion_mask": torch.tensor([[0, 0, 0, 1, 1]] * 2)}
-    weights = layers * (2 * hidden * hidden + 2 * hidden * (hidden // 4) + 3 * hidden * mlp)
-    tokens, scored = 3 + 2 + 2, 4
-    dense = 6 * (weights * tokens + hidden * vocabulary * scored)
-    keys_seen = 3 * 3 / 2 + 2 * (2 * 3 + 2 * 2 / 2)
-    attention = 3 * 4 * layers * hidden * keys_seen
-    assert flops_per_step(Setting("m", shape="8b", lora=False), [batch]) == pytest.approx(dense + attention)
 
 
 def test_an_unknown_case_is_named(tmp_path, model_folder):

@@ -21,6 +21,8 @@ from helpers.forward_checks import gradients
 from helpers.pair_batches import HARD_SIZES, PAIRS, model_inputs, random_pairs
 
 CPU = torch.device("cpu")
+#: Before torch 2.12 fewer key heads are not named.
+GROUPED = ({}, dict(enable_gqa=True) if "enable_gqa" in varlen._options(varlen_attn) else {})
 
 
 FULL = LayerKind()
@@ -44,7 +46,7 @@ def test_the_emulated_kernels_are_plain_attention(groups, window):
     q, k, v = drawn((14, 2 * groups, 8), (22, 2, 8), (22, 2, 8))
     weight = torch.randn(14, 2 * groups, 8, dtype=torch.float64)
     cum = torch.tensor([(0, 0), *lengths]).cumsum(0).int()
-    got = varlen_attn(q, k, v, *cum.T.contiguous(), 6, 7, window_size=window, scale=0.3, enable_gqa=groups > 1)
+    got = varlen_attn(q, k, v, *cum.T.contiguous(), 6, 7, window_size=window, scale=0.3, **GROUPED[groups > 1])
     parts = []
     for (a, c), (b, d) in zip(cum.tolist(), cum.tolist()[1:], strict=False):
         keys, values = (t[c:d].repeat_interleave(groups, 1) for t in (k, v))
@@ -143,9 +145,10 @@ def test_heads_too_large_for_the_kernels_are_refused():
 
 
 def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    """torch 2.10's signature: no scale, no window; key heads as many as query heads."""
-    assert is_causal and query.shape[1] == key.shape[1]
-    return varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0), scale=query.shape[2] ** -0.5)
+    """torch 2.10's signature: no scale, no window; fewer key heads are not named."""
+    assert is_causal
+    options = dict(window_size=(-1, 0), scale=query.shape[2] ** -0.5, **GROUPED[query.shape[1] > key.shape[1]])
+    return varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
 
 
 def test_an_older_torch_is_called_by_its_own_signature(monkeypatch):
@@ -166,8 +169,8 @@ def test_an_older_torch_is_called_by_its_own_signature(monkeypatch):
 def test_one_call_a_layer_for_any_number_of_pairs(pairs, monkeypatch):
     calls = []
     monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **k: calls.append(1) or varlen_attn(*a, **k))
-    varlen._options.cache_clear()
-    monkeypatch.setattr(varlen, "_options", lambda function: frozenset(["window_size", "scale", "enable_gqa"]))
+    known = varlen._options(varlen_attn)
+    monkeypatch.setattr(varlen, "_options", lambda function: known)
     model = tiny_model("llama", num_hidden_layers=3)
     with torch.no_grad():
         PackedPairForward(model, attention="varlen", required=True)(**model_inputs(random_pairs(HARD_SIZES[:pairs])))

@@ -290,11 +290,9 @@ def _call(queries, keys, values, layout: Layout, scaling: float, window: int | N
         options["scale"] = scaling
     else:
         queries = queries * (scaling * queries.shape[2] ** 0.5)
-    groups = queries.shape[1] // keys.shape[1]
+    # Before torch 2.12 the kernel takes fewer key heads without being told.
     if "enable_gqa" in known:
-        options["enable_gqa"] = groups > 1
-    elif groups > 1:
-        keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
+        options["enable_gqa"] = queries.shape[1] > keys.shape[1]
     # Without its log-sum-exp: the backward ignores a gradient of that.
     return varlen_attn(
         queries, keys, values, layout.queries, layout.keys, layout.longest_queries, layout.longest_keys, **options

@@ -1,0 +1,113 @@
+"""
+Measures training steps on a GPU, ours and DPOTrainer's, and puts them beside what was predicted.
+
+    python -m benchmarks.gpu                        # all rows: about 10 minutes on an H100 or H200
+    python -m benchmarks.gpu --only "8b lora"       # those whose name contains this
+    python -m benchmarks.gpu --trial                # tiny rows, on a CPU too: that it runs
+    python -m benchmarks.gpu --table gpu.jsonl      # the table of a file, nothing measured
+
+Every model has random weights in the shape of Qwen2.5-0.5B, Qwen2.5-1.5B or Qwen3-8B, in bfloat16. A record a line is
+added to --out as it comes.
+"""
+
+import argparse
+import json
+import time
+import traceback
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from .rows import ROWS, TRIAL, Row
+
+
+def about() -> dict[str, Any]:
+    """The card and the versions."""
+    import torch
+
+    names = ("trl-cpo", "trl", "transformers", "torch", "peft")
+    found = {name: _version(name) for name in names}
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"when": time.strftime("%Y-%m-%d"), "card": card, "versions": found}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except Exception:
+        return "not installed"
+
+
+def measured(rows: list[Row], *, loop: bool) -> Iterator[dict[str, Any]]:
+    """A record of each row and arm. An arm's trainer is made once for all rows of a model."""
+    import torch
+
+    from .models import CONFIGS, useful_operations
+    from .steps import freed, measure, train, trainer_of
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for (size, training), group in groupby(rows, lambda row: (row.size, row.training)):
+        of_model = list(group)
+        arms = dict.fromkeys(arm for row in of_model for arm in row.arms)
+        for arm in arms:
+            start = time.perf_counter()
+            trainer = trainer_of(of_model[0], arm, device)
+            print(f"{size} {training}: {arm} made in {time.perf_counter() - start:.1f} s", flush=True)
+            for row in of_model:
+                if arm not in row.arms:
+                    continue
+                record: dict[str, Any] = {"row": row.name, "arm": arm}
+                try:
+                    record |= measure(trainer, row, device)
+                    lengths = [pair for batch in range(row.batches) for pair in row.lengths(batch)]
+                    work = useful_operations(CONFIGS[size], lengths, full=training == "full")
+                    record["useful_operations"] = work / row.batches
+                    if loop and row is of_model[0]:
+                        record |= train(trainer, row, device)
+                except torch.OutOfMemoryError:
+                    record["failed"] = "out of memory"
+                except Exception as error:
+                    traceback.print_exc()
+                    record["failed"] = f"{type(error).__name__}: {error}"[:300]
+                freed()
+                yield record
+            del trainer
+            freed()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", default=None, help="rows whose name contains one of these")
+    parser.add_argument("--out", default="gpu.jsonl", help="file to add records to")
+    parser.add_argument("--trial", action="store_true", help="tiny rows: that the program runs")
+    parser.add_argument("--loop", action="store_true", help="also time train() itself, on each model's first row")
+    parser.add_argument("--table", default=None, help="print the table of this file, and measure nothing")
+    options = parser.parse_args()
+    from .table import table
+
+    if options.table is not None:
+        print(table([json.loads(line) for line in Path(options.table).read_text().splitlines()]))
+        return
+    rows = [
+        row
+        for row in (TRIAL if options.trial else ROWS)
+        if options.only is None or any(part in row.name for part in options.only)
+    ]
+    if not rows:
+        parser.error(f"no row's name contains {options.only}; the rows are {', '.join(row.name for row in ROWS)}")
+    facts, records = about(), []
+    for record in measured(rows, loop=options.loop):
+        records.append({**facts, **record})
+        with Path(options.out).open("a") as file:
+            file.write(json.dumps(records[-1]) + "\n")
+        shown = record.get("failed") or f"{1000 * sum(record['new_s']) / len(record['new_s']):.0f} ms"
+        print(f"{record['row']}: {record['arm']} {shown}", flush=True)
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
