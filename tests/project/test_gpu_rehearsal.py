@@ -20,4 +20,4 @@ def test_the_tests_for_a_gpu_pass_over_emulated_kernels():
     done = subprocess.run(command + left_out, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
     passed, skipped = (re.search(rf"(\d+) {word}", done.stdout) for word in ("passed", "skipped"))
-    assert int(passed[1]) > 80 and int(skipped[1]) == 1, done.stdout[-300:]
+    assert int(passed[1]) > 70 and int(skipped[1]) == 1, done.stdout[-300:]
