@@ -141,7 +141,8 @@ def aligned_at_their_starts(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
     """A kernel as FlashAttention was before 2.1: each sequence's first query stands at its first key."""
     queries, keys, parts = cu_seq_q.tolist(), cu_seq_k.tolist(), []
     for a, b, c, d in zip(queries, queries[1:], keys, keys[1:], strict=False):
-        q, k, v = (t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d]))
+        heads = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (query[a:b], key[c:d], value[c:d]))
+        q, k, v = (t.transpose(0, 1)[None] for t in heads)
         parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1))
     return torch.cat(parts)
 
