@@ -46,13 +46,13 @@ class Row:
 
 ALL = (TRL, VARLEN, SEGMENTS)
 ROWS = (
-    Row("8b", "lora", "hh", 8, batches=4, arms=ALL, predicted={TRL: 692, VARLEN: 175, SEGMENTS: 233}),
-    Row("8b", "lora", "hh", 8, False, batches=4, predicted={VARLEN: 122}),
-    Row("8b", "lora", "hh", 32, batches=3, predicted={TRL: 3663, VARLEN: 697}),
-    Row("8b", "lora", "hh", 32, False, batches=3, arms=(VARLEN,), predicted={VARLEN: 486}),
-    Row("8b", "lora", "1536+512", 2, False, batches=3),
-    Row("8b", "lora", "1024+512", 4, batches=2),
-    Row("8b", "lora", "2048+512", 4, batches=2),
+    Row("8b", "lora", "hh", 8, batches=3, predicted={TRL: 692, VARLEN: 175}),
+    Row("8b", "lora", "hh", 8, False, batches=3, predicted={VARLEN: 122}),
+    Row("8b", "lora", "hh", 32, batches=2, predicted={TRL: 3663, VARLEN: 697}),
+    Row("8b", "lora", "hh", 32, False, batches=2, arms=(VARLEN,), predicted={VARLEN: 486}),
+    Row("8b", "lora", "1536+512", 2, False, batches=2),
+    Row("8b", "lora", "1024+512", 2, batches=2),
+    Row("8b", "lora", "2048+512", 2, batches=2),
     Row("8b", "lora", "4096+512", 2, batches=2),
     Row("8b", "full", "hh", 8, batches=3, predicted={TRL: 705, VARLEN: 179}),
     Row("8b", "full", "hh", 8, False, batches=3, arms=(VARLEN,), predicted={VARLEN: 136}),
@@ -66,8 +66,8 @@ ROWS = (
     Row("0.5b", "lora", "hh", 8, batches=4, arms=ALL, predicted={TRL: 79, VARLEN: 52, SEGMENTS: 109}),
     Row("0.5b", "lora", "hh", 8, False, batches=4),
     Row("0.5b", "lora", "hh", 32, batches=3, arms=ALL, predicted={TRL: 419, VARLEN: 80, SEGMENTS: 282}),
-    Row("8b", "qlora", "hh", 8, batches=3),
-    Row("8b", "qlora", "hh", 8, False, batches=3, arms=(VARLEN,)),
+    Row("8b", "qlora", "hh", 8, batches=2),
+    Row("8b", "qlora", "hh", 8, False, batches=2, arms=(VARLEN,)),
 )
 #: The same on a CPU in a second or two: that the program runs.
 TRIAL = (
