@@ -1,7 +1,7 @@
-"""Confidence intervals from counts: of a fraction, exact (Clopper–Pearson), and of two fractions of the same things."""
+"""Confidence intervals: of a fraction, exact (Clopper–Pearson), of two fractions of the same things, and of a mean."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
@@ -84,3 +84,21 @@ def paired_difference(only_first: int, only_second: int, trials: int, confidence
     lower = -1.0 if score(-1.0) <= bound else _bisected(lambda difference: score(difference) > bound, -1.0, found)
     upper = 1.0 if score(1.0) >= -bound else _bisected(lambda difference: score(difference) >= -bound, found, 1.0)
     return lower, upper
+
+
+def student(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """Student's interval of a mean, (lower, upper); None of fewer than two values.
+
+    Raises:
+        ValueError: unless 0 < confidence < 1.
+    """
+    from scipy.special import stdtrit
+
+    _checked(0, 1, confidence)
+    count = len(values)
+    if count < 2:
+        return None
+    mean = math.fsum(values) / count
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    half = float(stdtrit(count - 1, (1.0 + confidence) / 2)) * deviation / math.sqrt(count)
+    return mean - half, mean + half

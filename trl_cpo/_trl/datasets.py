@@ -163,7 +163,7 @@ def _untokenizable(dataset: Dataset, tokenizer: Any) -> tuple[int, dict[str, lis
     found: dict[str, list[int]] = {}
     for number, row in enumerate(dataset.select_columns([name for name in seen if name in dataset.column_names])):
         try:
-            row = row if "prompt" in row else {**row, **extract_prompt(row)}
+            row = with_prompt(row)
             for answer in ("chosen", "rejected"):
                 prompt_alone(tokenizer, {**row, "prompt": row["prompt"] + row[answer]}, add_generation_prompt=False)
             prompt_alone(tokenizer, row)
@@ -171,6 +171,11 @@ def _untokenizable(dataset: Dataset, tokenizer: Any) -> tuple[int, dict[str, lis
             said = str(error).strip().splitlines() or [""]
             found.setdefault(f"{type(error).__name__}: {said[0]}", []).append(number)
     return len(dataset), found
+
+
+def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its prompt in a column of its own, where only its answers held it, as DPOTrainer takes it out."""
+    return row if "prompt" in row else {**row, **extract_prompt(row)}
 
 
 def prompt_alone(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], *, add_generation_prompt: bool = True) -> list[int]:

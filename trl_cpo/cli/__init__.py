@@ -31,6 +31,7 @@ COMMANDS = {
     "audit": "audit",
     "votes": "votes",
     "certify": "certify",
+    "stress": "stress",
     "report": "report",
 }
 

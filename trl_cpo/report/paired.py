@@ -1,12 +1,11 @@
 """Two runs on the same held-out pairs: how far their fractions and gaps differ, pair by pair, with intervals."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..gaps import in_undesirable_region
-from ..intervals import CONFIDENCE, paired_difference
+from ..intervals import paired_difference, student
 from .run import HeldOut, Run
 from .table import minus
 
@@ -62,14 +61,8 @@ def _of_fractions(one: np.ndarray, other: np.ndarray) -> Difference:
 
 def _of_means(one: np.ndarray, other: np.ndarray) -> Difference:
     """The mean difference and Student's interval of it."""
-    from scipy.special import stdtrit
-
     differences = one - other
-    mean, count = float(np.mean(differences)), len(differences)
-    if count < 2:
-        return Difference(mean, None)
-    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * float(np.std(differences, ddof=1)) / math.sqrt(count)
-    return Difference(mean, (mean - half, mean + half))
+    return Difference(float(np.mean(differences)), student(differences.tolist()))
 
 
 def _in_u(pairs: HeldOut) -> np.ndarray:
