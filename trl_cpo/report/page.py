@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, Template
 
 from .. import __version__
-from . import price_section, table
+from . import price_section, shift_section, table
 from .groups import groups, shown_weight
 from .pictures import Drawn, Picture
 from .run import Run
@@ -59,6 +59,7 @@ def _template() -> Template:
     environment.filters["shown"] = shown
     environment.filters["source"] = _source
     environment.filters["weight"] = shown_weight
+    environment.filters["shift_cells"] = shift_section.cells
     return environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 
 
@@ -77,6 +78,7 @@ def render(runs: list[Run], run_notes: list[str], pictures: list[Picture]) -> st
         run_notes=run_notes,
         metric_tables=[(part, table.metric_rows(part)) for part in chunks(runs, _FEW)],
         groups=[(run, found) for run in runs if (found := groups(run))],
+        shift_heads=shift_section.HEADS,
         price_tables=[(part, price_section.rows(part)) for part in chunks(runs, _FEW)],
         price_ends={run.letter: price_section.ends(run) for run in runs},
         samples=price_section.samples(runs),

@@ -10,12 +10,13 @@ import numpy as np
 
 from ..files import schema
 from ..files.masking import masked
-from ..files.run_files import LOG, METRICS, PAIRS, PRICE
+from ..files.run_files import LOG, METRICS, PAIRS, PRICE, STRESS
 from ..logs.log_file import read_log
 from .numbers import number
 from .pair_reading import read_pairs
 from .price import of_metrics, read_price
 from .run import Evaluation, Run
+from .shifts import read_shifts
 
 #: More runs than this cannot be told apart by colour and line style.
 MOST_RUNS = 12
@@ -77,6 +78,9 @@ def read_run(folder: str | Path) -> Run:
     _before_and_after(run)
     _cross_check(run)
     _read_price(run)
+    if (run.folder / STRESS).is_file() and (document := _object(run, STRESS, "what holds under shift is not shown")):
+        run.shifts, notes = read_shifts(document, STRESS, run.pairs_in_file)
+        run.notes += notes
     return run
 
 
@@ -94,7 +98,8 @@ def _object(run: Run, name: str, otherwise: str) -> dict:
     if not isinstance(got, dict):
         run.notes.append(f"{name} holds a {type(got).__name__} instead of an object: {otherwise}.")
         return {}
-    return _sound(run, name, got) if name != PRICE else got  # `read_price` says where each fault is
+    # The readers of these two say where each fault is.
+    return got if name in (PRICE, STRESS) else _sound(run, name, got)
 
 
 def _sound(run: Run, name: str, got: dict) -> dict:

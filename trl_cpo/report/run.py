@@ -9,6 +9,7 @@ from ..files.run_files import PAIR_COLUMNS
 from ..units import UNITS
 from .numbers import number
 from .price import Measurement
+from .shifts import Shifted
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Run:
     held_out: HeldOut | None = None
     pairs_in_file: int = 0
     prices: list[Measurement] = field(default_factory=list)
+    shifts: list[Shifted] = field(default_factory=list)
     settings: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

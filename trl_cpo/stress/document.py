@@ -61,6 +61,8 @@ def of_shift(gaps: Gaps, base: Gaps, gammas: np.ndarray) -> dict[str, Any]:
         "left_out": gaps.left_out,
         **{name: _share(holds) for name, holds in _conditions(gaps, gammas).items()},
         "gap": _mean(gaps.gap),
+        # Of the policy over the reference under these prompts, which may be easier or harder for both.
+        "gain": _paired(gaps.gap > 0, gaps.ref_gap > 0),
         "difference": None,
     }
     if gaps is not base:

@@ -106,7 +106,7 @@ def measure(
         except ValueError as error:
             if name == BASE:
                 raise
-            not_applied[name] = str(error).splitlines()[0]
+            not_applied[name] = str(error).splitlines()[0].rstrip(".")
     scored = score_roles(scorer, sources, prepared, tokenizer, say)
     lost = {name: _lost(one, scorer) for name, one in prepared.items()}
     shifts = {}

@@ -15,12 +15,15 @@ Number = dict[str, float | None]
 def render(document: dict[str, Any]) -> str:
     """The table, what was left out, whether the run's own numbers came again, and what is not measured."""
     lines = [
-        f"{escaped(document['model'])} on {escaped(document['dataset_name'])} ({escaped(document['split'])}), before and after "
-        "training, under other prompts",
-        f"γ = {document['gamma']:g}, gaps in {UNITS[document['reduction']]}; in brackets 95 % intervals; −/+ against "
-        '"as it was", pair by pair',
+        f"Held-out pairs of {escaped(document['dataset_name'])} ({escaped(document['split'])}) under other prompts; reference "
+        f"{escaped(document['model'])}",
+        f"γ = {document['gamma']:g}, gaps in {UNITS[document['reduction']]}. gain: prefers chosen, less that of the reference. "
+        "In brackets: 95 %",
+        "intervals. Second lines: the difference to the prompts as they were, on the same pairs.",
         "",
-        *_table([["", "pairs", *_HEADS.values(), "mean gap"], *(row for one in document["shifts"] for row in _rows(one))]),
+        *_table(
+            [["", "pairs", "gain", *_HEADS.values(), "mean gap"], *(row for one in document["shifts"] for row in _rows(one))]
+        ),
         "",
     ]
     for shift in document["shifts"]:
@@ -46,10 +49,16 @@ def reproduced(document: dict[str, Any]) -> str:
 def _rows(shift: dict[str, Any]) -> list[list[str]]:
     """A shift's numbers, and below them its differences."""
     apart = shift["difference"]
-    first = [shift["name"], str(shift["pairs"]), *(_percent(shift[name]) for name in SHARES), _nats(shift["gap"])]
+    first = [
+        shift["name"],
+        str(shift["pairs"]),
+        _points(shift["gain"]),
+        *(_percent(shift[name]) for name in SHARES),
+        _nats(shift["gap"]),
+    ]
     if apart is None:
         return [first]
-    return [first, ["", "", *(_points(apart[name]) for name in SHARES), _nats(apart["gap"])]]
+    return [first, ["", "", "", *(_points(apart[name]) for name in SHARES), _nats(apart["gap"])]]
 
 
 def _percent(number: Number) -> str:
@@ -62,13 +71,13 @@ def _percent(number: Number) -> str:
 def _points(number: Number) -> str:
     if number["value"] is None:
         return "–"
-    return f"{100 * number['value']:+.1f} ({100 * number['low']:+.0f} to {100 * number['high']:+.0f})".replace("-", "−")
+    return f"{100 * number['value']:+.1f} ({100 * number['low']:+.0f}…{100 * number['high']:+.0f})".replace("-", "−")
 
 
 def _nats(number: Number) -> str:
     if number["value"] is None:
         return "–"
-    ends = "" if number["low"] is None else f" ({number['low']:+.3g} to {number['high']:+.3g})"
+    ends = "" if number["low"] is None else f" ({number['low']:+.3g}…{number['high']:+.3g})"
     return f"{number['value']:+.3g}{ends}".replace("-", "−")
 
 
