@@ -77,7 +77,7 @@ def render(runs: list[Run], run_notes: list[str], pictures: list[Picture]) -> st
         fact_names=list(table.facts(runs[0])),
         run_notes=run_notes,
         metric_tables=[(part, table.metric_rows(part)) for part in chunks(runs, _FEW)],
-        groups=[(run, found) for run in runs if (found := groups(run))],
+        groups=[(run, rows) for run in runs if (rows := groups(run))],
         shift_heads=shift_section.HEADS,
         price_tables=[(part, price_section.rows(part)) for part in chunks(runs, _FEW)],
         price_ends={run.letter: price_section.ends(run) for run in runs},

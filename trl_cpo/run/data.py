@@ -44,11 +44,11 @@ def load_sets(options: "PairArguments"):
         rows = len(train)
         train, test = hold_out(train, count, seed=0)
         held_out = f"{len(test):,} of {rows:,}"
-    count = None if held_out is None else len(test)
+    cut_off = None if held_out is None else len(test)
     train = first_pairs(train, options.max_train_pairs)
     test, learned = _not_trained_on(test, train, options, sliced=held_out is not None)
     # With these, the same pairs are read again.
-    learned |= {"dataset_config": options.dataset_config, "data_dir": options.dataset_data_dir, "held_out": count}
+    learned |= {"dataset_config": options.dataset_config, "data_dir": options.dataset_data_dir, "held_out": cut_off}
     return train, first_pairs(test, options.max_test_pairs), reports, held_out, learned
 
 

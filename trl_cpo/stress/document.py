@@ -55,7 +55,7 @@ def of_shift(gaps: Gaps, base: Gaps, gammas: np.ndarray) -> dict[str, Any]:
     Args:
         gammas: γ of every pair that was taken.
     """
-    found = {
+    found: dict[str, Any] = {
         "pairs": len(gaps.at),
         "changed": gaps.changed,
         "left_out": gaps.left_out,

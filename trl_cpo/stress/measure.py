@@ -157,7 +157,7 @@ def _of_run(
             + ("" if len(kept) != len(run.rows) else ", and the lengths of their answers differ")
             + ". If the data set has changed or is elsewhere, give the old one with --dataset."
         )
-    return pairs.select([prepared.tokens.rows[at] for at in kept]), run.rows
+    return pairs.select([prepared.tokens.rows[at] for at in kept.tolist()]), run.rows
 
 
 def _numbered(pairs: "Dataset") -> "Dataset":

@@ -97,7 +97,11 @@ def read_recorded(folder: str | Path) -> Recorded:
             "The reference of this run followed its policy (sync_ref_model), and was not kept: δ_ref is not known."
         )
     rows, tokens = _rows(pairs, path)
-    split, reduction, gamma = (pairs.get(name) for name in ("split", "reduction", "gamma"))
+    counted = record.get("held_out_pairs")
+    if counted != len(rows):
+        raise StressError(f"The files of this run disagree: {PAIRS} has {len(rows)} pairs, {METRICS} {counted}. Take it anew.")
+    split, reduction = pairs.get("split"), pairs.get("reduction")
+    gamma: Any = pairs.get("gamma")
     if not isinstance(split, str) or reduction not in UNITS or not is_number(gamma):
         raise StressError(f"{path / PAIRS} does not say split, reduction and gamma as a run writes them. Was it changed?")
     return Recorded(
@@ -153,7 +157,7 @@ def gammas(run: Recorded, pairs: "Dataset") -> np.ndarray:
     values = np.full(len(pairs), run.gamma)
     if isinstance(own, dict) and column in pairs.column_names:
         named = [own.get(str(value)) for value in pairs[column]]
-        values = np.array([run.gamma if gamma is None else float(gamma) for gamma in named])
+        values = np.array([gamma if is_number(gamma) else run.gamma for gamma in named], dtype=np.float64)
     return values
 
 
@@ -204,8 +208,10 @@ def _rows(pairs: dict[str, Any], folder: Path) -> tuple[np.ndarray, np.ndarray |
     columns, rows = pairs.get("columns"), pairs.get("rows")
     if not isinstance(rows, list) or not rows:
         raise StressError(f"{folder / PAIRS} holds no held-out pair. Train with held-out pairs, and give that run.")
-    whole = isinstance(columns, list) and set(KNOWN_COLUMNS) <= set(map(str, columns))
-    if not whole or any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
+    columns = columns if isinstance(columns, list) else []
+    if any(name not in columns for name in KNOWN_COLUMNS) or any(
+        not isinstance(row, list) or len(row) != len(columns) for row in rows
+    ):
         raise StressError(
             f"{folder / PAIRS} must have the columns {', '.join(KNOWN_COLUMNS)}, with a number each in every row."
         )
@@ -216,7 +222,7 @@ def _rows(pairs: dict[str, Any], folder: Path) -> tuple[np.ndarray, np.ndarray |
             f"{folder / PAIRS} has log-probabilities that are none (null or NaN). Such a run has no gaps to compare."
         )
     tokens = None
-    if set(TOKEN_COLUMNS) <= set(map(str, columns)):
+    if all(name in columns for name in TOKEN_COLUMNS):
         places = [columns.index(name) for name in TOKEN_COLUMNS]
         counts = [[row[place] for place in places] for row in rows]
         if all(is_number(value) and math.isfinite(value) for row in counts for value in row):

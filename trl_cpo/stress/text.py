@@ -62,23 +62,25 @@ def _rows(shift: dict[str, Any]) -> list[list[str]]:
 
 
 def _percent(number: Number) -> str:
-    if number["value"] is None:
+    value, low, high = number["value"], number["low"], number["high"]
+    if value is None:
         return "–"
-    ends = "" if number["low"] is None else f" ({100 * number['low']:.0f}–{100 * number['high']:.0f})"
-    return f"{100 * number['value']:.1f} %{ends}"
+    return f"{100 * value:.1f} %" + ("" if low is None or high is None else f" ({100 * low:.0f}–{100 * high:.0f})")
 
 
 def _points(number: Number) -> str:
-    if number["value"] is None:
+    value, low, high = number["value"], number["low"], number["high"]
+    if value is None:
         return "–"
-    return f"{100 * number['value']:+.1f} ({100 * number['low']:+.0f}…{100 * number['high']:+.0f})".replace("-", "−")
+    ends = "" if low is None or high is None else f" ({100 * low:+.0f}…{100 * high:+.0f})"
+    return f"{100 * value:+.1f}{ends}".replace("-", "−")
 
 
 def _nats(number: Number) -> str:
-    if number["value"] is None:
+    value, low, high = number["value"], number["low"], number["high"]
+    if value is None:
         return "–"
-    ends = "" if number["low"] is None else f" ({number['low']:+.3g}…{number['high']:+.3g})"
-    return f"{number['value']:+.3g}{ends}".replace("-", "−")
+    return (f"{value:+.3g}" + ("" if low is None or high is None else f" ({low:+.3g}…{high:+.3g})")).replace("-", "−")
 
 
 def _told(shift: dict[str, Any]) -> str:
