@@ -17,12 +17,13 @@ from trl_cpo.stress.recorded import Recorded
 from trl_cpo.stress.shifts import Options
 
 from helpers.report_looks import Page
-from helpers.run_folders import make_run
+from helpers.run_folders import made_up_pairs, make_run
 
 
-def written(pairs=60, reproduced=True):
-    """What `trl-cpo stress` writes, of made-up gaps."""
-    gap = np.linspace(-2.0, 4.0, pairs)
+def written(pairs=60, reproduced=True, mean=None):
+    """What `trl-cpo stress` writes, of made-up gaps with the mean of `page_of`'s first run."""
+    rows = made_up_pairs(pairs, 0)
+    gap = np.linspace(-3.0, 3.0, pairs) + ((rows[:, 0] - rows[:, 1]).mean() if mean is None else mean)
     measured = Measured(
         np.ones(pairs),
         {
@@ -40,7 +41,7 @@ def written(pairs=60, reproduced=True):
 def page_of(tmp_path, *contents):
     folders = []
     for place, content in enumerate(contents):
-        folders.append(make_run(tmp_path / str(place), steps=60, seed=place))
+        folders.append(make_run(tmp_path / str(place), steps=60))
         if content is not None:
             (folders[-1] / "stress.json").write_text(content if isinstance(content, str) else json.dumps(content))
     runs = read_runs(folders)
@@ -68,6 +69,12 @@ def test_the_table_says_what_the_file_says(tmp_path):
 def test_without_the_file_there_is_no_table_and_no_note(tmp_path):
     page, (run,) = page_of(tmp_path, None)
     assert run.shifts == [] and run.notes == [] and "Under shift" not in page.text
+
+
+def test_a_file_of_another_evaluation_is_told(tmp_path):
+    page, (run,) = page_of(tmp_path, written(mean=1.0))
+    (note,) = run.notes
+    assert "stress.json says a mean gap of 1 as" in note and "another evaluation" in note and note in page.text
 
 
 def test_of_two_runs_each_has_its_table(tmp_path):
@@ -146,7 +153,7 @@ def test_whatever_stands_anywhere_is_read_without_an_error(path, value):
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
-    rows, notes = shifts.read_shifts(content, "stress.json", 60)
+    rows, notes = shifts.read_shifts(content, "stress.json", 60, 1.0)
     assert all(isinstance(note, str) for note in notes)
     for row in rows:
         for name, number in row.numbers.items():

@@ -79,7 +79,8 @@ def read_run(folder: str | Path) -> Run:
     _cross_check(run)
     _read_price(run)
     if (run.folder / STRESS).is_file() and (document := _object(run, STRESS, "what holds under shift is not shown")):
-        run.shifts, notes = read_shifts(document, STRESS, run.pairs_in_file)
+        whole = run.held_out is not None and len(run.held_out) == run.pairs_in_file
+        run.shifts, notes = read_shifts(document, STRESS, run.pairs_in_file, float(run.pairs.gap.mean()) if whole else None)
         run.notes += notes
     return run
 

@@ -37,13 +37,14 @@ class Shifted:
     differences: dict[str, Estimate] = field(default_factory=dict)
 
 
-def read_shifts(document: dict[str, Any], name: str, pairs: int) -> tuple[list[Shifted], list[str]]:
+def read_shifts(document: dict[str, Any], name: str, pairs: int, gap: float | None) -> tuple[list[Shifted], list[str]]:
     """The rows in the order of the file, and notes on what was left out or is not as it should be.
 
     Args:
         document: what the file holds.
         name: the file's name, for the notes.
         pairs: rows of the run's pairs.json; 0: not known.
+        gap: their mean gap; None: not known.
     """
     if document.get("format") != FORMAT or isinstance(document.get("format"), bool):
         return [], [f"{name} is not of format {FORMAT}, which this version reads: what holds under shift is not shown."]
@@ -62,6 +63,13 @@ def read_shifts(document: dict[str, Any], name: str, pairs: int) -> tuple[list[S
         notes.append(f"{name}: as they were, the pairs did not get the scores of pairs.json again. Do not rely on its table.")
     if pairs and document.get("held_out_pairs") != pairs:
         notes.append(f"{name} is of another number of held-out pairs than pairs.json: it is of another evaluation.")
+    elif gap is not None and rows and rows[0].pairs == pairs and "gap" in rows[0].numbers:
+        found = rows[0].numbers["gap"].value
+        if abs(found - gap) > 0.05 * (1.0 + abs(gap)):
+            notes.append(
+                f"{name} says a mean gap of {found:.3g} as it was, pairs.json of {gap:.3g}: it is of another evaluation. "
+                "Call trl-cpo stress again."
+            )
     return rows, notes
 
 

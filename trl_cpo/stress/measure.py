@@ -1,13 +1,15 @@
 """From a run to the gaps of its held-out pairs under each shift: read, changed, tokenized, scored."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._trl.datasets import TEXT_COLUMNS, with_prompt
+from ..data.models import ModelError, first_line
 from ..scoring.scorer import ROW, PreparedPairs, Scorer
 from ..scoring.steps import score_roles
 from ..scoring.token_pairs import answer_tokens
@@ -91,8 +93,9 @@ def measure(
         options=_options(run),
     )
     sources = {"policy": str(run.folder), "ref": reference_of(run, ref_model)}
-    tokenizer = scorer.tokenizer(sources["policy"])
-    scorer.check_same_vocabulary(sources["policy"], sources["ref"])
+    with _loadable():
+        tokenizer = scorer.tokenizer(sources["policy"])
+        scorer.check_same_vocabulary(sources["policy"], sources["ref"])
     found, rows = _of_run(run, held_out_pairs(run, dataset), scorer, tokenizer)
     if max_pairs is not None and max_pairs < len(found):
         drawn = np.sort(np.random.default_rng(0).choice(len(found), max_pairs, replace=False))
@@ -107,7 +110,8 @@ def measure(
             if name == BASE:
                 raise
             not_applied[name] = str(error).splitlines()[0].rstrip(".")
-    scored = score_roles(scorer, sources, prepared, tokenizer, say)
+    with _loadable():
+        scored = score_roles(scorer, sources, prepared, tokenizer, say)
     lost = {name: _lost(one, scorer) for name, one in prepared.items()}
     shifts = {}
     for name, one in prepared.items():
@@ -124,6 +128,20 @@ def measure(
             close = bool(run.close(logps, rows[at[usable]]).all()) and len(logps) == len(rows)
             largest = float(apart.max(initial=0.0))
     return Measured(gammas(run, taken), shifts, not_applied, largest, close)
+
+
+@contextmanager
+def _loadable() -> Iterator[None]:
+    """Says of a model that cannot be loaded what to do here."""
+    try:
+        yield
+    except (ModelError, OSError) as error:
+        # Their advice is of another command.
+        why = first_line(error).partition(" Give --")[0]
+        raise StressError(
+            f"The run's model or its reference cannot be loaded: {why}\nIf the reference is elsewhere now, give --ref-model; "
+            "an adapter names its base in its adapter_config.json."
+        ) from error
 
 
 def _options(run: Recorded) -> dict[str, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 
 
 class StressError(ValueError):
@@ -88,6 +89,8 @@ def read_recorded(folder: str | Path) -> Recorded:
         raise StressError(
             f"{path} holds no model (neither config.json nor adapter_config.json). Give the whole folder of a run."
         )
+    if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+        raise StressError(f"{path} holds no weights (*.safetensors). Give the whole folder of a run.")
     about, settings, model = record.get("pairs"), record.get("config"), record.get("model")
     named = about.get("dataset_name") if isinstance(about, dict) else None
     if not isinstance(about, dict) or not isinstance(settings, dict) or not all(isinstance(x, str) for x in (named, model)):
