@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from trl_cpo.intervals import clopper_pearson, paired_difference, student
+from trl_cpo.scoring.scorer import PreparedPairs, Scorer
+from trl_cpo.scoring.token_pairs import TokenPairs
 from trl_cpo.stress.document import SHARES, document, of_shift
-from trl_cpo.stress.measure import Gaps, Measured
+from trl_cpo.stress.measure import Gaps, Measured, _lost, _usable
 from trl_cpo.stress.recorded import Recorded
 from trl_cpo.stress.shifts import Options
 from trl_cpo.stress.text import render
@@ -44,6 +46,22 @@ def test_differences_are_of_the_pairs_that_both_have():
     assert apart["in_undesirable_region"]["value"] == 0.0 and apart["violations"]["value"] == pytest.approx(1 / 3)
     assert apart["gap"]["value"] == pytest.approx(np.mean([-2.0, 1.0, -1.0]))
     assert found["left_out"] == {"why": 2}
+    # γ of the pairs 1, 3 and 4; of those by place it would be 1/3.
+    assert of_shift(gaps([-0.5, 0.0, -4.0], [0, 0, 0], at=[1, 3, 4]), BASE, np.array([1, -1, 1, 1, -5.0]))["violations"][
+        "value"
+    ] == pytest.approx(1 / 3)
+
+
+def test_a_pair_of_which_more_is_cut_than_before_is_left_out():
+    """At 6 tokens: of pair 4 as much is cut as before, of 5 one more of the rejected answer, and 6 has no answer left."""
+    prompts, answers = [[1, 2], [1, 2, 3], [1] * 6], ([[7] * 5, [7], [7]], [[8] * 4, [8] * 4, [8]])
+    prepared = PreparedPairs(3, None, TokenPairs(prompts, *answers, rows=[4, 5, 6]), None, None)
+    scorer = Scorer(max_length=6)
+    lost = _lost(prepared, scorer)
+    assert lost == {4: (1, 0), 5: (0, 1), 6: (1, 1)}
+    before = {4: (1, 0), 5: (0, 0), 6: (1, 1)}
+    assert _usable(prepared, scorer, lost, before).tolist() == [True, False, False]
+    assert _usable(prepared, scorer, lost, lost).tolist() == [True, True, False]
 
 
 def test_no_pair_is_no_number():

@@ -32,7 +32,7 @@ def runs(tmp_path_factory, small_model):
     common = ["--use_cpu", "--bf16", "False", "--max_steps", "2", "--max_length", "256", "--report_to", "none"]
     common += ["--price", "False", "--learning_rate", "1e-2", "--constraint", "clip", "--model_name_or_path", small_model]
     lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
-    for name, more in {"hh": ["--gamma", "0.5", *lora], "text": ["--logps_reduction", "mean"]}.items():
+    for name, more in {"hh": ["--gamma", "0.5", *lora], "text": ["--logps_reduction", "mean", "--max_test_pairs", "6"]}.items():
         out = ["--dataset_name", str(folder / f"{name}.jsonl"), "--output_dir", str(folder / name), "--held_out", "9"]
         assert main(["train", *common, *out, *more]) == 0
     return folder
@@ -91,6 +91,7 @@ def test_text_by_means_comes_again_with_the_shifts_that_make_sense(runs, stress)
     """Its held-out pairs lack those that are trained on too, and those that compare no two answers."""
     pairs = json.loads((runs / "text" / "pairs.json").read_text())
     assert pairs["left_out"] > 0 and pairs["trained_on_left_out"] > 0 and pairs["reduction"] == "mean"
+    assert len(pairs["rows"]) + pairs["left_out"] == 6 < 9 - pairs["trained_on_left_out"], "the first of those held out"
     found = stress(runs / "text", json_out=False)
     assert found.code == 0, found.err
     document = json.loads((runs / "text" / "stress.json").read_text())
