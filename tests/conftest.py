@@ -87,6 +87,11 @@ def demo_cache(tmp_path_factory) -> str:
     return str(demo_cache_of(tmp_path_factory.getbasetemp(), "PYTEST_XDIST_WORKER" in os.environ))
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests whose marks tell seconds come first, the longest before the others: the processes then end together."""
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("slow") if mark.args), default=0))
+
+
 def pytest_collection_finish():
     """Leaves what the libraries made when they were imported out of garbage collections.
 
