@@ -87,10 +87,11 @@ def main() -> None:
     parser.add_argument("--loop", action="store_true", help="also time train() itself, on each model's first row")
     parser.add_argument("--table", default=None, help="print the table of this file, and measure nothing")
     options = parser.parse_args()
-    from .table import table
+    from .table import short_table, table
 
     if options.table is not None:
-        print(table([json.loads(line) for line in Path(options.table).read_text().splitlines()]))
+        records = [json.loads(line) for line in Path(options.table).read_text().splitlines()]
+        print(table(records), short_table(records), sep="\n\n")
         return
     rows = [
         row

@@ -1,6 +1,7 @@
 """The table of measured rows, beside what was predicted."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import mean, median
 from typing import Any
 
@@ -23,32 +24,63 @@ def speedup(records: dict[str, dict], arm: str = VARLEN, key: str = "new_s") -> 
     return None if theirs is None or ours is None else theirs / ours
 
 
+def _by_row(records: Sequence[dict[str, Any]]) -> list[tuple[Row, dict[str, dict], dict | None]]:
+    """Rows as `rows` lists them, the records of each by arm, and DPOTrainer with checkpointing where it has none without."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault(record["row"], {})[record["arm"]] = record
+    rows = []
+    for row in (*ROWS, *TRIAL):
+        if row.name in found:
+            beside = found.get(replace(row, checkpointing=True).name, {}).get(TRL)
+            rows.append((row, found[row.name], None if TRL in found[row.name] else beside))
+    return rows
+
+
+def short_table(records: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table for users: one model at real lengths, where both arms were measured; lengths that come again."""
+    lines = [
+        "| training | pairs | gradient checkpointing | DPOTrainer | packed | times faster | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row, arms, beside in _by_row(records):
+        compared = arms if beside is None else {**arms, TRL: beside}
+        faster = speedup(compared, key="again_s")
+        if row.data != "hh" or faster is None:
+            continue
+        both = [compared[arm] for arm in (TRL, VARLEN)]
+        times = [f"{ms(record, 'again_s'):.0f} ms" for record in both]
+        memory = " → ".join(f"{record['peak_bytes'] / 1e9:.0f}" for record in both)
+        kept = "yes" if row.checkpointing else "no" if beside is None else "DPOTrainer's alone"
+        cells = ["LoRA" if row.training == "lora" else row.training, str(row.pairs), kept, *times, f"{faster:.1f}×"]
+        lines.append("| " + " | ".join([*cells, f"{memory} GB"]) + " |")
+    return "\n".join(lines)
+
+
 def table(records: Sequence[dict[str, Any]]) -> str:
     """A Markdown table, a row a setting; times at lengths never seen before, in brackets where they come again."""
-    by_row: dict[str, dict[str, dict]] = {}
-    for record in records:
-        by_row.setdefault(record["row"], {})[record["arm"]] = record
-    known = {row.name: row for row in (*ROWS, *TRIAL)}
     lines = [
-        "| setting | TRL, ms | varlen, ms | segments, ms | times TRL's speed | device busy, ms: TRL, varlen | TFLOP/s | "
-        "memory, GB | predicted, ms: TRL, varlen |",
+        "| setting | TRL, ms | varlen, ms | segments, ms | times TRL's speed | device busy, ms: TRL, varlen | useful TFLOP/s | "
+        "memory, GB | predicted, ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join(lines + [_line(known[name], arms) for name, arms in by_row.items()])
+    return "\n".join(lines + [_line(*found) for found in _by_row(records)])
 
 
-def _line(row: Row, arms: dict[str, dict]) -> str:
+def _line(row: Row, arms: dict[str, dict], beside: dict | None) -> str:
+    """A row of the table. `beside` is DPOTrainer with checkpointing, where it was not measured without."""
     cells = [row.name]
     for arm in (TRL, VARLEN, SEGMENTS):
         record = arms.get(arm)
         new, again = ms(record), ms(record, "again_s")
         cells.append((record or {}).get("failed", "")[:40] if new is None else f"{new:.0f} ({again:.0f})")
-    new, again = speedup(arms), speedup(arms, key="again_s")
-    cells.append("" if new is None else f"{new:.2f}× ({again:.2f}×)")
+    compared = arms if beside is None else {**arms, TRL: beside}
+    new, again = speedup(compared), speedup(compared, key="again_s")
+    cells.append("" if new is None else f"{new:.2f}× ({again:.2f}×)" + ("" if beside is None else " †"))
     cells.append(", ".join(f"{1000 * arms[arm]['busy_s']:.0f}" for arm in (TRL, VARLEN) if "busy_s" in arms.get(arm, {})))
     ours = arms.get(VARLEN, {})
     again = ms(ours, "again_s")
     cells.append("" if again is None else f"{ours['useful_operations'] / again / 1e9:.0f}")
     cells.append(" → ".join(f"{(arms[arm]['peak_bytes']) / 1e9:.0f}" for arm in (TRL, VARLEN) if "new_s" in arms.get(arm, {})))
-    cells.append(", ".join(f"{row.predicted[arm]:.0f}" for arm in (TRL, VARLEN) if arm in row.predicted))
+    cells.append(", ".join(f"{arm} {row.predicted[arm]:.0f}" for arm in (TRL, VARLEN) if arm in row.predicted))
     return "| " + " | ".join(cells) + " |"

@@ -1,13 +1,18 @@
 """A certificate for each group of pairs: by hand, together with 95 % confidence, and nothing that can be changed unseen."""
 
 import copy
+import functools
 import json
+import math
 import random
+from fractions import Fraction
 
 import pytest
 from scipy.stats import beta as beta_distribution
 
 from trl_cpo.certificates import CertificateError, certify_parts, certify_run, check
+from trl_cpo.certificates.evidence import Part, read_evidence
+from trl_cpo.certificates.statement import document, joint_confidence
 from trl_cpo.cli import main
 from trl_cpo.files.run_files import PAIR_COLUMNS
 
@@ -70,15 +75,15 @@ def test_pairs_without_numbers_miss_gamma_in_every_part(tmp_path):
 
 def test_checked_from_itself_and_from_the_files(tmp_path):
     run = write_run(tmp_path / "run")
-    for document in certify_parts(run, "topic"):
-        assert check(document) == [] and check(document, run) == []
-        alone = copy.deepcopy(document)
+    for found in certify_parts(run, "topic"):
+        assert check(found) == [] and check(found, run) == []
+        alone = copy.deepcopy(found)
         alone["subject"]["part"]["of"] = 1  # as if nothing else had been looked at
         assert check(alone, run)
-        other = copy.deepcopy(document)
-        other["subject"]["part"]["value"] = "helpful" if document["subject"]["part"]["value"] == "harmless" else "harmless"
+        other = copy.deepcopy(found)
+        other["subject"]["part"]["value"] = "helpful" if found["subject"]["part"]["value"] == "harmless" else "harmless"
         assert check(other, run) and check(other)
-        more = copy.deepcopy(document)
+        more = copy.deepcopy(found)
         more["asked"]["confidence"] = 0.95
         assert check(more, run)
 
@@ -117,3 +122,69 @@ def test_the_command(tmp_path, capsys):
     assert main(["certify", "--check", str(out)]) == 1
     assert "certificate 1: " in capsys.readouterr().out
     assert main(["certify", str(run), "--by", "topic", "--at-least", "0.2"]) == 1  # one of them does not hold
+
+
+def contents(rows, topics, gammas, left_out):
+    """pairs.json and metrics.json of a run with groups, in memory."""
+    config = {"beta": 0.5, "gamma": 1.0, "constraint": "clip", "logps_reduction": "sum", "loss_type": ["sigmoid"]}
+    config |= {"group_column": "topic", "gamma_by_group": gammas}
+    pairs = {"reduction": "sum", "split": "test", "columns": list(PAIR_COLUMNS), "rows": rows, "left_out": left_out}
+    pairs |= {"slices": {"topic": topics}, "beta": 0.5, "gamma": 1.0, "constraint": "clip"}
+    return pairs, {"config": config, "after": {}, "model": "m", "pairs": {"dataset_name": "d"}}
+
+
+def test_no_certificate_of_a_group_is_violated():
+    """Over 10,000 of them, from 3,400 random runs: each count against the group's pairs themselves, in exact arithmetic."""
+    rng, made, held = random.Random(0), 0, 0
+    for _ in range(3_400):
+        names = "abcde"[: rng.randint(1, 5)]
+        gammas = {name: rng.choice([0.0, 0.5, rng.gauss(0, 2), 1e3]) for name in names if rng.random() < 0.7}
+        topics = [*names, *rng.choices(names, k=rng.randrange(8))]
+        rows = []
+        for topic in topics:
+            chosen, rejected = -abs(rng.gauss(0, 3)), -abs(rng.gauss(0, 3))
+            if rng.random() < 0.4:  # at the group's γ, or a hair from it
+                chosen = rejected + gammas.get(topic, 1.0) + rng.choice([0.0, 0.0, 1e-16, -1e-16, 1e-9, -1e-9])
+            rows.append([chosen, rejected, -4.0, -4.0, None, None])
+        left_out = rng.choice([0, 0, 2])
+        pairs, metrics = contents(rows, topics, gammas, left_out)
+        for name in names:
+            evidence = read_evidence(pairs, metrics, None, Part("topic", name))
+            gamma = Fraction(gammas.get(name, 1.0))
+            gaps = [Fraction(row[0]) - Fraction(row[1]) for row, topic in zip(rows, topics, strict=True) if topic == name]
+            meeting, count = sum(gap >= gamma for gap in gaps), len(gaps) + left_out
+            assert evidence["numbers"] == {"pairs": count, "meeting": meeting}
+            assert evidence["subject"]["part"] == {"column": "topic", "value": name, "of": len(names)}
+            share = share_of(meeting, count, len(names))
+            assert share <= meeting / count
+            made, held = made + 1, held + (share > 0)
+    assert made > 10_000 and 1_000 < held < made - 1_000
+
+
+@functools.cache
+def share_of(meeting: int, count: int, groups: int) -> float:
+    """The certified share of one among so many groups, from the document itself."""
+    subject = {"reduction": "sum", "part": {"column": "topic", "value": "a", "of": groups}}
+    numbers = {"pairs": count, "meeting": meeting}
+    confidence = joint_confidence(subject)
+    given = dict(kind="held_out", gamma=0.0, at_least=0.0, files={})
+    return document(**given, confidence=confidence, subject=subject, numbers=numbers)["certified_share"]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 5])
+def test_all_groups_are_covered_together(groups):
+    """Some group's certified share exceeds its truth with a probability of at most 5 %: summed, not drawn."""
+    counts, worst = [4, 9, 20, 30, 60][:groups], 0.0
+
+    def missed(count, truth):
+        shares = [share_of(meeting, count, groups) for meeting in range(count + 1)]
+        chances = [math.comb(count, k) * truth**k * (1 - truth) ** (count - k) for k in range(count + 1)]
+        return sum(chance for chance, share in zip(chances, shares, strict=True) if share > truth)
+
+    for step in range(1, 100):
+        truth = step / 100
+        worst = max(worst, 1 - math.prod(1 - missed(count, truth) for count in counts))
+    # Where every group's truth is the one that its own certificate covers worst.
+    just_below = [max(missed(count, share_of(k, count, groups) - 1e-9) for k in range(1, count + 1)) for count in counts]
+    assert max(worst, 1 - math.prod(1 - each for each in just_below)) <= 0.05 + 1e-9
+    assert 1 - math.prod(1 - each for each in just_below) > 0.045  # and not by giving away more than it must

@@ -1,9 +1,7 @@
 """The command line on the device, from pairs to a report and an audit."""
 
 import json
-from importlib.metadata import PackageNotFoundError, version
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -15,20 +13,8 @@ from helpers.tiny import pair_rows
 pytestmark = ON_GPU
 
 
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """A machine with a GPU may have a checkout and no installed package; a run's record names its version."""
-    try:
-        version("trl-cpo")
-    except PackageNotFoundError:
-        folder = tmp_path / "site" / "trl_cpo-0.dist-info"
-        folder.mkdir(parents=True)
-        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: trl-cpo\nVersion: 0\n")
-        monkeypatch.syspath_prepend(str(folder.parent))
-
-
 @LORA
-def test_train_report_and_audit(lora, tmp_path, model_folder, installed, monkeypatch, capsys, record):
+def test_train_report_and_audit(lora, tmp_path, model_folder, monkeypatch, capsys, record):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path / "cache"))
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pair_rows(24)))

@@ -26,7 +26,7 @@ from transformers import (
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.cli import main
 from trl_cpo.cli.recipe_files import read_config
-from trl_cpo.plan import PlanRequest, cheapest, estimate, without_checkpointing
+from trl_cpo.plan import PlanRequest, cheapest, estimate, quicker
 from trl_cpo.plan.activations import kept_by
 from trl_cpo.plan.changes import LADDER, SAFE
 from trl_cpo.plan.known import known_config, known_models
@@ -412,29 +412,59 @@ class TestLadder:
         assert cheapest(PlanRequest(config=LLAMA_8B), 1e9) is None
 
 
-class TestWithoutCheckpointing:
-    REQUEST = PlanRequest(config=LLAMA_8B, weight_bytes=2, lora_rank=16, micro_batch=8, accumulation=2)
+class TestQuicker:
+    REQUEST = PlanRequest(config=LLAMA_8B, weight_bytes=2, lora_rank=16, micro_batch=8, accumulation=4)
 
-    def test_where_it_fits_it_is_recommended(self):
-        without = estimate(dataclasses.replace(self.REQUEST, checkpointing=False))
-        found = without_checkpointing(self.REQUEST, without.peak / SAFE)
-        assert found.peak == without.peak and found.request == without.request
-        told = as_text(estimate(self.REQUEST), without.peak / SAFE, None, found)
-        assert "can be left off, which saves 1/4 of" in told and told.endswith("\n  --gradient_checkpointing False")
+    @staticmethod
+    def peak(request, **changes):
+        return estimate(dataclasses.replace(request, **changes)).peak
 
-    def test_else_with_smaller_micro_batches_of_the_same_step(self):
-        needed = estimate(dataclasses.replace(self.REQUEST, checkpointing=False)).peak
-        found = without_checkpointing(self.REQUEST, 0.9 * needed / SAFE)
-        assert found.request.micro_batch * found.request.accumulation == 16 and found.request.micro_batch == 4
-        told = as_text(estimate(self.REQUEST), needed, None, found)
-        assert "  --gradient_checkpointing False --per_device_train_batch_size 4 --gradient_accumulation_steps 4" in told
+    def ways(self, memory, **changes):
+        return [
+            (way.request.checkpointing, way.request.micro_batch, way.request.accumulation)
+            for way in quicker(dataclasses.replace(self.REQUEST, **changes), memory)
+        ]
 
-    def test_where_nothing_fits_or_it_is_off_nothing_is_said(self):
-        off = dataclasses.replace(self.REQUEST, checkpointing=False)
-        one = estimate(dataclasses.replace(off, micro_batch=1))
-        assert without_checkpointing(self.REQUEST, 0.99 * one.peak / SAFE) is None
-        assert without_checkpointing(off, 1e12) is None
-        assert "left off" not in as_text(estimate(off), 1e12, None, None)
+    def test_without_checkpointing_in_as_few_micro_batches_as_fit(self):
+        for times in (1, 2, 4):
+            needed = self.peak(self.REQUEST, checkpointing=False, micro_batch=8 * times)
+            assert self.ways(needed / SAFE)[0] == (False, 8 * times, 4 // times)
+            assert (False, 8 * times, 4 // times) not in self.ways(0.99 * needed / SAFE)
+
+    def test_with_it_where_that_makes_them_fewer(self):
+        needed = self.peak(self.REQUEST, checkpointing=False)
+        assert self.peak(self.REQUEST, micro_batch=32) < needed
+        assert self.ways(needed / SAFE) == [(False, 8, 4), (True, 32, 1)]
+        assert self.ways(self.peak(self.REQUEST, micro_batch=16) / SAFE) == [(True, 16, 2)]
+        assert self.ways(0.99 * self.peak(self.REQUEST, micro_batch=16) / SAFE) == []
+        assert self.ways(1e12) == [(False, 32, 1)]
+
+    def test_micro_batches_are_never_made_smaller(self):
+        """On an H200, four of 8 pairs without checkpointing took longer than one of 32 with it."""
+        memory = self.peak(self.REQUEST, checkpointing=False, micro_batch=4)
+        assert self.peak(self.REQUEST) < memory < self.peak(self.REQUEST, checkpointing=False)
+        assert all(pairs >= 8 for _, pairs, _ in self.ways(memory / SAFE))
+
+    @pytest.mark.parametrize("changes", [dict(device="cpu"), dict(packed=False)])
+    def test_padded_pairs_and_a_cpus_stay_in_their_micro_batches(self, changes):
+        assert self.ways(1e15, **changes) == [(False, 8, 4)]
+        assert self.ways(1e15, checkpointing=False, **changes) == []
+
+    def test_where_it_is_off_the_micro_batches_may_still_be_fewer(self):
+        assert self.ways(1e15, checkpointing=False) == [(False, 32, 1)]
+        assert self.ways(1e15, checkpointing=False, micro_batch=32, accumulation=1) == []
+
+    def test_told_as_options(self):
+        memory = self.peak(self.REQUEST, checkpointing=False) / SAFE
+        told = as_text(estimate(self.REQUEST), memory, None, quicker(self.REQUEST, memory))
+        assert (
+            "The same steps in less time:\n  --gradient_checkpointing False\n      saves 1/4 of the arithmetic; needs " in told
+        )
+        assert (
+            "\n  --per_device_train_batch_size 32 --gradient_accumulation_steps 1\n      the GPU waits less for the CPU;"
+            in told
+        )
+        assert "in less time" not in as_text(estimate(self.REQUEST), memory, None, [])
 
 
 def test_without_triton_the_head_holds_its_tiles_several_times():
@@ -523,7 +553,7 @@ class TestCommand:
 
     def test_a_recipe(self, folder, capsys):
         assert self.plan("--config", "hh-rlhf-qlora-24gb", "--model", folder, "--memory", "24GB", "--json") == 0
-        assert json.loads(capsys.readouterr().out)["without_checkpointing"]["micro_batch"] == 2
+        assert json.loads(capsys.readouterr().out)["quicker"][0]["checkpointing"] is False
         assert self.plan("--config", "hh-rlhf-qlora-24gb", "--model", folder, "--memory", "24GB") == 0
         assert "base in 4 bits" in capsys.readouterr().out
 

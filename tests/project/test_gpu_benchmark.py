@@ -15,7 +15,7 @@ from benchmarks.gpu import __main__ as program
 from benchmarks.gpu.lengths import hh_lengths, near
 from benchmarks.gpu.models import CONFIGS, useful_operations
 from benchmarks.gpu.rows import ROWS, SEGMENTS, TRIAL, TRL, VARLEN
-from benchmarks.gpu.table import speedup, table
+from benchmarks.gpu.table import short_table, speedup, table
 
 
 @pytest.mark.parametrize(("full", "passes"), [(True, 3), (False, 2)])
@@ -61,7 +61,7 @@ def test_the_program_measures_every_arm(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--table", str(out)])
     program.main()
-    assert capsys.readouterr().out.strip() in printed
+    assert capsys.readouterr().out.partition("\n\n")[0] in printed
     assert all(f"| {row.name} | " in printed for row in rows)
 
 
@@ -80,8 +80,15 @@ def test_the_table_divides_the_right_times():
     records = [record(TRL, 3.0, 5.0), record(VARLEN, 1.0, 3.0, useful_operations=2e12), {**record(SEGMENTS), "failed": "x"}]
     del records[2]["new_s"], records[2]["again_s"]
     assert speedup({r["arm"]: r for r in records}) == 2.0
-    line = table(records).splitlines()[-1]
-    assert line == "| 8b lora, hh, 8 pairs | 4000 (1000) | 2000 (1000) | x | 2.00× (1.00×) | 500, 500 | 2 | 1 → 1 | 692, 175 |"
+    line = "| 8b lora, hh, 8 pairs | 4000 (1000) | 2000 (1000) | x | 2.00× (1.00×) | 500, 500 | 2 | 1 → 1 |"
+    assert table(records).splitlines()[-1] == f"{line} trl 692, varlen 175 |"
+
+
+def test_the_tables_of_the_docs_are_those_of_the_records():
+    records = [json.loads(line) for line in (ROOT / "benchmarks" / "gpu" / "records.jsonl").read_text().splitlines()]
+    assert {record["card"] for record in records} == {"NVIDIA H200"}
+    for page, made in (("docs/contributing/performance.md", table(records)), ("docs/performance.md", short_table(records))):
+        assert f"\n\n{made}\n\n" in (ROOT / page).read_text(encoding="utf-8"), made
 
 
 def test_rows_that_do_not_exist_are_named(monkeypatch, capsys):

@@ -70,11 +70,11 @@ def test_the_arithmetic_in_the_recipes():
     assert f"{total / 1e9:.2f}e9 parameters" in text and f"{head / 1e6:.0f}e6 x 2 B" in text
     assert f"= {16 * total / 1e9:.1f} GB, an eighth: {2 * total / 1e9:.1f} GB" in text
     assert f"x 2 B = {2 * total / 1e9:.1f} GB, an eighth {2 * total / 8e9:.1f} GB" in text
-    assert f"{2 * 2 * 2048 * 32 * 4096 * 2 / 1e9:.1f} GB, and one block" in text
+    assert f"32 layers x 217e3 B {2 * 3 * 1024 * 32 * 217e3 / 1e9:.0f} GB" in text
     assert f"two blocks of {linear / 32 / 1e6:.0f}e6 weights" in text
     assert f"{(2 * 2 * linear / 32 + 2 * head) / 1e9:.1f} GB" in text
-    flop = 10 * (linear + head) * 62_000 * 1_100
-    assert f"{(linear + head) / 1e9:.1f}e9 weights take part" in text and f"{10 * (linear + head) / 1e9:.0f} GFLOP" in text
+    flop = 8 * (linear + head) * 62_000 * 1_100
+    assert f"{(linear + head) / 1e9:.1f}e9 weights take part" in text and f"{8 * (linear + head) / 1e9:.0f} GFLOP" in text
     assert f"{flop / 1e18:.1f}e18 FLOP" in text
     assert f"that takes {flop / (0.4 * 8 * 989e12) / 60:.0f} minutes" in text
     assert f"(312 TFLOP/s), {flop / (0.4 * 8 * 312e12) / 60:.0f} minutes" in text
@@ -85,11 +85,13 @@ def test_the_arithmetic_in_the_recipes():
     assert f"{0.516 * linear / 1e9:.1f} GB" in text and f"{2 * head / 1e9:.2f}e9 (embedding and head" in text
     lora = adapter(3584, 18944, 28, 512, 16)
     assert f"{lora / 1e6:.1f}e6 weights" in text and f"{8 * lora / 1e9:.1f} GB" in text
+    assert f"{8 * 2 * 1024 * 28 * 3584 * 2 / 1e9:.1f} GB at most" in text
     text = said("full-zero3")
     assert f"= {16 * total / 1e9:.1f} GB, a quarter: {4 * total / 1e9:.1f} GB" in text
 
     total, linear, head = counts(1536, 8960, 28, 256, 151936, True, True)
     text = said("hh-rlhf-lora")
+    assert f"{16 * 2 * 1024 * 28 * 1536 * 2 / 1e9:.1f} GB at most" in text
     assert f"{total / 1e9:.2f}e9 parameters" in text and f"{2 * total / 1e9:.1f} GB" in text
     lora = adapter(1536, 8960, 28, 256, 16)
     assert f"{lora / 1e6:.1f}e6 weights" in text and f"{16 * lora / 1e9:.1f} GB" in text

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     # The machine that plans may have no GPU, where bf16 would be refused: parse as for a CPU.
     device = "cpu" if _for_cpu(options) else "cuda"
     with fast_imports():
-        from ..plan import cheapest, estimate, without_checkpointing
+        from ..plan import cheapest, estimate, quicker
         from ..plan.size import parse_size
         from ..plan.text import as_document, as_text
         from .options import parse_run
@@ -69,10 +69,10 @@ def run(options: argparse.Namespace) -> int:
             request = _request(options, args, policy, device)
             found = estimate(request)
             remedy = cheapest(request, memory) if memory is not None and found.peak > memory else None
-            unchecked = without_checkpointing(request, memory) if memory is not None and found.peak <= memory else None
+            better = quicker(request, memory) if memory is not None and found.peak <= memory else []
         except ValueError as error:
             raise UserError(f"{error}\n{usage}") from error
-    told = found, memory, remedy, unchecked
+    told = found, memory, remedy, better
     print(as_json(as_document(*told)) if options.json else as_text(*told))
     return 0 if memory is None or found.peak <= memory else 1
 

@@ -115,25 +115,30 @@ LADDER: tuple[Change, ...] = (
 )
 
 
-#: Share of a device's memory that a run without gradient checkpointing may take, to be recommended.
+#: Share of a device's memory that a quicker run may take, to be recommended.
 SAFE = 0.9
 
 
-def without_checkpointing(request: PlanRequest, memory: float) -> Estimate | None:
-    """The run without gradient checkpointing where that fits into `SAFE` of `memory` bytes; None: it does not, or is so now.
+def quicker(request: PlanRequest, memory: float) -> list[Estimate]:
+    """The same steps in less time, where that fits into `SAFE` of `memory` bytes: at most two ways, none if there is none.
 
-    If need be with fewer pairs in a micro-batch, and as many times more micro-batches in a step.
+    First without gradient checkpointing, in as few micro-batches as fit and no more than now: a GPU waits for the CPU where
+    they are small. Then with it, where that makes them fewer still. Padded pairs, and a CPU's, stay in their micro-batches:
+    larger ones are padded more, and nothing waits.
     """
-    if not request.checkpointing:
-        return None
-    for more in range(1, request.micro_batch + 1):
-        pairs, left = divmod(request.micro_batch, more)
-        if left:
-            continue
-        tried = replace(request, checkpointing=False, micro_batch=pairs, accumulation=request.accumulation * more)
-        if (found := estimate(tried)).peak <= SAFE * memory:
-            return found
-    return None
+    joins = request.packed and request.device == "cuda"
+    factors = [n for n in range(request.accumulation, 0, -1) if request.accumulation % n == 0] if joins else [1]
+    found: list[Estimate] = []
+    for checkpointing in (False, True) if request.checkpointing else (False,):
+        for times in factors:
+            pairs, left = request.micro_batch * times, request.accumulation // times
+            tried = replace(request, checkpointing=checkpointing, micro_batch=pairs, accumulation=left)
+            if tried == request or (found and pairs <= found[0].request.micro_batch):
+                break
+            if (made := estimate(tried)).peak <= SAFE * memory:
+                found.append(made)
+                break
+    return found
 
 
 def cheapest(request: PlanRequest, memory: float) -> tuple[list[Change], Estimate] | None:

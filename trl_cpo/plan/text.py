@@ -1,5 +1,6 @@
 """Writes an estimate as text and as JSON."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from .changes import Change
@@ -11,11 +12,11 @@ def as_text(
     estimate: Estimate,
     memory: float | None,
     remedy: tuple[list[Change], Estimate] | None,
-    unchecked: Estimate | None = None,
+    better: Sequence[Estimate] = (),
 ) -> str:
     """A table of the terms, largest first; whether they fit; and if not, the cheapest changes that make them fit.
 
-    `unchecked` is the run without gradient checkpointing, where that can be left off.
+    `better` are the ways to the same steps in less time (`quicker`).
     """
     request, shape = estimate.request, estimate.shape
     kind = f"LoRA r {request.lora_rank}" if request.lora_rank else "full fine-tuning"
@@ -43,7 +44,7 @@ def as_text(
         return "\n".join(lines)
     if estimate.peak <= memory:
         lines.append(f"It fits into {shown(memory)}, with {shown(memory - estimate.peak)} to spare.")
-        lines += [] if unchecked is None else [_leave_off_checkpointing(request, unchecked)]
+        lines += ["The same steps in less time:"] * bool(better) + [_in_less_time(request, way) for way in better]
     elif remedy is None:
         lines.append(f"It does not fit into {shown(memory)}, and no change known here makes it fit.")
     else:
@@ -57,17 +58,17 @@ def as_text(
     return "\n".join(lines)
 
 
-def _leave_off_checkpointing(request: PlanRequest, without: Estimate) -> str:
-    made = without.request
-    options = "--gradient_checkpointing False"
+def _in_less_time(request: PlanRequest, way: Estimate) -> str:
+    made, options, why = way.request, [], []
+    if made.checkpointing != request.checkpointing:
+        options.append("--gradient_checkpointing False")
+        # In passes over the weights: forward, gradients of states, gradients of all weights, forward again; the reference's.
+        passes = (3 if request.lora_rank else 4) + (0 if request.precomputed else 1)
+        why.append(f"saves 1/{passes} of the arithmetic")
     if made.micro_batch != request.micro_batch:
-        options += f" --per_device_train_batch_size {made.micro_batch} --gradient_accumulation_steps {made.accumulation}"
-    # In passes over the weights: forward, gradients of states, gradients of all weights, forward again; the reference's.
-    passes = (3 if request.lora_rank else 4) + (0 if request.precomputed else 1)
-    return (
-        f"Gradient checkpointing can be left off, which saves 1/{passes} of a step's arithmetic and then needs "
-        f"{shown(without.peak)}:\n  {options}"
-    )
+        options.append(f"--per_device_train_batch_size {made.micro_batch} --gradient_accumulation_steps {made.accumulation}")
+        why.append("the GPU waits less for the CPU")
+    return f"  {' '.join(options)}\n      {', '.join(why)}; needs {shown(way.peak)}"
 
 
 def _machine_memory(estimate: Estimate) -> str:
@@ -81,7 +82,7 @@ def as_document(
     estimate: Estimate,
     memory: float | None,
     remedy: tuple[list[Change], Estimate] | None,
-    unchecked: Estimate | None = None,
+    better: Sequence[Estimate] = (),
 ) -> dict[str, Any]:
     """The same as plain values for JSON, in bytes."""
     request = {name: value for name, value in vars(estimate.request).items() if name != "config"}
@@ -96,12 +97,14 @@ def as_document(
         "fits": None if memory is None else estimate.peak <= memory,
         "changes": None if remedy is None else [change.option for change in remedy[0]],
         "peak_after_changes": None if remedy is None else round(remedy[1].peak),
-        "without_checkpointing": None
-        if unchecked is None
-        else {
-            "peak": round(unchecked.peak),
-            "micro_batch": unchecked.request.micro_batch,
-            "accumulation": unchecked.request.accumulation,
-        },
+        "quicker": [
+            {
+                "peak": round(way.peak),
+                "checkpointing": way.request.checkpointing,
+                "micro_batch": way.request.micro_batch,
+                "accumulation": way.request.accumulation,
+            }
+            for way in better
+        ],
         "machine_memory_after_changes": None if remedy is None else round(remedy[1].machine_memory),
     }

@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from .. import __version__
 from . import price_section, table
+from .groups import groups, shown_weight
 from .pictures import Drawn, Picture
 from .run import Run
 
@@ -57,6 +58,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = shown
     environment.filters["source"] = _source
+    environment.filters["weight"] = shown_weight
     return environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 
 
@@ -74,6 +76,7 @@ def render(runs: list[Run], run_notes: list[str], pictures: list[Picture]) -> st
         fact_names=list(table.facts(runs[0])),
         run_notes=run_notes,
         metric_tables=[(part, table.metric_rows(part)) for part in chunks(runs, _FEW)],
+        groups=[(run, found) for run in runs if (found := groups(run))],
         price_tables=[(part, price_section.rows(part)) for part in chunks(runs, _FEW)],
         price_ends={run.letter: price_section.ends(run) for run in runs},
         samples=price_section.samples(runs),

@@ -69,5 +69,8 @@ def versions() -> dict[str, str]:
     """What the numbers depend on."""
     from importlib.metadata import version
 
-    names = ("trl-cpo", "trl", "transformers", "torch", "peft", "accelerate", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    from .. import __version__
+
+    names = ("trl", "transformers", "torch", "peft", "accelerate", "datasets")
+    # Ours from the package, which may be run from a checkout that was never installed.
+    return {"python": platform.python_version(), "trl-cpo": __version__, **{name: version(name) for name in names}}
