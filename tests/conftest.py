@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from helpers import imported  # noqa: F401
 from helpers.tiny import make_model, make_tokenizer, pairs_dataset
 
 

@@ -9,10 +9,16 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 
-import trl_cpo.run
-import trl_cpo.trainer  # noqa: F401
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers
+
+# isort: split
+
+import trl_cpo.run  # noqa: F401
 from trl_cpo.cli import main
+
+from helpers import imported  # noqa: F401
 
 
 def forked(number: int, command: list[str]) -> int:

@@ -18,7 +18,10 @@ JOB = read_job()
 
 # isort: split
 
-import gc
+from helpers import imported  # noqa: F401
+
+# isort: split
+
 import json
 import os
 
@@ -37,7 +40,6 @@ def done(name: str) -> list:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # accelerate collects garbage at the start of every training: the libraries' own objects are none
     seen = {name: done(name) for name in TRAIN if name in JOB["jobs"]}
     # Every process writes: a fall-back on one of them alone would otherwise go unseen.
     (Path(JOB["folder"]) / f"seen{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
