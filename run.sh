@@ -83,6 +83,8 @@ test)
     if [ "${1:-}" = --slow ]; then
         part=slow
         shift
+        # One by one, in their order: the longest come first.
+        set -- --maxschedchunk 1 "$@"
     fi
     # One thread a test process: several threads each would fight for the same cores.
     OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -n "$(cores)" -m "$part" "$@"

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from helpers import imported  # noqa: F401
 from helpers.tiny import make_model, make_tokenizer, pairs_dataset
 
 
@@ -85,6 +86,11 @@ def demo_cache_of(basetemp, is_worker: bool):
 def demo_cache(tmp_path_factory) -> str:
     """A cache folder shared by all test processes, so that the embedded model is converted once in a test run."""
     return str(demo_cache_of(tmp_path_factory.getbasetemp(), "PYTEST_XDIST_WORKER" in os.environ))
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests whose marks tell seconds come first, the longest before the others: the processes then end together."""
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("slow") if mark.args), default=0))
 
 
 def pytest_collection_finish():

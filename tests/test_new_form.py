@@ -142,7 +142,7 @@ def test_a_new_form_is_a_file_a_line_and_a_row(copy):
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 40
 
 
-@pytest.mark.slow
+@pytest.mark.slow(26)
 def test_the_trainer_trains_with_a_new_form(copy):
     """Every test that the trainer's own forms pass."""
     copy.run()  # writes the stub

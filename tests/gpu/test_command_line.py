@@ -2,19 +2,18 @@
 
 import json
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from trl_cpo.cli import main
 
-from helpers.on_gpu import ON_GPU, REHEARSAL
+from helpers.on_gpu import LORA, ON_GPU, REHEARSAL
 from helpers.tiny import pair_rows
 
 pytestmark = ON_GPU
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@LORA
 def test_train_report_and_audit(lora, tmp_path, model_folder, monkeypatch, capsys, record):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRL_CPO_CACHE", str(tmp_path / "cache"))

@@ -25,10 +25,11 @@ SHAPE = dict(
     vocab_size=32000,
     max_position_embeddings=4096,
 )
-if REHEARSAL:
-    SHAPE |= dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
 #: Prompt, chosen and rejected tokens: eight pairs of one length, as `plan` counts them.
 PROMPT, ANSWER, PAIRS = 360, 120, 8
+if REHEARSAL:  # in which no memory is measured
+    SHAPE |= dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=500)
+    PROMPT, ANSWER, PAIRS = 36, 12, 2
 LAYERS = 2
 
 

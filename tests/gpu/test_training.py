@@ -10,7 +10,7 @@ from trl_cpo.engine.slow_steps import SlowSteps
 
 from helpers import identity
 from helpers.checkpoint_runs import assert_same_end, trainer_of
-from helpers.on_gpu import ON_GPU, REHEARSAL, on_device, random_states
+from helpers.on_gpu import LORA, ON_GPU, REHEARSAL, on_device, random_states, some
 from helpers.tiny import make_lora, make_model, pairs_dataset
 
 pytestmark = [*ON_GPU, pytest.mark.usefixtures("no_model_cards")]
@@ -56,10 +56,10 @@ def same_weights(one, other) -> bool:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bf16": False}, {"gradient_checkpointing": True}, {"precompute_ref_log_probs": True}],
+    some([{}, {"bf16": False}, {"gradient_checkpointing": True}, {"precompute_ref_log_probs": True}]),
     ids=lambda options: "-".join(options) or "default",
 )
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@LORA
 def test_without_a_constraint_it_is_dpotrainer_to_the_bit(tmp_path, plain, lora, options, deterministic):
     given = on_device(tmp_path, **options)
     given.pop("output_dir")
@@ -67,7 +67,7 @@ def test_without_a_constraint_it_is_dpotrainer_to_the_bit(tmp_path, plain, lora,
 
 
 @pytest.mark.parametrize("sharing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@LORA
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, tokenizer, small_model, lora, sharing, deterministic):
     options = on_device(tmp_path)
     options = {name: options[name] for name in ("use_cpu", "bf16")}
@@ -81,7 +81,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, tokenizer, small_model
     assert_same_end(resumed, alone)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@LORA
 def test_measuring_the_price_changes_nothing(build, lora, deterministic):
     runs = []
     for price in (False, True):
@@ -96,7 +96,7 @@ def test_measuring_the_price_changes_nothing(build, lora, deterministic):
     assert len(kls) >= 4 and kls[-1] > kls[0]
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@LORA
 def test_packed_trains_as_padded_does(build, lora, record):
     """In float32 up to its rounding; under bfloat16 no farther from float32 than the padded path is, or little."""
     runs = {}
@@ -148,7 +148,7 @@ def test_the_log_says_which_attention_and_kernel(build, caplog, device):
 
 
 @pytest.mark.parametrize("sharing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@LORA
 def test_a_reference_that_was_scored_before_is_the_live_one(build, lora, sharing, record):
     live, precomputed = (
         trained(build(lora=lora, prefix_sharing=sharing, precompute_ref_log_probs=before)) for before in (False, True)
@@ -160,8 +160,8 @@ def test_a_reference_that_was_scored_before_is_the_live_one(build, lora, sharing
     assert difference < 0.1 and gap < 0.3
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("reentrant", some([None, False, True]))
+@LORA
 def test_checkpointing_changes_nothing(build, lora, reentrant, deterministic):
     """`None` is what TRL sets."""
     chosen = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}

@@ -25,6 +25,15 @@ ON_GPU = [
 ]
 
 
+def some(cases: list) -> list:
+    """All of them; in the rehearsal, which is there for the lines of the tests, the first and the last."""
+    return [cases[0], cases[-1]] if REHEARSAL else cases
+
+
+#: Parameters of a test: all weights, and an adapter, with which the rehearsal runs the lines for both.
+LORA = pytest.mark.parametrize("lora", [True] if REHEARSAL else [False, True], ids=lambda lora: "lora" if lora else "full")
+
+
 @contextmanager
 def rehearsed() -> Iterator[None]:
     """Within the block, the CPU computes variable-length attention, is asked for it, and checks it."""

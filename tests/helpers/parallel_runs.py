@@ -1,4 +1,6 @@
-"""Trainings in several processes: 4-bit weights, and how a trained model is spread."""
+"""Trainings in several processes: 4-bit weights, how a trained model is spread, and what a launcher asked for."""
+
+import os
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -8,6 +10,12 @@ from trl_cpo.engine.forward import PackedPairForward
 
 def nf4() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def forget_the_launchers_choices() -> None:
+    """As torchrun would have started this process: Accelerate takes a JSON file beside a YAML file for a mistake."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
 
 
 def wrapping(trainer) -> dict:

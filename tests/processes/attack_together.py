@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
 
 JOB, RANK = json.loads(sys.argv[1]), int(os.environ["RANK"])
 if JOB.get("full") == RANK:
@@ -15,6 +16,14 @@ if JOB.get("full") == RANK:
 if RANK == 1 and "clock" in JOB:
     own = time.time
     time.time = lambda: own() + JOB["clock"]
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers
+
+# isort: split
+
+from helpers import imported  # noqa: F401
+
+# isort: split
 
 from trl_cpo.cli import main
 

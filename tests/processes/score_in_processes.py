@@ -28,6 +28,10 @@ if JOB["kind"] == "zero3":
     # An operator for shared memory that would be compiled at first use; without it the same numbers come through gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+from helpers import imported  # noqa: F401
+
+# isort: split
+
 import numpy as np
 from accelerate.state import AcceleratorState, PartialState
 from datasets import load_dataset

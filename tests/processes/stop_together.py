@@ -7,6 +7,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers
 
 # isort: split
 
+from helpers import imported  # noqa: F401
+
+# isort: split
+
 import json
 import os
 import sys

@@ -32,7 +32,7 @@ def test_times(tmp_path, model_folder):
     assert records["packed-full-8"]["lowest"] <= records["packed-full-8"]["highest"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(28)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process is read from Linux")
 def test_memory(tmp_path, model_folder):
     records, table = run(tmp_path, model_folder, "--cases", "packed-full-8")

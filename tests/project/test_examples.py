@@ -77,7 +77,7 @@ def test_drop_in_is_trl_with_four_lines_changed():
     assert sum("CPOConstrained" in line.split("# was: ")[0] for line in lines) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_drop_in_with_zero3(places, tmp_path):
     """Two processes, as the line says but for their number, and for an operator that DeepSpeed would compile on a CPU."""
     wrapper = tmp_path / "wrapper.py"

@@ -1,5 +1,6 @@
 """The benchmark for GPUs: its counting by hand, and its program on tiny rows over emulated kernels."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from helpers.paths import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import steps
 from benchmarks.gpu.lengths import hh_lengths, near
 from benchmarks.gpu.models import CONFIGS, useful_operations
 from benchmarks.gpu.rows import ROWS, SEGMENTS, TRIAL, TRL, VARLEN
@@ -48,6 +50,7 @@ def test_the_program_measures_every_arm(tmp_path, monkeypatch, capsys):
     out = tmp_path / "gpu.jsonl"
     arguments = ["--trial", "--only", "tiny lora", "tiny full", "--loop", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *arguments])
+    monkeypatch.setattr(steps, "train", functools.partial(steps.train, steps=3, first=1))
     with flash_on_cpu():
         program.main()
     records = [json.loads(line) for line in Path(out).read_text().splitlines()]

@@ -59,13 +59,14 @@ def test_python(number, tmp_path, monkeypatch, model_folder):
     assert scope["trainer"].args.constraint != "none"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(75)
 def test_the_demo(tmp_path, demo_cache):
     """The README's first command, cut to one step, from another folder."""
     command = COMMANDS[0].replace("run.sh", shlex.quote(str(ROOT / "run.sh")))
     assert command != COMMANDS[0]
     out = shell(
-        f"{command} --max_steps 1 --max_train_pairs 4 --max_test_pairs 6 --per_device_train_batch_size 2",
+        f"{command} --max_steps 1 --max_train_pairs 4 --max_test_pairs 6 --per_device_train_batch_size 2"
+        " --price_prompts 2 --price_tokens 8",
         # Two threads beside another test process on two cores would wait for each other most of the time.
         tmp_path,
         NO_INSTALL="1",
@@ -82,15 +83,21 @@ def test_the_demo(tmp_path, demo_cache):
     assert record["decisions"]["before"]["rows"] == record["decisions"]["after"]["rows"] == 6
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_the_test_command(tmp_path):
     assert COMMANDS[1] == "bash run.sh test"
     out = shell(f"{COMMANDS[1]} tests/test_constraints.py -k golden", ROOT, NO_INSTALL="1", VENV=sys.prefix)
     assert "passed" in out
     out = shell(
-        f"{COMMANDS[1]} --slow tests/engine tests/test_constraints.py --collect-only -q", ROOT, NO_INSTALL="1", VENV=sys.prefix
+        f"{COMMANDS[1]} --slow tests/engine tests/test_constraints.py --collect-only -n 0",
+        ROOT,
+        NO_INSTALL="1",
+        VENV=sys.prefix,
     )
     assert "test_scaling.py" in out and "test_constraints.py" not in out
+    # The longest first, by the seconds of their marks.
+    places = [out.index(name) for name in ("test_qlora_trains", "[zero3]", "[fsdp2]", "[zero1]", "test_a_compiled_model")]
+    assert places == sorted(places)
     assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers import executed
+from helpers.once import once
 from helpers.paths import ROOT, TESTS
 
 PLACES = ("docs", "trl_cpo", "examples", "benchmarks", "deepspeed_configs")
@@ -68,6 +69,24 @@ def test_a_module_that_no_test_runs_is_named(monkeypatch):
     executed._note(compile("pass", str(ROOT / "trl_cpo" / "metrics.py"), "exec"))
     assert executed._called == set(), "neither a function of another place nor an import counts"
     assert "-p helpers.executed" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_what_the_processes_of_a_run_share_is_made_once(tmp_path_factory):
+    """And what could not be made is tried again, in another folder."""
+    folders = []
+
+    def make(folder):
+        folders.append(folder)
+        assert not list(folder.iterdir())
+        (folder / "file").touch()
+        if len(folders) == 1:
+            raise OSError("a full disk")
+        return {"made": len(folders)}
+
+    with pytest.raises(OSError, match="a full disk"):
+        once(tmp_path_factory, "shared-in-a-test", make)
+    assert once(tmp_path_factory, "shared-in-a-test", make) == once(tmp_path_factory, "shared-in-a-test", make) == {"made": 2}
+    assert len(set(folders)) == 2
 
 
 def test_every_file_of_the_tests_that_is_named_is_there():

@@ -3,9 +3,11 @@
 import re
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
+from helpers.once import once
 from helpers.paths import ROOT
 from helpers.type_errors import BASELINE, compared, errors_in, mypy, read_baseline
 
@@ -40,7 +42,10 @@ WRONG = {
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> dict[str, list[str]]:
     """What mypy says of a user's code, in one run: by snippet, the lines about it."""
-    folder = tmp_path_factory.mktemp("user")
+    return once(tmp_path_factory, "mypy", said_in)
+
+
+def said_in(folder: Path) -> dict[str, list[str]]:
     snippets = {"right": RIGHT, **{name: code for name, (code, _) in WRONG.items()}}
     files = [folder / f"{name}.py" for name in snippets]
     for file, code in zip(files, snippets.values(), strict=True):
@@ -49,7 +54,7 @@ def said(tmp_path_factory) -> dict[str, list[str]]:
     return {file.stem: [line for line in lines if line.partition(":")[0].endswith(file.name)] for file in files}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_right_code_of_a_user_has_no_error(said):
     assert said["right"] == []
 

@@ -34,6 +34,7 @@ from trl_cpo.report.run import HeldOut, Run
 from trl_cpo.report.writing import CONTENTS, check_free, write
 from trl_cpo.run.record import pairs_document
 
+from helpers.once import once
 from helpers.report_looks import Page, drawn_figure, texts_of
 from helpers.run_folders import made_up_pairs, make_run, metrics_of, price_document
 from helpers.tiny import make_model, pairs_dataset, training_options
@@ -705,26 +706,40 @@ def seen_by_a_browser(page: Path, folder: Path, width: int, dark: bool) -> dict:
     return json.loads(html.unescape(found[1]))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH, nor TRL_CPO_BROWSER")
+def with_a_browser(test):
+    """Marks of a test."""
+    reason = "no chromium, chromium-browser or google-chrome on PATH, nor TRL_CPO_BROWSER"
+    return pytest.mark.slow(pytest.mark.skipif(BROWSER is None, reason=reason)(test))
+
+
+def make_pages(several: list[Path], place: Path) -> dict[str, str]:
+    """Pages by name; all but the first with pictures of few pixels."""
+    broken, answers = make_run(place / "broken", steps=5), make_run(place / "answers", steps=5)
+    (broken / "pairs.json").unlink()
+    (answers / "price.json").write_text(json.dumps(price_document(prompts=("long" * 500, "short"))))
+    twelve = [make_run(place / f"{'long-' * 20}{i}", seed=i, steps=10) for i in range(12)]
+    pages = {"several": make_report(several, place / "report").page}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "DPI", 24)
+        pages["twelve"] = make_report(twelve, place / "o").page
+        pages |= {"broken": make_report([broken]).page, "answers": make_report([answers]).page}
+    return {name: str(page) for name, page in pages.items()}
+
+
+@pytest.fixture
+def pages(several, tmp_path_factory) -> dict[str, Path]:
+    made = once(tmp_path_factory, "pages", lambda folder: make_pages(several, folder))
+    return {name: Path(page) for name, page in made.items()}
+
+
+@with_a_browser
 @pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("which", ["several", "twelve", "broken"])
-def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which, width):
+@pytest.mark.parametrize(("which", "count"), [("several", 12), ("twelve", 9), ("broken", 3)])
+def test_a_browser_shows_all_of_it(tmp_path, pages, which, count, width):
     """Every picture loaded, every table there, nothing wider than the window, nothing asked of a network."""
-    if which == "several":
-        page, count = page_of_several, 12
-    elif which == "twelve":
-        page = make_report(
-            [make_run(tmp_path / f"{'long-' * 20}{i}", seed=i, steps=10) for i in range(12)], tmp_path / "o"
-        ).page
-        count = 9
-    else:
-        folder = make_run(tmp_path / "r", steps=5)
-        (folder / "pairs.json").unlink()
-        page, count = make_report([folder]).page, 3
-    seen = seen_by_a_browser(page, tmp_path, width, dark=False)
+    seen = seen_by_a_browser(pages[which], tmp_path, width, dark=False)
     shape = style.WIDE if width == 1280 else style.NARROW
-    dpi = 160 if which == "several" else style.DPI
+    dpi = style.DPI if which == "several" else 24
     assert len(seen["images"]) == count
     for loaded, natural, height, across in seen["images"]:
         # As wide as the page: letters of 9.5 points stay that large.
@@ -739,21 +754,17 @@ def test_a_browser_shows_all_of_it(tmp_path, page_of_several, coarse, which, wid
     assert seen["background"] == "rgb(255, 255, 255)" and seen["requests"] == [] and not seen["dark"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH, nor TRL_CPO_BROWSER")
-def test_a_browser_in_dark_mode_shows_the_page_dark(tmp_path, page_of_several):
-    seen = seen_by_a_browser(page_of_several, tmp_path, 1280, dark=True)
+@pytest.mark.slow(30)  # the others come later, and find the pages made
+@with_a_browser
+def test_a_browser_in_dark_mode_shows_the_page_dark(tmp_path, pages):
+    seen = seen_by_a_browser(pages["several"], tmp_path, 1280, dark=True)
     assert seen["dark"] and seen["background"] == "rgb(26, 26, 26)" and seen["ink"] == "rgb(230, 230, 230)"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH, nor TRL_CPO_BROWSER")
+@with_a_browser
 @pytest.mark.parametrize(("width", "columns"), [(1280, 2), (400, 1)])
-def test_a_browser_sets_answers_side_by_side_where_there_is_room(tmp_path, coarse, width, columns):
-    run = make_run(tmp_path / "r", steps=5)
-    document = price_document(prompts=("long" * 500, "short"))
-    (run / "price.json").write_text(json.dumps(document))
-    seen = seen_by_a_browser(make_report([run]).page, tmp_path, width, dark=False)
+def test_a_browser_sets_answers_side_by_side_where_there_is_room(tmp_path, pages, width, columns):
+    seen = seen_by_a_browser(pages["answers"], tmp_path, width, dark=False)
     assert seen["answers"] == [columns] * 4 and seen["wide"] == []
 
 

@@ -70,7 +70,7 @@ def launched(cwd, *options, processes=0, program=(str(SCRIPT),), check=True):
     return done
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_accelerate_launch_with_lora_twice(tmp_path, model_folder, hh_file):
     """Progress, a report of refused rows, a summary, files where it says; a second run goes beside the first."""
     options = ["--model_name_or_path", model_folder, "--dataset_name", hh_file, "--use_peft", *TINY]

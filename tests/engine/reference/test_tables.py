@@ -451,7 +451,7 @@ def test_two_processes_are_one_and_a_killed_run_is_continued(tmp_path, cache, ca
     assert np.array_equal(values(continued), values(whole)) and continued.folder == killed
 
 
-@pytest.mark.slow
+@pytest.mark.slow(24)
 def test_sharded_weights_that_change_at_the_same_path_are_seen(tmp_path, cache, model_folder, ref_model_folder):
     """ZeRO-3: each process holds parts, of which there is nothing to see before they are gathered."""
     same = str(tmp_path / "zero")

@@ -819,7 +819,7 @@ def kill_and_resume(*options) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_killed_three_times_with_one_process():
     assert "3 of 3 equal" in kill_and_resume("--times", 3, "--seed", 7)
 

@@ -1,26 +1,7 @@
-"""Run by test_packed_parallel.py: short trainings under whatever launched it; each process writes what it saw.
-
-    train_packed_parallel.py '{"kind": "zero3", "model": ..., "data": ..., "folder": ..., "batch": 2, "runs": [...]}'
-
-Several trainings follow one another in one launch, because importing the libraries takes longer than training.
-"""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers
-
-# isort: split
-
-from helpers.process_job import read_job
-
-JOB = read_job()
-
-# isort: split
+"""Short trainings of test_packed_parallel.py in a process that was launched, which say whether every forward was packed."""
 
 import dataclasses
 import gc
-import json
 import logging
 import os
 from contextlib import nullcontext
@@ -35,7 +16,7 @@ from trl_cpo.engine.forward import PackedPairForward, segments
 from trl_cpo.engine.forward.backends import BACK_ENDS
 from trl_cpo.engine.forward.probing import probe
 
-from helpers.parallel_runs import nf4, wrapping
+from helpers.parallel_runs import forget_the_launchers_choices, nf4, wrapping
 from helpers.tiny import make_lora, make_tokenizer, training_options
 
 # Steps of plain gradient descent without clipping: its weights tell the size of the gradients, which Adam hides.
@@ -93,25 +74,28 @@ class Calls(logging.Handler):
         logger.removeHandler(self)
 
 
-def train(run: dict) -> dict:
-    """One training of JOB, and an evaluation after it.
+def train(job: dict, run: dict) -> dict:
+    """One training, and an evaluation after it.
 
     Args:
+        job: folder; model; data, files by split; batch, of a process.
         run: name; packed; lora; nf4; segments_fail; refused_in, a process; evaluate; options of the configuration;
             accumulate, how many micro-batches make a step.
     """
-    place = os.path.join(JOB["folder"], f"{run['name']}-{'packed' if run['packed'] else 'padded'}")
+    place = os.path.join(job["folder"], f"{run['name']}-{'packed' if run['packed'] else 'padded'}")
     # Read from files with a cache of its own, beside which the tokenized set is kept.
-    data = load_dataset("json", data_files=JOB["data"], cache_dir=os.path.join(place, "cache"))
+    data = load_dataset("json", data_files=job["data"], cache_dir=os.path.join(place, "cache"))
     accumulate = run.get("accumulate", 1)
     options = dict(
         OPTIONS,
-        per_device_train_batch_size=JOB["batch"] // accumulate,
-        per_device_eval_batch_size=JOB["batch"],
+        per_device_train_batch_size=job["batch"] // accumulate,
+        per_device_eval_batch_size=job["batch"],
         gradient_accumulation_steps=accumulate,
         prefix_sharing=run["packed"],
         **run.get("options", {}),
     )
+    if "deepspeed" in options:
+        forget_the_launchers_choices()
     AcceleratorState._reset_state()
     set_seed(0)
     broken = nullcontext()
@@ -122,7 +106,7 @@ def train(run: dict) -> dict:
         broken = patch.object(probe, "mean_gap", Differing())
     with Calls() as calls, broken:
         trainer = CPOConstrainedTrainer(
-            model=JOB["model"],
+            model=job["model"],
             args=CPOConstrainedConfig(**training_options(place, **options)),
             processing_class=make_tokenizer(),
             train_dataset=data["train"],
@@ -147,11 +131,3 @@ def train(run: dict) -> dict:
         "lines": calls.lines,
         **seen,
     }
-
-
-if __name__ == "__main__":
-    gc.freeze()  # accelerate collects garbage at the start of every training: the libraries' own objects are none
-    results = [train(run) for run in JOB["runs"]]
-    # Every process writes: a fall-back on one of them alone would otherwise go unseen.
-    with open(os.path.join(JOB["folder"], f"seen{os.environ.get('RANK', '0')}.json"), "w") as file:
-        json.dump(results, file)

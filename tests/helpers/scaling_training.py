@@ -1,25 +1,6 @@
-"""Run by test_scaling.py: short trainings under whatever launched it, with save, resume and evaluation.
-
-    train_scaling.py '{"kind": "zero3", "model": ..., "data": ..., "folder": ..., "batch": 2, "runs": [...]}'
-
-The job's form is that of train_packed_parallel.py.
-"""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers
-
-# isort: split
-
-from helpers.process_job import read_job
-
-JOB = read_job()
-
-# isort: split
+"""Short trainings of test_scaling.py in a process that was launched: with save, resume and evaluation."""
 
 import gc
-import json
 import os
 from pathlib import Path
 
@@ -30,7 +11,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 
-from helpers.parallel_runs import nf4, wrapping
+from helpers.parallel_runs import forget_the_launchers_choices, nf4, wrapping
 from helpers.tiny import make_lora, make_tokenizer, training_options
 
 # Plain gradient descent without clipping: its weights tell the size of the gradients, which Adam hides.
@@ -40,43 +21,41 @@ OPTIONS = dict(optim="sgd", learning_rate=0.01, max_grad_norm=0.0, gamma=0.3, ma
 PRICE = tuple(f"eval_cpo/{name}" for name in ("kl", "repetition", "answer", "chosen_nll"))
 
 
-def data_of(place: Path):
+def data_of(job: dict, place: Path):
     # A cache of its own: TRL keeps precomputed log-probabilities beside the data and would take them up again.
-    return load_dataset("json", data_files=JOB["data"], cache_dir=str(place / "cache"))
+    return load_dataset("json", data_files=job["data"], cache_dir=str(place / "cache"))
 
 
-def evaluate(trainer: CPOConstrainedTrainer, place: Path) -> dict:
+def evaluate(job: dict, trainer: CPOConstrainedTrainer, place: Path) -> dict:
     """On the evaluation set; an adapter also on a new one, whose reference, the model without it, is not precomputed yet."""
     evaluated = trainer.evaluate()
     if not is_peft_model(trainer.model):
         return evaluated
-    new = data_of(place)["train"].select(range(5))
+    new = data_of(job, place)["train"].select(range(5))
     return {**evaluated, **trainer.evaluate(new, metric_key_prefix="new")}
 
 
-def make_trainer(run: dict, place: Path, **more) -> CPOConstrainedTrainer:
-    data = data_of(place)
+def make_trainer(job: dict, run: dict, place: Path, **more) -> CPOConstrainedTrainer:
+    data = data_of(job, place)
     accumulate = run.get("accumulate", 1)
     if "rounds" in run:  # micro-batches of a step over all processes
         accumulate = run["rounds"] // int(os.environ.get("WORLD_SIZE", 1))
     options = {
         **OPTIONS,
-        "per_device_train_batch_size": JOB["batch"] // accumulate,
-        "per_device_eval_batch_size": JOB["batch"],
+        "per_device_train_batch_size": job["batch"] // accumulate,
+        "per_device_eval_batch_size": job["batch"],
         "gradient_accumulation_steps": accumulate,
         **run.get("options", {}),
         **more,
     }
     if "deepspeed" in options:
-        # As torchrun would have started this process: Accelerate takes a JSON file beside a YAML file for a mistake.
-        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-            del os.environ[name]
+        forget_the_launchers_choices()
     AcceleratorState._reset_state()
     set_seed(0)
     reference = run.get("ref_model")
     args = CPOConstrainedConfig(**training_options(place, **options))
     return CPOConstrainedTrainer(
-        model=JOB["model"],
+        model=job["model"],
         ref_model=AutoModelForCausalLM.from_pretrained(reference) if reference else None,
         args=args,
         processing_class=make_tokenizer(),
@@ -119,30 +98,25 @@ def seen_of(trainer: CPOConstrainedTrainer, evaluated: dict, trained: Path, sinc
     }
 
 
-def train(run: dict) -> list[dict]:
+def train(job: dict, run: dict) -> list[dict]:
     """One training and its evaluation; with `resume` a second one, gone on with from the checkpoint of the second step.
 
     Args:
+        job: folder; model; data, files by split; batch, of a process.
         run: name; lora; nf4; ref_model, a folder; options of the configuration; accumulate, how many micro-batches of a
             process make a step, or rounds, how many of all processes; double, in float64; resume.
     """
-    place = Path(JOB["folder"]) / run["name"]
+    place = Path(job["folder"]) / run["name"]
     saves = dict(save_strategy="steps", save_steps=2) if run.get("resume") else {}
-    trainer = make_trainer(run, place, **saves)
+    trainer = make_trainer(job, run, place, **saves)
     if run.get("double"):
         in_double(trainer)
     trainer.train()
-    seen = [seen_of(trainer, evaluate(trainer, place), place / "trained")]
+    seen = [seen_of(trainer, evaluate(job, trainer, place), place / "trained")]
     if run.get("resume"):
         del trainer
         gc.collect()
-        trainer = make_trainer(run, place)
+        trainer = make_trainer(job, run, place)
         trainer.train(resume_from_checkpoint=str(place / "checkpoint-2"))
-        seen.append(seen_of(trainer, evaluate(trainer, place), place / "resumed", since=2))
+        seen.append(seen_of(trainer, evaluate(job, trainer, place), place / "resumed", since=2))
     return seen
-
-
-if __name__ == "__main__":
-    gc.freeze()  # accelerate collects garbage at the start of every training: the libraries' own objects are none
-    results = [train(run) for run in JOB["runs"]]
-    (Path(JOB["folder"]) / f"seen{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
