@@ -1,7 +1,7 @@
 """
 Measures training steps on a GPU, ours and DPOTrainer's, and puts them beside what was predicted.
 
-    python -m benchmarks.gpu                        # all rows: about 10 minutes on an H100 or H200
+    python -m benchmarks.gpu                        # all rows: some 10 minutes on an H200, estimated from those that ran
     python -m benchmarks.gpu --only "8b lora"       # those whose name contains this
     python -m benchmarks.gpu --trial                # tiny rows, on a CPU too: that it runs
     python -m benchmarks.gpu --table gpu.jsonl      # the table of a file, nothing measured

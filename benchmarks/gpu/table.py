@@ -7,9 +7,6 @@ from typing import Any
 
 from .rows import ROWS, SEGMENTS, TRIAL, TRL, VARLEN, Row
 
-#: bfloat16 matrix products of an H200, dense, as measured; an H100's are about the same.
-TFLOPS = 788.0
-
 
 def ms(record: dict[str, Any] | None, key: str = "new_s") -> float | None:
     """Milliseconds a micro-batch: the mean at new lengths, the median where lengths come again; None: not measured."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.flash_emulation import flash_on_cpu
 from helpers.paths import ROOT
@@ -66,6 +67,18 @@ def test_the_program_measures_every_arm(tmp_path, monkeypatch, capsys):
     program.main()
     assert capsys.readouterr().out.partition("\n\n")[0] in printed
     assert all(f"| {row.name} | " in printed for row in rows)
+
+
+@pytest.mark.parametrize("arm", [TRL, VARLEN])
+def test_steps_run_under_autocast_as_training_does(arm):
+    """The first ones on a GPU did not: adapters were then computed in float32."""
+    with flash_on_cpu():
+        trainer = steps.trainer_of(TRIAL[0], arm, torch.device("cpu"))
+        seen = []
+        layer = next(module for name, module in trainer.model.named_modules() if name.endswith("layers.0.mlp"))
+        layer.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        steps.step(trainer, steps.batches_of(TRIAL[0], 0, 1)[0])
+    assert seen == [True]
 
 
 def test_the_table_divides_the_right_times():
