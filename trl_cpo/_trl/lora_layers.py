@@ -8,6 +8,8 @@ every bit stays, and a layer saves two kernels forward, two backward, and the co
 casts are done again, and nothing else changes.
 """
 
+from typing import Any
+
 import torch
 from peft.tuners.lora import Linear
 
@@ -15,7 +17,7 @@ from peft.tuners.lora import Linear
 _DEVICES = ("cpu", "cuda")
 
 
-def spare_casts(model: torch.nn.Module) -> None:
+def spare_casts(model: Any) -> None:
     """Lets the model's plain LoRA layers leave out casts that change nothing.
 
     Each call of a layer decides for itself, so this holds in checkpointing's recomputation too, and nothing has to be put
@@ -44,10 +46,13 @@ def _taken_back(layer: Linear, x: torch.Tensor, dtype: torch.dtype) -> bool:
     # A copy lies together in memory, and products over another layout may round in another order.
     if not x.is_contiguous() or x.storage_offset():
         return False
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    # Read from the dictionaries: by attribute, as every layer asks, it takes longer than starting the casts.
+    parts: dict[str, Any] = layer._modules
+    downs, dropouts = parts["lora_A"]._modules, parts["lora_dropout"]._modules
+    active = [name for name in layer.active_adapters if name in downs]
     # Several adapters share the cast, and their gradients are added in float32.
     if len(active) != 1 or active[0] in layer.lora_variant:
         return False
-    dropout, down = layer.lora_dropout[active[0]], layer.lora_A[active[0]]
+    down, dropout = downs[active[0]], dropouts[active[0]]
     # Dropout would scale in half precision. Only of torch's own layer is it known that autocast casts its input.
     return type(down) is torch.nn.Linear and (type(dropout) is torch.nn.Identity or not dropout.training)
