@@ -15,12 +15,13 @@ import json
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .rows import ROWS, TRIAL, Row
+from .rows import ALL, ROWS, TRIAL, Row
 
 
 def about() -> dict[str, Any]:
@@ -82,6 +83,7 @@ def main() -> None:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", default=None, help="rows whose name contains one of these")
+    parser.add_argument("--arms", nargs="*", default=ALL, choices=ALL, help="default: those that each row names")
     parser.add_argument("--out", default="gpu.jsonl", help="file to add records to")
     parser.add_argument("--trial", action="store_true", help="tiny rows: that the program runs")
     parser.add_argument("--loop", action="store_true", help="also time train() itself, on each model's first row")
@@ -94,7 +96,7 @@ def main() -> None:
         print(table(records), short_table(records), sep="\n\n")
         return
     rows = [
-        row
+        replace(row, arms=tuple(arm for arm in row.arms if arm in options.arms))
         for row in (TRIAL if options.trial else ROWS)
         if options.only is None or any(part in row.name for part in options.only)
     ]
