@@ -53,12 +53,16 @@ def measured(rows: list[Row], *, loop: bool) -> Iterator[dict[str, Any]]:
         of_model = list(group)
         arms = dict.fromkeys(arm for row in of_model for arm in row.arms)
         for arm in arms:
+            own = [row for row in of_model if arm in row.arms]
             start = time.perf_counter()
-            trainer = trainer_of(of_model[0], arm, device)
+            try:
+                trainer = trainer_of(own[0], arm, device)
+            except Exception as error:
+                # Without a GPU, varlen: the other arms go on.
+                yield from ({"row": row.name, "arm": arm, **_failure(error)} for row in own)
+                continue
             print(f"{size} {training}: {arm} made in {time.perf_counter() - start:.1f} s", flush=True)
-            for row in of_model:
-                if arm not in row.arms:
-                    continue
+            for row in own:
                 record: dict[str, Any] = {"row": row.name, "arm": arm}
                 try:
                     record |= measure(trainer, row, device)
@@ -67,15 +71,21 @@ def measured(rows: list[Row], *, loop: bool) -> Iterator[dict[str, Any]]:
                     record["useful_operations"] = work / row.batches
                     if loop and row is of_model[0]:
                         record |= train(trainer, row, device)
-                except torch.OutOfMemoryError:
-                    record["failed"] = "out of memory"
                 except Exception as error:
-                    traceback.print_exc()
-                    record["failed"] = f"{type(error).__name__}: {error}"[:300]
+                    record |= _failure(error)
                 freed()
                 yield record
             del trainer
             freed()
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"failed": "out of memory"}
+    traceback.print_exception(error)
+    return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
 def main() -> None:
