@@ -37,6 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
         run.add_argument("--seeds", type=int, nargs="+", help="default: 0, or with --final 1 to 5")
         if name in tables.LEVELS:
             run.add_argument("--final", action="store_true", help="the best arm of each method by the validation part")
+            run.add_argument(
+                "--methods", nargs="+", help="with --final: these alone, in this order (a method is an arm less β)"
+            )
         run.add_argument("--processes", type=int, default=1, help="runs side by side, each on one thread; default: 1")
         if name in NEED_LARGER:
             run.add_argument("--model", help="folder of SmolLM2-135M-Instruct; default: the demo's")
@@ -60,10 +63,15 @@ def main(arguments: list[str] | None = None) -> None:
     records = Records(options.records / f"{options.verb}.jsonl")
     arms, tuned = options.arms or list(EXPERIMENTS[options.verb]), getattr(options, "final", False)
     if tuned and not options.arms:
-        arms = list(tables.best_arms(records.runs, options.verb, options.variant).values())
+        best = tables.best_arms(records.runs, options.verb, options.variant)
+        if unknown := set(options.methods or ()) - set(best):
+            parser.error(
+                f"--methods {' '.join(map(repr, sorted(unknown)))}: not among those tuned, {', '.join(map(repr, best))}."
+            )
+        arms = [best[method] for method in options.methods or best]
     jobs = []
-    for seed in options.seeds or ([1, 2, 3, 4, 5] if tuned else [0]):
-        for arm in dict.fromkeys(("start", *arms)):
+    for arm in dict.fromkeys(("start", *arms)):
+        for seed in options.seeds or ([1, 2, 3, 4, 5] if tuned else [0]):
             job = {"experiment": options.verb, "variant": options.variant, "arm": arm, "seed": seed}
             if not records.has(job):
                 jobs.append(job)

@@ -61,9 +61,12 @@ def measured(rows: list[Row], *, loop: bool) -> Iterator[dict[str, Any]]:
                 # Without a GPU, varlen: the other arms go on.
                 yield from ({"row": row.name, "arm": arm, **_failure(error)} for row in own)
                 continue
-            print(f"{size} {training}: {arm} made in {time.perf_counter() - start:.1f} s", flush=True)
+            began = {"start_s": time.perf_counter() - start, "start_bytes": 0}
+            if device.type == "cuda":
+                began["start_bytes"] = torch.cuda.max_memory_allocated()
+            print(f"{size} {training}: {arm} made in {began['start_s']:.1f} s", flush=True)
             for row in own:
-                record: dict[str, Any] = {"row": row.name, "arm": arm}
+                record: dict[str, Any] = {"row": row.name, "arm": arm, **(began if row is own[0] else {})}
                 try:
                     record |= measure(trainer, row, device)
                     lengths = [pair for batch in range(row.batches) for pair in row.lengths(batch)]
