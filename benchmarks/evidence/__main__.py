@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
         run.add_argument(
             "--arms", nargs="+", choices=sorted(arms), help="default: all, or with --final the best of each method"
         )
-        run.add_argument("--seeds", type=int, nargs="+", help="default: 0, or with --final 1 to 5")
-        if name in tables.LEVELS:
+        run.add_argument("--seeds", type=int, nargs="+", help="default: 0, which tunes; with --final 1 to 5; of real 1 to 3")
+        if name in tables.LEVELS and name != "real":
             run.add_argument("--final", action="store_true", help="the best arm of each method by the validation part")
             run.add_argument(
                 "--methods", nargs="+", help="with --final: these alone, in this order (a method is an arm less β)"
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         arms = [best[method] for method in options.methods or best]
     jobs = []
     for arm in dict.fromkeys(("start", *arms)):
-        for seed in options.seeds or ([1, 2, 3, 4, 5] if tuned else [0]):
+        for seed in options.seeds or ([1, 2, 3] if options.verb == "real" else [1, 2, 3, 4, 5] if tuned else [0]):
             job = {"experiment": options.verb, "variant": options.variant, "arm": arm, "seed": seed}
             if not records.has(job):
                 jobs.append(job)

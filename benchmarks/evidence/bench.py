@@ -33,8 +33,8 @@ FULL: dict[str, Any] = {
         "tone": {"steps": 300, "batch": 32, "learning_rate": 5e-5},
     },
     "larger_arms": {"batch": 16, "learning_rate": 3e-4, "steps": [10, 20, 40, 70, 100], "lora": True},
-    "real": {"longest": 400, "pairs_used": 1600, "held_out": 300, "prompts": 100, "new": 48},
-    "real_arms": {"batch": 32, "learning_rate": 3e-4, "steps": [12, 25, 50, 100], "lora": True},
+    "real": {"longest": 600, "pairs_used": 1600, "held_out": 400, "prompts": 100, "new": 48},
+    "real_arms": {"batch": 16, "learning_rate": 3e-4, "steps": [12, 25, 50, 100], "lora": True},
 }
 SMALL: dict[str, Any] = {
     "model": {"width": 32, "layers": 1, "steps": 30, "batch": 8, "longest": 48},
