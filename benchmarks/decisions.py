@@ -11,9 +11,10 @@ compares arms of several seeds at equal KL.
 
 Each run trains the embedded model with LoRA and AdamW, in float32. The learning rate is constant, so that what is measured
 after some steps is what a run of so many steps would give; with {"schedule": "linear"} it falls to 0 and only the last step
-counts. It has a loop of its own, for speed: the beginning that all prompts share is computed once a batch, and the reference
-once for all arms, which makes a step two to three times cheaper than the trainer's. Targets, losses and clipping of
-gradients are the trainer's; the order of the pairs is not.
+counts. It has a loop of its own, for speed: the reference is computed once for all arms, and on a CPU the beginning that all
+prompts share once a batch, which makes a step two to three times cheaper than the trainer's. On a GPU, where kernels are
+what costs, a batch is one forward of whole rows. Targets, losses and clipping of gradients are the trainer's; the order of
+the pairs is not.
 
 Measured each time: decisions on the held-out rows (trl_cpo/decisions.py), and on the package's general prompts KL to the
 start on the policy's own samples, in nats a token, and the share of repeated 3-grams of greedy answers. Results are added to
@@ -31,7 +32,7 @@ import torch
 
 from trl_cpo.constraints import CONSTRAINTS
 from trl_cpo.data.loading import load_pairs
-from trl_cpo.decisions import Decision, counts, decide, option_logps
+from trl_cpo.decisions import Decision, _tokens, counts, decide, option_logps
 from trl_cpo.engine.precision import float32_products
 from trl_cpo.objective import pair_loss
 from trl_cpo.pairs import PairLogps
@@ -59,13 +60,37 @@ EQUAL_KL = (0.01, 0.02, 0.05)
 EQUAL_RIGHT = (0.5, 0.6, 0.7)
 
 
+def padded_logps(model, tokenizer, rows) -> list[torch.Tensor]:
+    """What `option_logps` gives, from one forward of whole rows, padded.
+
+    On a GPU a step is what its kernels take to be started: three small forwards cost more than a large one.
+    """
+    device = model.get_input_embeddings().weight.device
+    batch = [_tokens(tokenizer, row) for row in rows]
+    both = [(tokens.prompt, option) for tokens in batch for option in tokens.options]
+    width, shortest = max(len(prompt) + len(option) for prompt, option in both), min(len(prompt) for prompt, _ in both)
+    # Padded on the right, where causal attention does not look.
+    pad, empty = tokenizer.eos_token_id, [0] * (width - shortest)
+    ids = [[*prompt, *option, *[pad] * (width - len(prompt) - len(option))] for prompt, option in both]
+    real = [empty.copy() for _ in both]
+    for mask, (prompt, option) in zip(real, both, strict=True):
+        mask[len(prompt) - shortest : len(prompt) - shortest + len(option)] = [1] * len(option)
+    given, scored = torch.tensor(ids, device=device), torch.tensor(real, device=device)
+    logits = model(input_ids=given, use_cache=False, logits_to_keep=width - shortest + 1).logits[:, :-1]
+    picked = logits.float().log_softmax(-1).gather(2, given[:, shortest:, None])[..., 0] * scored
+    return list(picked.sum(1).split([len(tokens.options) for tokens in batch]))
+
+
 class Search:
     """The model, the pairs and the reference's scores, shared by all arms."""
 
     def __init__(self, model: str, device: torch.device):
         from transformers import AutoTokenizer
 
-        self.device = device
+        self.device, on_cpu = device, device.type == "cpu"
+        self.logps = option_logps if on_cpu else padded_logps
+        # A GPU has room for all rows at once.
+        self.rows_at_once = 32 if on_cpu else 320
         self.source, self.tokenizer = model, AutoTokenizer.from_pretrained(model)
         self.test = list(load_pairs("demo", "test"))
         # A pair's answers alone: the others are not trained on.
@@ -85,7 +110,7 @@ class Search:
     def reference(self, model) -> list[Decision]:
         """The start's scores of the training pairs; asked before the first step."""
         if self._reference is None:
-            self._reference = decide(model, self.tokenizer, self.train)
+            self._reference = decide(model, self.tokenizer, self.train, self.rows_at_once)
         return self._reference
 
     def run(self, arm: str, options: dict[str, Any], seed: int, measured_at, save) -> None:
@@ -111,7 +136,7 @@ class Search:
                 order = rows.sample(range(len(self.train)), len(self.train))
             batch, order = order[: settings["batch"]], order[settings["batch"] :]
             model.train()
-            scores = torch.stack(option_logps(model, self.tokenizer, [self.train[row] for row in batch]))
+            scores = torch.stack(self.logps(model, self.tokenizer, [self.train[row] for row in batch]))
             starts = torch.tensor([list(reference[row].scores.values()) for row in batch], device=scores.device)
             pairs = PairLogps(scores[:, 0], scores[:, 1], starts[:, 0], starts[:, 1])
             loss = pair_loss(pairs.gap, form.target(pairs), beta=form.beta)
@@ -131,7 +156,7 @@ class Search:
                 save({**record, **self.measured(model, meter, step), "seconds": round(time.time() - began)})
 
     def measured(self, model, meter: PriceMeter, step: int) -> dict[str, Any]:
-        decisions = decide(model, self.tokenizer, self.test)
+        decisions = decide(model, self.tokenizer, self.test, self.rows_at_once)
         general = meter.measure(step).sets["general"]
         return {
             "step": step,

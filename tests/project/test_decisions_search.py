@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from trl_cpo.data.loading import load_pairs
+
 from helpers.paths import ROOT
 
 
@@ -44,6 +46,23 @@ def test_every_tensor_goes_to_the_device_of_the_model(model_folder):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"steps": [0, 1, 2]}
+
+
+def test_padded_rows_score_as_those_that_share_their_beginning(search, model_folder):
+    """Prompts and options of several lengths; gradients too."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    rows = list(load_pairs("demo", "test"))[:5]
+    rows[1] = {**rows[1], "options": rows[1]["options"][:2]}
+    found = {}
+    for logps in (search.padded_logps, search.option_logps):
+        scores = logps(model, tokenizer, rows)
+        torch.cat(scores)[::3].sum().backward()
+        found[logps] = [[*map(torch.Tensor.detach, scores)], [weight.grad for weight in model.parameters()]]
+        model.zero_grad()
+    assert [len(scores) for scores in found[search.padded_logps][0]] == [6, 2, 6, 6, 6]
+    torch.testing.assert_close(found[search.padded_logps], found[search.option_logps], rtol=1e-4, atol=1e-5)
 
 
 def of_seed(arm, seed, constraint, *points, schedule="constant"):
