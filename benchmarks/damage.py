@@ -167,13 +167,14 @@ def main() -> None:
         return
 
     from trl_cpo.data.models import source_of
+    from trl_cpo.files.atomic import write_json
 
     options.model = source_of(options.model)
     results = {"repetition_of_people": repetition_of_people(options.model, options.pairs), "runs": []}
     for name in options.settings:
         rows = measured(name, options)
         results["runs"] += rows
-        options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(options.out, results)
         print(table(rows), flush=True)
 
 

@@ -34,6 +34,7 @@ from trl_cpo.constraints import CONSTRAINTS
 from trl_cpo.data.loading import load_pairs
 from trl_cpo.decisions import Decision, _tokens, counts, decide, option_logps
 from trl_cpo.engine.precision import float32_products
+from trl_cpo.files.atomic import write_json
 from trl_cpo.objective import pair_loss
 from trl_cpo.pairs import PairLogps
 from trl_cpo.price.meter import PriceMeter
@@ -89,8 +90,8 @@ class Search:
 
         self.device, on_cpu = device, device.type == "cpu"
         self.logps = option_logps if on_cpu else padded_logps
-        # A GPU has room for all rows at once.
-        self.rows_at_once = 32 if on_cpu else 320
+        # Larger batches on a GPU, of 3 GB at most, so that several processes share one.
+        self.rows_at_once = 32 if on_cpu else 52
         self.source, self.tokenizer = model, AutoTokenizer.from_pretrained(model)
         self.test = list(load_pairs("demo", "test"))
         # A pair's answers alone: the others are not trained on.
@@ -237,7 +238,7 @@ def main() -> None:
 
     def save(record: dict[str, Any]) -> None:
         known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
-        options.out.write_text(json.dumps([*known, record], indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, [*known, record])
         shares = ", ".join(f"{name} {record['decisions'][name]['share']:.2f}" for name in record["outcomes"])
         kl = record["kl_general"]["value"]
         which = f"{name_of(record)}, seed {record['seed']}, step {record['step']}"

@@ -117,11 +117,13 @@ def main() -> None:
     if options.verb == "table":
         print(table([record for file in options.files for record in json.loads(file.read_text(encoding="utf-8"))]))
         return
+    from trl_cpo.files.atomic import write_json
+
     records = []
     for seed in options.seeds:
         for arm in options.arms:
             records.append(trained(arm, seed, options.model, chosen(options.device), more))
-            options.out.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(options.out, records)
 
 
 if __name__ == "__main__":
