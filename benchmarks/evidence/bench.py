@@ -29,7 +29,7 @@ FULL: dict[str, Any] = {
     "misaligned_arms": {"batch": 32, "learning_rate": 1e-4, "steps": [16, 32, 64, 96]},
     "larger": {"pairs": 1600, "prompts": 400},
     "larger_taught": {
-        "routes": {"steps": 80, "batch": 16, "learning_rate": 5e-5},
+        "routes": {"steps": 60, "batch": 16, "learning_rate": 5e-5},
         "tone": {"steps": 300, "batch": 32, "learning_rate": 5e-5},
     },
     "larger_arms": {"batch": 16, "learning_rate": 3e-4, "steps": [10, 20, 40, 70, 100], "lora": True},
