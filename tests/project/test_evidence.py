@@ -207,8 +207,7 @@ def test_a_run_that_fails_stops_no_other(monkeypatch):
     monkeypatch.setattr(runs, "run_of", lambda job, bench: 1 / job["n"])
     found = []
     with pytest.raises(ExceptionGroup, match="1 of 3 runs failed"):
-        for run in runs.done(None, [{"n": 0}, {"n": 1}, {"n": 2}], processes=2):
-            found.append(run)
+        found.extend(runs.done(None, [{"n": 0}, {"n": 1}, {"n": 2}], processes=2))
     assert sorted(found) == [0.5, 1.0]
 
 
