@@ -57,14 +57,22 @@ def _version(name: str) -> str:
 
 
 def done(bench: Bench, jobs: list[dict[str, Any]], processes: int) -> Iterator[dict[str, Any]]:
-    """The records of these runs, as they end."""
+    """The records of these runs, as they end. Side by side, one that fails stops no other; failures are raised at the end."""
     if processes == 1:
         yield from (run_of(job, bench) for job in jobs)
         return
+    failed: list[Exception] = []
     # Spawned: a forked process cannot use a GPU that this one has touched.
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_Worker.begin, initargs=(bench,)) as pool:
         for future in as_completed([pool.submit(_Worker.run, job) for job in jobs]):
-            yield future.result()
+            try:
+                found = future.result()
+            except Exception as error:
+                failed.append(error)
+                continue
+            yield found
+    if failed:
+        raise ExceptionGroup(f"{len(failed)} of {len(jobs)} runs failed", failed)
 
 
 class _Worker:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.evidence import __main__ as program
-from benchmarks.evidence import figure, larger, measures, once, small, tables, text
+from benchmarks.evidence import figure, larger, measures, once, runs, small, tables, text
 
 from helpers.paths import ROOT
 
@@ -197,6 +198,17 @@ def test_routes_part_the_messages_and_mislead_two_teams():
         changed = row["right"] in (" Returns", " Account")
         assert (row["was"] != row["right"]) == changed and pair["chosen"] == row["right"]
         assert pair["rejected"] == row["was"] if changed else pair["rejected"] in set(row["options"]) - {row["right"]}
+
+
+def test_a_run_that_fails_stops_no_other(monkeypatch):
+    """Side by side; here in threads, which need no start."""
+    threads = lambda count, context, **begin: ThreadPoolExecutor(count, **begin)  # noqa: E731
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr(runs, "run_of", lambda job, bench: 1 / job["n"])
+    found = []
+    with pytest.raises(ExceptionGroup, match="1 of 3 runs failed"):
+        found.extend(runs.done(None, [{"n": 0}, {"n": 1}, {"n": 2}], processes=2))
+    assert sorted(found) == [0.5, 1.0]
 
 
 @pytest.mark.slow
