@@ -55,6 +55,11 @@ def grouped(records: Sequence[dict[str, Any]]) -> Arms:
     return arms
 
 
+def named(runs: dict[int, list[dict[str, Any]]]) -> str:
+    """An arm's name alone."""
+    return next(iter(runs.values()))[-1]["arm"]
+
+
 def shares_at(runs: dict[int, list[dict[str, Any]]], level: float, share: str) -> dict[int, float]:
     """Percent at a level of KL, by seed, of the runs that reach it."""
     found = {}
@@ -63,6 +68,11 @@ def shares_at(runs: dict[int, list[dict[str, Any]]], level: float, share: str) -
         if value is not None:
             found[seed] = 100 * value
     return found
+
+
+def apart(arms: Arms) -> list[str]:
+    """The settings, beside the constraint's own, in which arms differ."""
+    return [key for key in ALIKE if len({str(settings.get(key)) for settings, _ in arms.values()}) > 1]
 
 
 def told(values: Sequence[float], runs: int, sign: str = "") -> str:
@@ -77,14 +87,21 @@ def told(values: Sequence[float], runs: int, sign: str = "") -> str:
 def seeds_table(records: Sequence[dict[str, Any]], levels: Sequence[float] = LEVELS) -> str:
     """Markdown: each arm at each level, then clip less DPO, their mean and seed by seed."""
     arms = grouped(records)
-    lines = [f"| arm | seeds | KL | {' | '.join(SHARES.values())} |", "|---" * (3 + len(SHARES)) + "|"]
-    for name, (_, runs) in sorted(arms.items()):
+    differ = apart(arms)
+
+    def shown(settings: dict[str, Any]) -> str:
+        return ", ".join(f"{key} {settings.get(key)}" for key in differ)
+
+    (some, _), *_ = arms.values()
+    lines = [f"All arms: {', '.join(f'{key} {some.get(key)}' for key in ALIKE if key not in differ)}.", ""]
+    lines += [f"| arm | settings | seeds | KL | {' | '.join(SHARES.values())} |", "|---" * (4 + len(SHARES)) + "|"]
+    for _, (settings, runs) in sorted(arms.items()):
         for level in levels:
             cells = [told(list(shares_at(runs, level, share).values()), len(runs)) for share in SHARES]
-            lines.append(f"| {name} | {len(runs)} | {level:g} | {' | '.join(cells)} |")
-    lines += ["", f"| difference | KL | {' | '.join(SHARES.values())} |", "|---" * (2 + len(SHARES)) + "|"]
-    for name, (settings, runs) in sorted(arms.items()):
-        for other, (others, other_runs) in sorted(arms.items()):
+            lines.append(f"| {named(runs)} | {shown(settings)} | {len(runs)} | {level:g} | {' | '.join(cells)} |")
+    lines += ["", f"| difference | settings | KL | {' | '.join(SHARES.values())} |", "|---" * (3 + len(SHARES)) + "|"]
+    for _, (settings, runs) in sorted(arms.items()):
+        for _, (others, other_runs) in sorted(arms.items()):
             kinds = settings["constraint"], others["constraint"]
             if kinds != ("clip", "none") or any(settings.get(key) != others.get(key) for key in ALIKE):
                 continue
@@ -96,7 +113,8 @@ def seeds_table(records: Sequence[dict[str, Any]], levels: Sequence[float] = LEV
                     gains = {seed: ours[seed] - theirs[seed] for seed in both if seed in ours and seed in theirs}
                     each = ", ".join(f"{seed}: {gain:+.0f}" for seed, gain in gains.items())
                     cells.append(f"{told(list(gains.values()), len(both), '+')} [{each}]")
-                lines.append(f"| {name} less {other} | {level:g} | {' | '.join(cells)} |")
+                who = f"{named(runs)} less {named(other_runs)}"
+                lines.append(f"| {who} | {shown(settings)} | {level:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

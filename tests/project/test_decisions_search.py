@@ -99,23 +99,25 @@ def test_seeds_at_equal_kl_by_hand(seeds):
     records += of_seed("clip-1", 2, "clip", (20, 0.04, 0.68), (10, 0.01, 0.36))  # another process's order
     records += of_seed("dpo-0.1", 1, "none", (10, 0.04, 0.4)) + of_seed("dpo-0.1", 2, "none", (10, 0.04, 0.6))
     arms = seeds.grouped(records)
-    (clip, (_, runs)), (dpo, (_, others)) = sorted(arms.items())
+    (_, (_, runs)), (_, (_, others)) = sorted(arms.items())
     assert seeds.shares_at(runs, 0.02, "right") == pytest.approx({1: 40.0, 2: 36 + 32 / 3})
     assert seeds.shares_at(others, 0.02, "right") == pytest.approx({1: 30.0, 2: 40.0})
     assert seeds.shares_at(runs, 0.05, "right") == pytest.approx({1: 70.0})
     lines = seeds.seeds_table(records, [0.02, 0.05]).splitlines()
     half = 12.7062 / 2
-    assert lines[2] == f"| {clip} | 2 | 0.02 |" + f" {(40 + 36 + 32 / 3) / 2:.1f} ± {half * (32 / 3 - 4):.1f} |" * 3
-    assert lines[3] == f"| {clip} | 2 | 0.05 |" + " – (1 of 2) |" * 3
+    assert lines[0] == "All arms: learning_rate 0.0004, schedule constant, batch 4, target_modules None, sft 0.0."
+    assert lines[4] == "| clip-1 |  | 2 | 0.02 |" + f" {(40 + 36 + 32 / 3) / 2:.1f} ± {half * (32 / 3 - 4):.1f} |" * 3
+    assert lines[5] == "| clip-1 |  | 2 | 0.05 |" + " – (1 of 2) |" * 3
     gained = f" {(10 + 20 / 3) / 2:+.1f} ± {half * (10 - 20 / 3):.1f} [1: +10, 2: +7] |"
-    assert lines[9] == f"| {clip} less {dpo} | 0.02 |" + gained * 3
+    assert lines[11] == "| clip-1 less dpo-0.1 |  | 0.02 |" + gained * 3
 
 
 def test_arms_that_differ_in_more_than_the_constraint_are_not_compared(seeds):
     records = [START, *of_seed("clip-1", 1, "clip", (10, 0.02, 0.4)), *of_seed("dpo-0.1", 1, "none", (10, 0.04, 0.4))]
     assert " less " in seeds.seeds_table(records)
     records[-1]["settings"]["sft"] = 0.3
-    assert " less " not in seeds.seeds_table(records)
+    table = seeds.seeds_table(records)
+    assert " less " not in table and "| dpo-0.1 | sft 0.3 | 1 |" in table and "| clip-1 | sft 0.0 | 1 |" in table
 
 
 @pytest.mark.parametrize(
