@@ -32,7 +32,7 @@ FULL: dict[str, Any] = {
         "routes": {"steps": 60, "batch": 16, "learning_rate": 5e-5},
         "tone": {"steps": 300, "batch": 32, "learning_rate": 5e-5},
     },
-    "larger_arms": {"batch": 16, "learning_rate": 3e-4, "steps": [10, 20, 40, 70, 100], "lora": True},
+    "larger_arms": {"batch": 16, "learning_rate": 1e-4, "steps": [5, 10, 20, 40, 70, 100], "lora": True},
     "real": {"longest": 600, "pairs_used": 1600, "held_out": 400, "prompts": 100, "new": 48},
     "real_arms": {"batch": 16, "learning_rate": 3e-4, "steps": [12, 25, 50, 100], "lora": True},
 }

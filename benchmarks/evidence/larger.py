@@ -41,8 +41,8 @@ _TAKEN = (
 ARMS: dict[str, dict[str, Any]] = {
     **{arm: decisions.ARMS[arm] for arm in _TAKEN},
     # A third of the rate.
-    **{f"dpo slow {beta:g}": {"constraint": "none", "beta": beta, "learning_rate": 1e-4} for beta in (0.1, 0.3, 1.0)},
-    **{f"clip slow {beta:g}": {"constraint": "clip", "beta": beta, "gamma": 1.0, "learning_rate": 1e-4} for beta in (1.0, 3.0)},
+    **{f"dpo slow {beta:g}": {"constraint": "none", "beta": beta, "learning_rate": 3e-5} for beta in (0.1, 0.3, 1.0)},
+    **{f"clip slow {beta:g}": {"constraint": "clip", "beta": beta, "gamma": 1.0, "learning_rate": 3e-5} for beta in (1.0, 3.0)},
 }
 
 
