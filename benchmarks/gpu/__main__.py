@@ -25,13 +25,15 @@ from .rows import ALL, ROWS, TRIAL, Row
 
 
 def about() -> dict[str, Any]:
-    """The card and the versions."""
+    """The card, which one of its kind, and the versions."""
     import torch
 
     names = ("trl-cpo", "trl", "transformers", "torch", "peft")
     found = {name: _version(name) for name in names}
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"when": time.strftime("%Y-%m-%d"), "card": card, "versions": found}
+    card, machine = "cpu", ""
+    if torch.cuda.is_available():
+        card, machine = torch.cuda.get_device_name(), str(getattr(torch.cuda.get_device_properties(), "uuid", ""))[:8]
+    return {"when": time.strftime("%Y-%m-%d"), "card": card, "machine": machine, "versions": found}
 
 
 def _version(name: str) -> str:
