@@ -95,8 +95,21 @@ def starts(records) -> set[str]:
     return rows
 
 
+def seeds(records) -> set[str]:
+    """Both tables of `python -m benchmarks.decision_seeds`, at its own levels and at those looked at afterwards."""
+    from benchmarks.decision_seeds import LEVELS, seeds_table
+
+    return {line.strip("| ") for line in seeds_table(records, (*LEVELS, 0.08, 0.1)).splitlines() if line.startswith("| ")}
+
+
 #: What a record's tables hold, row by row, and how many columns of a page's table that is.
-TABLES = {"decisions": (decisions, 10), "damage": (damage, 4), "casts": (casts, 6), "starts": (starts, 4)}
+TABLES = {
+    "decisions": (decisions, 10),
+    "damage": (damage, 4),
+    "seeds": (seeds, 6),
+    "casts": (casts, 6),
+    "starts": (starts, 4),
+}
 
 
 def words(log: str) -> set[str]:
@@ -116,7 +129,8 @@ def rows_of(table: str, columns: int) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_quotes_is_in_the_record(page):
+def test_what_a_page_quotes_is_in_the_record(page, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
     for record, what, block in quotes(page):
         text = (ROOT / record).read_text(encoding="utf-8")
         if what in TABLES:
