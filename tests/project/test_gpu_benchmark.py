@@ -80,6 +80,16 @@ def test_an_arm_that_cannot_run_stops_no_other(tmp_path, monkeypatch, capsys):
     assert found[VARLEN]["failed"].startswith("NotPackable: ")
 
 
+def test_each_arm_has_a_process_of_its_own(monkeypatch):
+    """What the first leaves behind would be counted as the second's."""
+    asked = []
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--only", "0.5b lora, hh, 8 pairs", "--out", "x.jsonl"])
+    monkeypatch.setattr(program.subprocess, "run", lambda command, check: asked.append(command[1:]))
+    program.main()
+    given = ["-m", "benchmarks.gpu", "--only", "0.5b lora, hh, 8 pairs", "--out", "x.jsonl", "--arms"]
+    assert asked == [[*given, arm] for arm in (TRL, VARLEN, SEGMENTS)]
+
+
 @pytest.mark.parametrize("arm", [TRL, VARLEN])
 def test_steps_run_under_autocast_as_training_does(arm):
     """The first ones on a GPU did not: adapters were then computed in float32."""
