@@ -533,8 +533,8 @@ def test_turns_lack_the_keys_that_only_other_turns_have():
     rows = [{**row, "rejected": [{**row["rejected"][0], "thinking": "so"}]} for row in tool_rows("text")]
     rows += pairs_dataset(1, conversational=True)
     got = list(without_padding(Dataset.from_list(rows)))
-    for row, given in zip(got, rows, strict=True):
-        assert [row[side] for side in ("prompt", "chosen", "rejected")] == [given[s] for s in ("prompt", "chosen", "rejected")]
+    for row, before in zip(got, rows, strict=True):
+        assert [row[side] for side in ("prompt", "chosen", "rejected")] == [before[s] for s in ("prompt", "chosen", "rejected")]
 
 
 def test_a_set_without_padding_is_handed_on_as_it_is(tokenizer):
