@@ -38,6 +38,7 @@ FINDINGS = {
     "identical_when_cut": (True, "have answers that max_length makes the same; left out below"),
     "nothing_scored": (True, "have an answer of which max_length leaves nothing to score; left out below"),
     "other_turns": (True, "have an answer with turns that are not the assistant's, which are scored and trained on too"),
+    "turns_left_out": (False, "have an answer with turns that are not the assistant's, of which nothing is scored"),
     "contradicted": (True, "are also there with chosen and rejected exchanged"),
     "duplicate": (False, "repeat an earlier pair"),
     "prompt_cut": (False, "have a prompt cut by max_length (keep_end): the answers are scored without its beginning"),
@@ -85,7 +86,11 @@ def examine(
     tails = {at: prompt_alone(at)[len(pairs.prompt[at]) :] for at in looked_at}
     found["prompt_not_prefix"] = [at for at, tail in tails.items() if tail]
     others = {at: sum(tokens_of_others(at)) for at in range(len(pairs))}
-    found["other_turns"] = [at for at, count in others.items() if count]
+    if pairs.masks is not None:
+        # Unscored are also the marks of a turn that the prompt for it holds at inference.
+        others = {at: sum(pairs.mask(side, at).count(0) for side in (0, 1)) for at in range(len(pairs))}
+    of_others = "other_turns" if pairs.masks is None else "turns_left_out"
+    found[of_others] = [at for at, count in others.items() if count]
     findings = []
     for name, (is_fault, says) in FINDINGS.items():
         if places := found.get(name):
@@ -94,7 +99,7 @@ def examine(
             finding = {"finding": name, "fault": is_fault, "count": len(places), "of": of, "rows": rows, "says": says}
             if name == "prompt_not_prefix":
                 finding["left_out"] = quoted(tokenizer.decode(tails[places[0]]), 80)
-            if name == "other_turns":
+            if name == of_others:
                 finding["tokens"] = sum(others[at] for at in places)
                 finding["of_tokens"] = sum(len(pairs.chosen[at]) + len(pairs.rejected[at]) for at in places)
             findings.append(finding)
@@ -153,7 +158,7 @@ def _found(pairs: TokenPairs, tokenizer: Any, truncation: Truncation, ends: set[
     for at, (first, key) in enumerate(zip(_sequences(pairs), parts, strict=True)):
         prompt, chosen, rejected = pairs.prompt[at], pairs.chosen[at], pairs.rejected[at]
         leading = _leading(first, bos)
-        left = [truncation.left(prompt, answer) for answer in (chosen, rejected)]
+        left = [truncation.left(prompt, answer, pairs.mask(side, at)) for side, answer in enumerate((chosen, rejected))]
         same, unscored = chosen == rejected, any(scored < 1 for *_, scored in left)
         holds = {
             "double_bos": leading > 1,

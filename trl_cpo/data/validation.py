@@ -1,12 +1,13 @@
 """Checks of the user's model, tokenizer and data, before anything expensive starts."""
 
 import warnings
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset, List
 
-from .rows import keep_sound, other_turns, refusal, row_fault
+from .rows import TURN_MASKS, keep_sound, other_turns, refusal, row_fault
 
 _FORMAT = (
     "A preference dataset has the columns prompt, chosen, rejected (or chosen and rejected that both begin with the "
@@ -61,6 +62,18 @@ def check_preference_dataset(dataset: Any, name: str, *, prompt_needed: bool = T
             raise ValueError(message)
         if warns:
             warnings.warn(message, stacklevel=3)
+
+
+def check_has_turns(dataset: Any, name: str) -> None:
+    """Raises `ValueError` if a set is text, which does not show whose words it is, for `assistant_turns_only`."""
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_has_turns(part, f"{name}[{key!r}]")
+    elif isinstance(dataset, (Dataset, IterableDataset)) and isinstance(next(iter(dataset), {}).get("chosen"), str):
+        raise ValueError(
+            f"assistant_turns_only needs messages, and {name} is text, which does not show whose words it is. Give lists of "
+            "{'role', 'content'} messages (HH-RLHF text: trl_cpo.data.loading.to_conversational(dataset)), or leave it out."
+        )
 
 
 def sound_stream(dataset: IterableDataset, name: str) -> IterableDataset:
@@ -192,8 +205,9 @@ def several_turns_message(dataset: Dataset, name: str) -> str | None:
         return None
     return (
         f"{len(found)} of the {len(dataset)} pairs of the {name} dataset ({_rows(found)}) have an answer with turns that are "
-        "not the assistant's. Everything behind the prompt is scored, so the gap counts the user's words too. End both answers "
-        "after their first turn, or pair the last answers to the same prompt; trl-cpo audit says how many tokens it concerns."
+        "not the assistant's. Everything behind the prompt is scored, so the gap counts the user's words too. Set "
+        "assistant_turns_only=True, end both answers after their first turn, or pair the last answers to the same prompt; "
+        "trl-cpo audit says how many tokens it concerns."
     )
 
 
@@ -264,6 +278,31 @@ def visible_span(prompt: int, completion: int, max_length: int | None, keep: str
     return first, end, end - first - (prompt_left == 0 and end > first)
 
 
+def scored_span(
+    prompt: int, completion: int, max_length: int | None, keep: str, mask: Sequence[int] | None
+) -> tuple[int, int, int, int]:
+    """`visible_span` of an answer of which only what `mask` holds is scored, (completion,) of 0 and 1; None: all of it.
+
+    Returns:
+        first, end: as there; counted: the tokens of the answer that a mean divides by; scored: those with a predecessor.
+    """
+    first, end, scored = visible_span(prompt, completion, max_length, keep)
+    if mask is None:
+        return first, end, end - first, scored
+    counted = int(sum(mask[first:end]))
+    begins = end - first - scored  # 1 where the sequence begins with the answer
+    return first, end, counted, counted - (int(mask[first]) if begins else 0)
+
+
+def answers_of(dataset: Dataset) -> Iterator[tuple[Any, ...]]:
+    """Of each pair of a tokenized dataset: the ids of prompt, chosen and rejected, and `TURN_MASKS`, None where it has none."""
+    names = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    masks = [name for name in TURN_MASKS if name in dataset.column_names]
+    for batch in dataset.select_columns([*names, *masks]).with_format("numpy").iter(1000):
+        for row in zip(*(batch[name] for name in (*names, *masks)), strict=True):
+            yield row if masks else (*row, None, None)
+
+
 def degenerate_rows(dataset: Dataset, max_length: int | None, keep: str) -> dict[str, list[int]]:
     """Row numbers of the degenerate pairs of a tokenized dataset after truncation, by kind.
 
@@ -273,17 +312,17 @@ def degenerate_rows(dataset: Dataset, max_length: int | None, keep: str) -> dict
     found: dict[str, list[int]] = {"same answers": [], "nothing scored": []}
     if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names):
         return found
-    number = -1
-    for batch in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("numpy").iter(1000):
-        for prompt, chosen, rejected in zip(batch["prompt_ids"], batch["chosen_ids"], batch["rejected_ids"], strict=True):
-            number += 1
-            spans = [visible_span(len(prompt), len(answer), max_length, keep) for answer in (chosen, rejected)]
-            if not all(scored > 0 for *_, scored in spans):
-                found["nothing scored"].append(number)
-                continue
-            (c_first, c_end, _), (r_first, r_end, _) = spans
-            if c_end - c_first == r_end - r_first and (chosen[c_first:c_end] == rejected[r_first:r_end]).all():
-                found["same answers"].append(number)
+    for number, (prompt, chosen, rejected, *masks) in enumerate(answers_of(dataset)):
+        spans = [
+            scored_span(len(prompt), len(answer), max_length, keep, mask)
+            for answer, mask in zip((chosen, rejected), masks, strict=True)
+        ]
+        if not all(scored > 0 for *_, scored in spans):
+            found["nothing scored"].append(number)
+            continue
+        (c_first, c_end, *_), (r_first, r_end, *_) = spans
+        if c_end - c_first == r_end - r_first and (chosen[c_first:c_end] == rejected[r_first:r_end]).all():
+            found["same answers"].append(number)
     return found
 
 
