@@ -88,7 +88,7 @@ def examine(
     others = {at: sum(tokens_of_others(at)) for at in range(len(pairs))}
     if pairs.masks is not None:
         # Unscored are also the marks of a turn that the prompt for it holds at inference.
-        others = {at: sum(pairs.mask(side, at).count(0) for side in (0, 1)) for at in range(len(pairs))}
+        others = {at: sum(len(mask) - sum(mask) for mask in both) for at, both in enumerate(zip(*pairs.masks, strict=True))}
     of_others = "other_turns" if pairs.masks is None else "turns_left_out"
     found[of_others] = [at for at, count in others.items() if count]
     findings = []

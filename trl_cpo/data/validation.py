@@ -69,7 +69,9 @@ def check_has_turns(dataset: Any, name: str) -> None:
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_has_turns(part, f"{name}[{key!r}]")
-    elif isinstance(dataset, (Dataset, IterableDataset)) and isinstance(next(iter(dataset), {}).get("chosen"), str):
+        return
+    first: Any = next(iter(dataset), {}) if isinstance(dataset, (Dataset, IterableDataset)) else {}
+    if isinstance(first.get("chosen"), str):
         raise ValueError(
             f"assistant_turns_only needs messages, and {name} is text, which does not show whose words it is. Give lists of "
             "{'role', 'content'} messages (HH-RLHF text: trl_cpo.data.loading.to_conversational(dataset)), or leave it out."

@@ -135,12 +135,12 @@ class Scorer:
             prepared = with_turn_masks(prepared, tokenizer, name)
         holes = all(column in prepared.column_names for column in TURN_MASKS)
         masks = (prepared[TURN_MASKS[0]][:], prepared[TURN_MASKS[1]][:]) if holes else None
-        ids = {column: prepared[column][:] for column in TOKENIZED_COLUMNS}
+        prompt, chosen, rejected = (prepared[column][:] for column in TOKENIZED_COLUMNS)
         text = prepared.select_columns([column for column in _SEEN_COLUMNS if column in prepared.column_names])
         return PreparedPairs(
             given=len(pairs),
             dataset=prepared,
-            tokens=TokenPairs(*ids.values(), rows=prepared[ROW][:], masks=masks),
+            tokens=TokenPairs(prompt, chosen, rejected, prepared[ROW][:], masks),
             prompt_alone=lambda at: prompt_alone(tokenizer, prepared[at]),
             tokens_of_others=lambda at: tuple(
                 tokens_of_other_turns(tokenizer, text[at], side) for side in ("chosen", "rejected")
