@@ -15,7 +15,8 @@ from trl_cpo._trl.datasets import tokenized
 from trl_cpo._trl.turns import TurnsUnknown, assistant_mask, with_turn_masks
 from trl_cpo.cli import main
 from trl_cpo.data.rows import TURN_MASKS
-from trl_cpo.data.validation import degenerate_rows, scored_span
+from trl_cpo.data.spans import scored_span
+from trl_cpo.data.validation import degenerate_rows
 from trl_cpo.engine.reference import table_of
 from trl_cpo.engine.resume.settings import data_facts
 from trl_cpo.run.pair_columns import answer_tokens

@@ -19,6 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo._trl.datasets import without_padding
 from trl_cpo.data import validation as checks
+from trl_cpo.data.spans import visible_span
 from trl_cpo.engine import guards
 from trl_cpo.pairs import PairLogps, degenerate_pairs
 from trl_cpo.scoring.scorer import ROW, Scorer
@@ -282,7 +283,7 @@ def test_preparation_and_batch_agree_on_what_compares_nothing(rows, max_length, 
     scored = batch["completion_mask"][:, 1:].sum(dim=1).view(2, -1).T.tolist()
     for row, lengths in zip(rows, scored, strict=True):
         for name, length in zip(("chosen_ids", "rejected_ids"), lengths, strict=True):
-            assert checks.visible_span(len(row["prompt_ids"]), len(row[name]), max_length, keep)[2] == length
+            assert visible_span(len(row["prompt_ids"]), len(row[name]), max_length, keep)[2] == length
 
 
 def test_the_padding_token_may_be_the_one_that_ends_an_answer():

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..data.validation import answers_of, scored_span
+from ..data.spans import answers_of, scored_span
 from ..labels.columns import CARRIED
 
 #: Columns that are the pairs themselves, and endings of those that training adds.
@@ -16,7 +16,7 @@ def answer_tokens(dataset: Any, max_length: int | None, keep: str) -> tuple[list
 
     Args:
         dataset: the pairs as the trainer prepared them.
-        max_length, keep: as in `trl_cpo.data.validation.visible_span`.
+        max_length, keep: as in `trl_cpo.data.spans.visible_span`.
     """
     names = ["prompt_ids", "chosen_ids", "rejected_ids"]
     if not hasattr(dataset, "__len__") or not set(names) <= set(dataset.column_names):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..data.spans import scored_span
+
 
 @dataclass(frozen=True)
 class TokenPairs:
@@ -39,8 +41,6 @@ class Truncation:
 
         The first token of a sequence is never scored: where nothing of the prompt is left, it is one of the answer's.
         """
-        from ..data.validation import scored_span
-
         first, end, _, scored = scored_span(len(prompt), len(answer), self.max_length, self.mode, mask)
         kept = len(prompt) if self.max_length is None else min(len(prompt), self.max_length - (end - first))
         prompt = prompt[:kept] if self.mode == "keep_start" else prompt[len(prompt) - kept :]
@@ -48,8 +48,6 @@ class Truncation:
 
     def counted(self, prompt: list[int], answer: list[int], mask: list[int] | None = None) -> int:
         """Tokens of the answer that are left and that a mean per token divides by."""
-        from ..data.validation import scored_span
-
         return scored_span(len(prompt), len(answer), self.max_length, self.mode, mask)[2]
 
 
