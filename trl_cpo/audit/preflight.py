@@ -37,7 +37,10 @@ FINDINGS = {
     "identical": (True, "have the same chosen and rejected answer: nothing can be learnt from them; left out below"),
     "identical_when_cut": (True, "have answers that max_length makes the same; left out below"),
     "nothing_scored": (True, "have an answer of which max_length leaves nothing to score; left out below"),
-    "other_turns": (True, "have an answer with turns that are not the assistant's, which are scored and trained on too"),
+    "other_turns": (
+        True,
+        "have an answer with turns that are not the assistant's, which are scored and trained on too without assistant_turns_only",
+    ),
     "turns_left_out": (False, "have an answer with turns that are not the assistant's, of which nothing is scored"),
     "contradicted": (True, "are also there with chosen and rejected exchanged"),
     "duplicate": (False, "repeat an earlier pair"),
