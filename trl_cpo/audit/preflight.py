@@ -39,7 +39,8 @@ FINDINGS = {
     "nothing_scored": (True, "have an answer of which max_length leaves nothing to score; left out below"),
     "other_turns": (
         True,
-        "have an answer with turns that are not the assistant's, which are scored and trained on too without assistant_turns_only",
+        "have an answer with turns that are not the assistant's, which are scored and trained on too without "
+        "assistant_turns_only",
     ),
     "turns_left_out": (False, "have an answer with turns that are not the assistant's, of which nothing is scored"),
     "contradicted": (True, "are also there with chosen and rejected exchanged"),
