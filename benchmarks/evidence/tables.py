@@ -86,11 +86,14 @@ def told(run: Run) -> str:
 
 
 def interval(values: list[float], comparisons: int = 1) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval over seeds by Student's t, at the joint level of so many comparisons."""
+    """Mean, and half of its 95 % interval over seeds by Student's t, at the joint level of so many comparisons.
+
+    The half is NaN for fewer than three seeds: two differ by chance by nearly nothing, or by much.
+    """
     from scipy.stats import t
 
     mean = sum(values) / len(values)
-    if len(values) < 2:
+    if len(values) < 3:
         return mean, math.nan
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
     return mean, float(t.ppf(1 - 0.025 / comparisons, len(values) - 1)) * spread / math.sqrt(len(values))
