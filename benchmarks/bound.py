@@ -147,6 +147,25 @@ def measured(trainer: CPOConstrainedTrainer, sets: dict[str, Any]) -> dict[str, 
     return record
 
 
+#: Of runs with soft labels. Violations are weighed, in mean nats, of the training pairs at the final weights or of the steps
+#: of the second half as they were drawn; λ is of that half.
+HEAD = ("", "ε asked", "at the end", "second half", "held out", "not weighed", "KL", "λ, second half", "λ at the end")
+
+
+def row(record: dict[str, Any]) -> str:
+    """A run's cells, under `HEAD`; what a run without a multiplier does not log stays empty."""
+    settings, late = record["settings"], record["curve"][len(record["curve"]) // 2 :]
+    name = settings["constraint"]
+    if name == "penalty":
+        name += f" {settings['penalty_weight']:g}"
+    cells = [name, f"{settings['epsilon']:g}" if "epsilon" in settings else "", f"{record['train_weighed_violation']:.1f}"]
+    bounded, multipliers = ([point[key] for point in late if key in point] for key in ("bounded", "lambda"))
+    cells.append(f"{sum(bounded) / len(bounded):.1f}" if bounded else "")
+    cells += [f"{record['test_weighed_violation']:.1f}", f"{record['train_violation']:.1f}", f"{record['kl']:.1f}"]
+    cells += [f"{min(multipliers):.3f} to {max(multipliers):.3f}", f"{multipliers[-1]:.3f}"] if multipliers else ["", ""]
+    return " | ".join(cells)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bound", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -160,7 +179,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--options", type=json.loads, default={}, help="config fields as JSON; they override the recipe")
     parser.add_argument("--out", default="bound.json", help="JSON file to add to")
+    parser.add_argument("--table", type=Path, help="print the runs with soft labels of such a file, and train nothing")
     options = parser.parse_args()
+    if options.table is not None:
+        print(f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD), sep="\n")
+        for record in json.loads(options.table.read_text(encoding="utf-8")):
+            print(f"| {row(record)} |")
+        return
     if options.model is None:
         from trl_cpo.data.demo.model import demo_model_folder
 

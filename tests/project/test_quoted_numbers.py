@@ -8,6 +8,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -63,8 +64,16 @@ def damage(record) -> set[str]:
     return rows
 
 
+def bound(records) -> set[str]:
+    """As the program prints them."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.bound import row
+
+    return {row(record) for record in records}
+
+
 #: What a record's tables hold, row by row, and how many columns of a page's table that is.
-TABLES = {"decisions": (decisions, 10), "damage": (damage, 4)}
+TABLES = {"decisions": (decisions, 10), "damage": (damage, 4), "bound": (bound, 9)}
 
 
 def words(log: str) -> set[str]:
