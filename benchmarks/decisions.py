@@ -3,17 +3,22 @@ Searches the demo's recipe: constraints and plain DPO on the embedded decisions,
 
     python -m benchmarks.decisions run --arms start dpo-0.1 clip-1 --out decisions.json
     python -m benchmarks.decisions run --arms clip-1 --options '{"learning_rate": 0.001}' --steps 30 60
+    python -m benchmarks.decisions run --arms start clip-1 dpo-0.1 --seeds 43 44 --device cuda --model FOLDER
     python -m benchmarks.decisions table benchmarks/decisions.json
 
-Each run trains the embedded model with LoRA and AdamW. The learning rate is constant, so that what is measured after some
-steps is what a run of so many steps would give; with {"schedule": "linear"} it falls to 0 and only the last step counts. It
-has a loop of its own, for speed: the beginning that all prompts share is computed once a batch, and the reference once for
-all arms, which makes a step two to three times cheaper than the trainer's. Targets, losses and clipping of gradients are the
-trainer's; the order of the pairs is not.
+Several processes write to files of their own; `table` takes them together, and `python -m benchmarks.decision_seeds`
+compares arms of several seeds at equal KL.
+
+Each run trains the embedded model with LoRA and AdamW, in float32. The learning rate is constant, so that what is measured
+after some steps is what a run of so many steps would give; with {"schedule": "linear"} it falls to 0 and only the last step
+counts. It has a loop of its own, for speed: the reference is computed once for all arms, and on a CPU the beginning that all
+prompts share once a batch, which makes a step two to three times cheaper than the trainer's. On a GPU, where kernels are
+what costs, a batch is one forward of whole rows. Targets, losses and clipping of gradients are the trainer's; the order of
+the pairs is not.
 
 Measured each time: decisions on the held-out rows (trl_cpo/decisions.py), and on the package's general prompts KL to the
 start on the policy's own samples, in nats a token, and the share of repeated 3-grams of greedy answers. Results are added to
-the file after each measurement.
+the file after each measurement, and name the device.
 """
 
 import argparse
@@ -27,11 +32,15 @@ import torch
 
 from trl_cpo.constraints import CONSTRAINTS
 from trl_cpo.data.loading import load_pairs
-from trl_cpo.decisions import Decision, counts, decide, option_logps
+from trl_cpo.decisions import Decision, _tokens, counts, decide, option_logps
+from trl_cpo.engine.precision import float32_products
+from trl_cpo.files.atomic import write_json
 from trl_cpo.objective import pair_loss
 from trl_cpo.pairs import PairLogps
 from trl_cpo.price.meter import PriceMeter
 from trl_cpo.price.questions import gather_questions
+
+from .devices import chosen, described
 
 #: Of every arm, unless it or the command says otherwise.
 BASE = {"learning_rate": 1e-3, "schedule": "constant", "batch": 4, "target_modules": None, "sft": 0.0}
@@ -52,12 +61,37 @@ EQUAL_KL = (0.01, 0.02, 0.05)
 EQUAL_RIGHT = (0.5, 0.6, 0.7)
 
 
+def padded_logps(model, tokenizer, rows) -> list[torch.Tensor]:
+    """What `option_logps` gives, from one forward of whole rows, padded.
+
+    On a GPU a step is what its kernels take to be started: three small forwards cost more than a large one.
+    """
+    device = model.get_input_embeddings().weight.device
+    batch = [_tokens(tokenizer, row) for row in rows]
+    both = [(tokens.prompt, option) for tokens in batch for option in tokens.options]
+    width, shortest = max(len(prompt) + len(option) for prompt, option in both), min(len(prompt) for prompt, _ in both)
+    # Padded on the right, where causal attention does not look.
+    pad, empty = tokenizer.eos_token_id, [0] * (width - shortest)
+    ids = [[*prompt, *option, *[pad] * (width - len(prompt) - len(option))] for prompt, option in both]
+    real = [empty.copy() for _ in both]
+    for mask, (prompt, option) in zip(real, both, strict=True):
+        mask[len(prompt) - shortest : len(prompt) - shortest + len(option)] = [1] * len(option)
+    given, scored = torch.tensor(ids, device=device), torch.tensor(real, device=device)
+    logits = model(input_ids=given, use_cache=False, logits_to_keep=width - shortest + 1).logits[:, :-1]
+    picked = logits.float().log_softmax(-1).gather(2, given[:, shortest:, None])[..., 0] * scored
+    return list(picked.sum(1).split([len(tokens.options) for tokens in batch]))
+
+
 class Search:
     """The model, the pairs and the reference's scores, shared by all arms."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, device: torch.device):
         from transformers import AutoTokenizer
 
+        self.device, on_cpu = device, device.type == "cpu"
+        self.logps = option_logps if on_cpu else padded_logps
+        # Larger batches on a GPU, of 3 GB at most, so that several processes share one.
+        self.rows_at_once = 32 if on_cpu else 52
         self.source, self.tokenizer = model, AutoTokenizer.from_pretrained(model)
         self.test = list(load_pairs("demo", "test"))
         # A pair's answers alone: the others are not trained on.
@@ -71,12 +105,13 @@ class Search:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
         lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM")
-        return get_peft_model(model, lora)
+        # Made on the CPU, so that a seed starts with the same adapter everywhere.
+        return get_peft_model(model, lora).to(self.device)
 
     def reference(self, model) -> list[Decision]:
         """The start's scores of the training pairs; asked before the first step."""
         if self._reference is None:
-            self._reference = decide(model, self.tokenizer, self.train)
+            self._reference = decide(model, self.tokenizer, self.train, self.rows_at_once)
         return self._reference
 
     def run(self, arm: str, options: dict[str, Any], seed: int, measured_at, save) -> None:
@@ -88,7 +123,8 @@ class Search:
         meter = PriceMeter(model, self.tokenizer, questions, max_new_tokens=32)
         named = {k: v for k, v in settings.items() if k not in (*BASE, "constraint")}
         form = CONSTRAINTS[settings["constraint"]](**named)
-        record = {"arm": arm, "seed": seed, "settings": settings}
+        where = {"device": described(self.device), "float32_products": float32_products(self.device.type)}
+        record = {"arm": arm, "seed": seed, "settings": settings, **where}
         if arm == "start":
             save({**record, **self.measured(model, meter, 0), "seconds": round(time.time() - began)})
             return
@@ -101,8 +137,8 @@ class Search:
                 order = rows.sample(range(len(self.train)), len(self.train))
             batch, order = order[: settings["batch"]], order[settings["batch"] :]
             model.train()
-            scores = torch.stack(option_logps(model, self.tokenizer, [self.train[row] for row in batch]))
-            starts = torch.tensor([list(reference[row].scores.values()) for row in batch])
+            scores = torch.stack(self.logps(model, self.tokenizer, [self.train[row] for row in batch]))
+            starts = torch.tensor([list(reference[row].scores.values()) for row in batch], device=scores.device)
             pairs = PairLogps(scores[:, 0], scores[:, 1], starts[:, 0], starts[:, 1])
             loss = pair_loss(pairs.gap, form.target(pairs), beta=form.beta)
             if (added := form.added_loss(pairs, 0.0)) is not None:
@@ -121,7 +157,7 @@ class Search:
                 save({**record, **self.measured(model, meter, step), "seconds": round(time.time() - began)})
 
     def measured(self, model, meter: PriceMeter, step: int) -> dict[str, Any]:
-        decisions = decide(model, self.tokenizer, self.test)
+        decisions = decide(model, self.tokenizer, self.test, self.rows_at_once)
         general = meter.measure(step).sets["general"]
         return {
             "step": step,
@@ -184,14 +220,16 @@ def main() -> None:
     runs.add_argument("--arms", nargs="+", choices=sorted(ARMS), required=True)
     runs.add_argument("--steps", type=int, nargs="+", default=STEPS, help="where to measure; the last one ends the run")
     runs.add_argument("--options", type=json.loads, default={}, help="settings as JSON, over those of the arms")
-    runs.add_argument("--seed", type=int, default=42)
+    runs.add_argument("--seeds", "--seed", type=int, nargs="+", default=[42])
     runs.add_argument("--model", help="model folder; default: the embedded SmolLM2-135M-Instruct")
+    runs.add_argument("--device", help="default: a GPU if there is one")
     runs.add_argument("--out", type=Path, default=Path("decisions.json"), help="JSON file to add to")
     tables = verbs.add_parser("table", help="print what was measured")
-    tables.add_argument("file", type=Path)
+    tables.add_argument("files", type=Path, nargs="+")
     options = parser.parse_args()
     if options.verb == "table":
-        print(table(json.loads(options.file.read_text(encoding="utf-8"))))
+        records = [record for file in options.files for record in json.loads(file.read_text(encoding="utf-8"))]
+        print(table(records))
         return
     if options.model is None:
         from trl_cpo.data.demo.model import demo_model_folder
@@ -200,14 +238,16 @@ def main() -> None:
 
     def save(record: dict[str, Any]) -> None:
         known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
-        options.out.write_text(json.dumps([*known, record], indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, [*known, record])
         shares = ", ".join(f"{name} {record['decisions'][name]['share']:.2f}" for name in record["outcomes"])
         kl = record["kl_general"]["value"]
-        print(f"{name_of(record)}, step {record['step']}: {shares}, KL {kl:.4f}, {record['seconds']} s", flush=True)
+        which = f"{name_of(record)}, seed {record['seed']}, step {record['step']}"
+        print(f"{which}: {shares}, KL {kl:.4f}, {record['seconds']} s", flush=True)
 
-    search = Search(options.model)
-    for arm in options.arms:
-        search.run(arm, options.options, options.seed, options.steps, save)
+    search = Search(options.model, chosen(options.device))
+    for seed in options.seeds:
+        for arm in options.arms:
+            search.run(arm, options.options, seed, options.steps, save)
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ def _greedy(model, read: _Read, length: int, eos: int) -> list[list[int]]:
 def _scores(model, read: _Read, batch: Sequence[_Tokens], pad: int) -> list[torch.Tensor]:
     """The summed log-probs of the options of each prompt. Uses the cache up."""
     device, sizes = read.first.device, [len(tokens.options) for tokens in batch]
-    owners = torch.repeat_interleave(torch.arange(len(batch), device=device), torch.tensor(sizes, device=device))
+    owners = torch.tensor([row for row, size in enumerate(sizes) for _ in range(size)], device=device)
     options = [option for tokens in batch for option in tokens.options]
     longest = max(map(len, options))
     padded = torch.tensor([option + [pad] * (longest - len(option)) for option in options], device=device)

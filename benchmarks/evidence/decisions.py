@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from . import arms
-from .measures import bits, first_logps, kl, sampled
+from .measures import bits, first_logps, gaps, kl, sampled
+from .once import made
 from .small import teach
 from .text import Texts
 
@@ -135,24 +136,7 @@ class Task:
 
     def reference_gaps(self, reference, rows: list[dict[str, str]]) -> torch.Tensor:
         """δ_ref of some pairs, sums in nats."""
-        return _gaps(reference, self.tokenizer, rows)
-
-
-def _gaps(model, tokenizer, rows: list[dict[str, str]]) -> torch.Tensor:
-    from .measures import next_logps
-    from .small import padded
-
-    sides = []
-    for side in ("chosen", "rejected"):
-        prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
-        answers = [[*tokenizer(row[side])["input_ids"], tokenizer.eos_token_id] for row in rows]
-        longest = max(map(len, answers))
-        ids, mask = padded([p + a for p, a in zip(prompts, answers, strict=True)], tokenizer.pad_token_id, left=True)
-        with torch.no_grad():
-            logps = next_logps(model, ids, mask, longest + 1)[:, :-1].gather(2, ids[:, -longest:, None])[..., 0]
-        own = torch.arange(longest)[None] >= longest - torch.tensor([len(a) for a in answers])[:, None]
-        sides.append((logps * own).sum(1))
-    return sides[0] - sides[1]
+        return gaps(reference, self.tokenizer, rows)[0]
 
 
 def _pieces(turn: str) -> list[str]:
@@ -189,22 +173,29 @@ def reference_folder(work: Path, base: Path, task: Task, variant: str, *, steps:
     """The reference of a variant, made once."""
     from transformers import AutoModelForCausalLM
 
-    folder = work / f"decisions-{variant.replace(' ', '-')}"
-    if not (folder / "config.json").exists():
+    def make(folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(base)
         task.taught(model, steps=steps, learning_rate=learning_rate, seed=0)
         model.save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)
-    return folder
+
+    return made(work / f"decisions-{variant.replace(' ', '-')}", make)
 
 
 def run(
-    arm: str, task: Task, reference_at: Path, general: list[list[int]], *, scale: dict[str, Any], seed: int
+    arm: str,
+    settings: dict[str, Any],
+    task,
+    reference_at: Path,
+    general: list[list[int]],
+    *,
+    scale: dict[str, Any],
+    seed: int,
 ) -> dict[str, Any]:
-    """Trains one arm; its curve."""
+    """Trains one arm, "start" not at all; its curve."""
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(reference_at).eval()
+    reference = AutoModelForCausalLM.from_pretrained(reference_at).eval().to(arms.device())
     rows, curve = task.pairs(seed), []
 
     def measure(step: int, policy) -> None:
@@ -212,10 +203,10 @@ def run(
 
     if arm == "start":
         measure(0, reference)
-        gaps = task.reference_gaps(reference, rows[:512])
-        told = {"mean": gaps.mean(), "deviation": gaps.std(), "misaligned": (gaps < 0).float().mean()}
+        ref_gaps = task.reference_gaps(reference, rows[:512])
+        told = {"mean": ref_gaps.mean(), "deviation": ref_gaps.std(), "misaligned": (ref_gaps < 0).float().mean()}
         return {"curve": curve, "ref_gap": {name: round(value.item(), 4) for name, value in told.items()}}
-    own = {name: value for name, value in ARMS[arm].items() if name in scale}
-    settings = {name: value for name, value in ARMS[arm].items() if name not in scale}
+    own = {name: value for name, value in settings.items() if name in scale}
+    settings = {name: value for name, value in settings.items() if name not in scale}
     arms.train(settings, str(reference_at), task.tokenizer, rows, seed=seed, measure=measure, **{**scale, **own})
     return {"curve": curve}

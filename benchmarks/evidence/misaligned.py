@@ -15,8 +15,8 @@ import torch
 from trl_cpo.data.loading import load_pairs
 
 from . import arms
-from .decisions import _gaps
-from .measures import kl, sampled
+from .measures import gaps, kl, sampled
+from .once import made
 from .text import exchange_of, part_of
 
 SHARES = {"R 0.2": 0.2, "R 0.3": 0.3, "R 0.4": 0.4}
@@ -57,21 +57,19 @@ class Task:
         sides = {"chosen": "rejected", "rejected": "chosen", "prompt": "prompt"}
         return [{name: row[sides[name]] for name in row} if at in wrong else row for at, row in enumerate(self.pairs["train"])]
 
-    def gaps(self, model, rows: list[dict[str, str]]) -> torch.Tensor:
-        return torch.cat([_gaps(model, self.tokenizer, rows[at : at + 128]) for at in range(0, len(rows), 128)])
-
     def measured(self, policy, reference, ref_gaps: torch.Tensor, seed: int) -> dict[str, Any]:
         pad = self.tokenizer.pad_token_id
-        gaps, held_out = self.gaps(policy, self.pairs["train"]), self.gaps(policy, self.held_out)
+        own, _ = gaps(policy, self.tokenizer, self.pairs["train"])
+        held_out, _ = gaps(policy, self.tokenizer, self.held_out)
         ids = [self.tokenizer(row["prompt"])["input_ids"] for row in self.held_out]
         answers = sampled(policy, ids, self.tokenizer, self.new, 100 + seed)
         sums, _ = kl(policy, reference, ids, answers, pad)
         misaligned = ref_gaps < 0
         found = {
-            "in_u": (misaligned & (gaps < 0) & (gaps > ref_gaps)).float().mean(),
-            "escaped": (misaligned & (gaps > 0)).float().mean(),
-            "wrong": (gaps < 0).float().mean(),
-            "preferred": (gaps > 0).float().mean(),
+            "in_u": (misaligned & (own < 0) & (own > ref_gaps)).float().mean(),
+            "escaped": (misaligned & (own > 0)).float().mean(),
+            "wrong": (own < 0).float().mean(),
+            "preferred": (own > 0).float().mean(),
             "held_out": (held_out > 0).float().mean(),
             "kl": sums.mean(),
         }
@@ -80,25 +78,25 @@ class Task:
 
 def reference_folder(work: Path, base: Path, task: Task, variant: str, *, steps: int, learning_rate: float, seed: int) -> Path:
     """The misaligned reference of a share and seed, made once."""
-    folder = work / f"misaligned-{SHARES[variant]:g}-{seed}"
 
-    def keep(step: int, model) -> None:
-        model.save_pretrained(folder)
-        task.tokenizer.save_pretrained(folder)
+    def make(folder: Path) -> None:
+        def keep(step: int, model) -> None:
+            model.save_pretrained(folder)
+            task.tokenizer.save_pretrained(folder)
 
-    if not (folder / "config.json").exists():
         rows, dpo = task.turned(SHARES[variant], seed), {"constraint": "none", "beta": 0.1}
         scale = {"batch": 32, "learning_rate": learning_rate, "steps": [steps]}
         arms.train(dpo, str(base), task.tokenizer, rows, seed=1000 + seed, measure=keep, **scale)
-    return folder
+
+    return made(work / f"misaligned-{SHARES[variant]:g}-{seed}", make)
 
 
 def run(arm: str, task: Task, reference_at: Path, *, scale: dict[str, Any], seed: int) -> dict[str, Any]:
     """Trains one arm; its curve."""
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(reference_at).eval()
-    ref_gaps, curve = task.gaps(reference, task.pairs["train"]), []
+    reference = AutoModelForCausalLM.from_pretrained(reference_at).eval().to(arms.device())
+    (ref_gaps, _), curve = gaps(reference, task.tokenizer, task.pairs["train"]), []
 
     def measure(step: int, policy) -> None:
         curve.append({"step": step, "test": task.measured(policy, reference, ref_gaps, seed)})

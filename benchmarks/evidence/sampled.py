@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from . import arms
-from .decisions import _gaps, _scores, parts_of
-from .measures import kl, sampled
+from .decisions import _scores, parts_of
+from .measures import gaps, kl, sampled
+from .once import made
 from .text import Texts
 
 SCALE_OF_LABELS = 4.0
@@ -39,21 +41,23 @@ class Task:
     """Pairs of sampled answers with their scores, made once and kept; questions of the other parts."""
 
     def __init__(
-        self, work: Path, base, tokenizer, texts: Texts, *, questions: int, held_out: int, new: int, trial: bool = False
+        self, work: Path, base: Path, tokenizer, texts: Texts, *, questions: int, held_out: int, new: int, trial: bool = False
     ):
         self.tokenizer, self.new, self.base, self.trial = tokenizer, new, base, trial
         asked = {part: list(dict.fromkeys(question for question, _ in found)) for part, found in texts.exchanges.items()}
         self.questions = {part: found[:held_out] for part, found in asked.items()}
-        file = work / "sampled-pairs.json"
-        if not file.exists():
-            wanted = {part: asked[part][: questions if part == "train" else held_out] for part in asked}
+        wanted = {part: found[: questions if part == "train" else held_out] for part, found in asked.items()}
+
+        def make(file: Path) -> None:
             file.write_text(json.dumps({part: self._pairs(found) for part, found in wanted.items()}))
-        self.found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())
+
+        self.found: dict[str, list[dict[str, Any]]] = json.loads(made(work / "sampled-pairs.json", make).read_text())
 
     def _pairs(self, questions: list[str]) -> list[dict[str, Any]]:
         """Two answers a question, both ended, with unlike scores; the better one first."""
         ids = [self.tokenizer(prompt(question))["input_ids"] for question in questions]
-        answers = [sampled(self.base, ids, self.tokenizer, self.new, seed) for seed in (1, 2)]
+        base = AutoModelForCausalLM.from_pretrained(self.base).eval()
+        answers = [sampled(base, ids, self.tokenizer, self.new, seed) for seed in (1, 2)]
         texts = [[self.tokenizer.decode(a, skip_special_tokens=True) for a in side] for side in answers]
         score, rows = self.scores([text for side in texts for text in side]), []
         for question, one, other, *ids_ in zip(questions, *texts, *answers, strict=True):
@@ -94,21 +98,21 @@ class Task:
                 "kl": round(sums.mean().item(), 4),
                 "tokens": round(tokens.float().mean().item(), 2),
                 "ended": round(sum(a[-1] == self.tokenizer.eos_token_id for a in answers) / len(answers), 4),
-                "preferred": round((_gaps(policy, self.tokenizer, self.found[part]) > 0).float().mean().item(), 4),
+                "preferred": round((gaps(policy, self.tokenizer, self.found[part])[0] > 0).float().mean().item(), 4),
             }
         return found
 
     def reference_gaps(self, reference) -> dict[str, Any]:
         """What of δ_ref length and the reward explain, over training pairs."""
         rows = self.found["train"][:1000]
-        gaps = torch.cat([_gaps(reference, self.tokenizer, rows[at : at + 250]) for at in range(0, len(rows), 250)])
+        found, _ = gaps(reference, self.tokenizer, rows)
         longer = torch.tensor(
             [float(_length(self.tokenizer, r["chosen"]) - _length(self.tokenizer, r["rejected"])) for r in rows]
         )
         reward = torch.tensor([row["reward_gap"] for row in rows])
-        told = {"mean": gaps.mean(), "deviation": gaps.std(), "misaligned": (gaps < 0).float().mean()}
+        told = {"mean": found.mean(), "deviation": found.std(), "misaligned": (found < 0).float().mean()}
         told |= {
-            f"r2_{name}": torch.corrcoef(torch.stack([gaps, each]))[0, 1] ** 2
+            f"r2_{name}": torch.corrcoef(torch.stack([found, each]))[0, 1] ** 2
             for name, each in (("length", longer), ("reward", reward))
         }
         return {"pairs": len(self.found["train"]), **{name: round(value.item(), 4) for name, value in told.items()}}
@@ -120,9 +124,7 @@ def _length(tokenizer, text: str) -> int:
 
 def run(arm: str, labels: str, task: Task, reference_at: Path, *, scale: dict[str, Any], seed: int) -> dict[str, Any]:
     """Trains one arm; its curve."""
-    from transformers import AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_pretrained(reference_at).eval()
+    reference = AutoModelForCausalLM.from_pretrained(reference_at).eval().to(arms.device())
     curve = []
 
     def measure(step: int, policy) -> None:

@@ -60,7 +60,8 @@ def teach(
         ids, mask = padded([row for row, _ in chosen], pad)
         known = torch.tensor([start for _, start in chosen])
         learnt = (mask == 1) & (torch.arange(ids.shape[1]) >= known[:, None])
-        loss = model(input_ids=ids, attention_mask=mask, labels=torch.where(learnt, ids, -100)).loss
+        given = {"input_ids": ids, "attention_mask": mask, "labels": torch.where(learnt, ids, -100)}
+        loss = model(**{name: tensor.to(model.device) for name, tensor in given.items()}).loss
         optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (step + 1) / 20) * (1 - step / steps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -70,20 +71,16 @@ def teach(
 
 
 def language_model(texts: list[str], tokenizer, folder: Path, *, width: int, layers: int, steps: int, batch: int, longest: int):
-    """A small model that learnt these texts, kept in a folder and found there again."""
-    from transformers import AutoModelForCausalLM
+    """Makes a small model that learnt these texts, in a folder."""
+    model = make_model(len(tokenizer), width, layers, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    rows = [([*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:longest], 1) for text in texts]
+    losses: list[float] = []
 
-    if not (folder / "config.json").exists():
-        model = make_model(len(tokenizer), width, layers, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        rows = [([*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:longest], 1) for text in texts]
-        losses: list[float] = []
+    def said(step: int, loss: float) -> None:
+        losses.append(loss)
+        if step % 100 == 99:
+            print(f"language model, step {step + 1}: {sum(losses[-100:]) / 100:.2f} nats a token", flush=True)
 
-        def said(step: int, loss: float) -> None:
-            losses.append(loss)
-            if step % 100 == 99:
-                print(f"language model, step {step + 1}: {sum(losses[-100:]) / 100:.2f} nats a token", flush=True)
-
-        teach(model, rows, tokenizer.pad_token_id, steps=steps, batch=batch, learning_rate=3e-3, seed=0, said=said)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder)
+    teach(model, rows, tokenizer.pad_token_id, steps=steps, batch=batch, learning_rate=3e-3, seed=0, said=said)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

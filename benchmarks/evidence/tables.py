@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-#: KL at which arms are compared: nats a prompt (decisions), nats an answer (sampled).
-LEVELS = {"decisions": (0.3, 1.0, 2.0), "sampled": (1.0, 2.0, 4.0)}
-SCORE = {"decisions": "right", "sampled": "reward"}
+#: KL at which arms are compared: nats a prompt (decisions, larger), nats an answer (sampled, real).
+LEVELS = {"decisions": (0.3, 1.0, 2.0), "larger": (0.3, 1.0, 2.0), "sampled": (1.0, 2.0, 4.0), "real": (1.0, 3.0, 6.0)}
+SCORE = {"decisions": "right", "larger": "right", "sampled": "reward", "real": "preferred"}
+#: Scores that are shares.
+SHARES = ("right", "preferred")
 BASELINE = "dpo"
 Run = dict[str, Any]
 
@@ -58,18 +60,21 @@ def tuned_score(run: Run, start: Run) -> float:
     return sum(found) / len(found)
 
 
-def best_arms(runs: list[Run], experiment: str) -> dict[str, str]:
-    """The best arm of each method in the tuning runs: seed 0 of the first variant."""
+def best_arms(runs: list[Run], experiment: str, variant: str) -> dict[str, str]:
+    """The best arm of each method in the variant's tuning runs."""
     begun, best = starts(runs), {}
-    for run in _tuning(runs):
+    for run in _tuning(runs, variant):
         score = tuned_score(run, begun[run["variant"], 0])
         if score > best.get(method_of(run["arm"]), ("", -math.inf))[1]:
             best[method_of(run["arm"])] = (run["arm"], score)
     return {method: arm for method, (arm, _) in best.items()}
 
 
-def _tuning(runs: list[Run]) -> list[Run]:
-    return [run for run in runs if run["seed"] == 0 and run["arm"] != "start" and run["variant"] == runs[0]["variant"]]
+def _tuning(runs: list[Run], variant: str) -> list[Run]:
+    """The runs with seed 0 of a variant; where it has none, of the first variant."""
+    found = [run for run in runs if run["seed"] == 0 and run["arm"] != "start"]
+    own = [run for run in found if run["variant"] == variant]
+    return own or [run for run in found if run["variant"] == runs[0]["variant"]]
 
 
 def told(run: Run) -> str:
@@ -91,12 +96,12 @@ def interval(values: list[float], comparisons: int = 1) -> tuple[float, float]:
     return mean, float(t.ppf(1 - 0.025 / comparisons, len(values) - 1)) * spread / math.sqrt(len(values))
 
 
-def tuning(runs: list[Run], experiment: str) -> str:
+def tuning(runs: list[Run], experiment: str, variant: str) -> str:
     """Every arm of the tuning, on the validation part, one seed."""
     begun, levels = starts(runs), LEVELS[experiment]
     lines = _head("arm", *(f"at KL {level:g}" for level in levels), "mean")
-    best = set(best_arms(runs, experiment).values())
-    for run in _tuning(runs):
+    best = set(best_arms(runs, experiment, variant).values())
+    for run in _tuning(runs, variant):
         start = begun[run["variant"], 0]
         cells = [within(run, start, level, "validation", SCORE[experiment]) for level in levels]
         shown = [_score(experiment, cell) for cell in (*cells, sum(cells) / len(cells))]
@@ -178,12 +183,12 @@ def _row(*cells: str) -> str:
 
 
 def _score(experiment: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if experiment == "decisions" else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if SCORE[experiment] in SHARES else f"{value:.3f}"
 
 
 def _with_half(experiment: str, mean: float, half: float, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
-    if experiment == "decisions":
+    if SCORE[experiment] in SHARES:
         return f"{100 * mean:{sign}.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
     return f"{mean:{sign}.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
@@ -200,8 +205,10 @@ def named(folder: Path) -> dict[str, str]:
         runs = read(folder / f"{experiment}.jsonl")
         if not runs:
             continue
-        found[f"{experiment}: tuning"] = tuning(runs, experiment)
         for variant in dict.fromkeys(run["variant"] for run in runs):
+            if any(run["variant"] == variant for run in _tuning(runs, variant)):
+                named = f"{experiment}: tuning" if variant == runs[0]["variant"] else f"{experiment}: {variant}, tuning"
+                found[named] = tuning(runs, experiment, variant)
             if _finals(runs, variant):
                 found[f"{experiment}: {variant}"] = final(runs, experiment, variant)
                 found[f"{experiment}: {variant}, at the end"] = ends(runs, experiment, variant, COLUMNS[experiment])
@@ -227,6 +234,22 @@ COLUMNS = {
         "p_right": "P(right)",
         "kl": "KL, nats a prompt",
         "kl_general": "KL elsewhere, nats a token",
+    },
+    "larger": {
+        "right": "right",
+        "right_slice": "right where changed",
+        "right_elsewhere": "right elsewhere",
+        "greedy_right": "greedy right",
+        "p_right": "P(right)",
+        "kl": "KL, nats a prompt",
+        "kl_general": "KL elsewhere, nats a token",
+    },
+    "real": {
+        "preferred": "preferred, sums",
+        "preferred_means": "preferred, means",
+        "kl": "KL, nats an answer",
+        "kl_token": "KL, nats a token",
+        "tokens": "tokens an answer",
     },
     "sampled": {
         "reward": "reward",

@@ -15,12 +15,13 @@ import json
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .rows import ROWS, TRIAL, Row
+from .rows import ALL, ROWS, TRIAL, Row
 
 
 def about() -> dict[str, Any]:
@@ -52,13 +53,20 @@ def measured(rows: list[Row], *, loop: bool) -> Iterator[dict[str, Any]]:
         of_model = list(group)
         arms = dict.fromkeys(arm for row in of_model for arm in row.arms)
         for arm in arms:
+            own = [row for row in of_model if arm in row.arms]
             start = time.perf_counter()
-            trainer = trainer_of(of_model[0], arm, device)
-            print(f"{size} {training}: {arm} made in {time.perf_counter() - start:.1f} s", flush=True)
-            for row in of_model:
-                if arm not in row.arms:
-                    continue
-                record: dict[str, Any] = {"row": row.name, "arm": arm}
+            try:
+                trainer = trainer_of(own[0], arm, device)
+            except Exception as error:
+                # Without a GPU, varlen: the other arms go on.
+                yield from ({"row": row.name, "arm": arm, **_failure(error)} for row in own)
+                continue
+            began = {"start_s": time.perf_counter() - start, "start_bytes": 0}
+            if device.type == "cuda":
+                began["start_bytes"] = torch.cuda.max_memory_allocated()
+            print(f"{size} {training}: {arm} made in {began['start_s']:.1f} s", flush=True)
+            for row in own:
+                record: dict[str, Any] = {"row": row.name, "arm": arm, **(began if row is own[0] else {})}
                 try:
                     record |= measure(trainer, row, device)
                     lengths = [pair for batch in range(row.batches) for pair in row.lengths(batch)]
@@ -66,15 +74,21 @@ def measured(rows: list[Row], *, loop: bool) -> Iterator[dict[str, Any]]:
                     record["useful_operations"] = work / row.batches
                     if loop and row is of_model[0]:
                         record |= train(trainer, row, device)
-                except torch.OutOfMemoryError:
-                    record["failed"] = "out of memory"
                 except Exception as error:
-                    traceback.print_exc()
-                    record["failed"] = f"{type(error).__name__}: {error}"[:300]
+                    record |= _failure(error)
                 freed()
                 yield record
             del trainer
             freed()
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"failed": "out of memory"}
+    traceback.print_exception(error)
+    return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
 def main() -> None:
@@ -82,6 +96,7 @@ def main() -> None:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", default=None, help="rows whose name contains one of these")
+    parser.add_argument("--arms", nargs="*", default=ALL, choices=ALL, help="default: those that each row names")
     parser.add_argument("--out", default="gpu.jsonl", help="file to add records to")
     parser.add_argument("--trial", action="store_true", help="tiny rows: that the program runs")
     parser.add_argument("--loop", action="store_true", help="also time train() itself, on each model's first row")
@@ -94,7 +109,7 @@ def main() -> None:
         print(table(records), short_table(records), sep="\n\n")
         return
     rows = [
-        row
+        replace(row, arms=tuple(arm for arm in row.arms if arm in options.arms))
         for row in (TRIAL if options.trial else ROWS)
         if options.only is None or any(part in row.name for part in options.only)
     ]

@@ -56,6 +56,9 @@ def trainer_of(row: Row, arm: str, device: torch.device) -> Any:
     datasets.disable_progress_bars()
     dataset = datasets.Dataset.from_list([{"prompt": "why", "chosen": "rain", "rejected": "no"}] * 8)
     model = make(row.size, quantized=row.training == "qlora", device=device)
+    if on_gpu:
+        # What follows is the start of a training: the probe and the device's check are among it.
+        torch.cuda.reset_peak_memory_stats()
     given: dict[str, Any] = dict(processing_class=_tokenizer(), train_dataset=dataset)
     if row.training == "full":
         # Never run: the scores are made up. Without one, DPOTrainer would load it from a hub.

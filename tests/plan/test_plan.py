@@ -287,16 +287,20 @@ def test_activations_are_what_a_real_forward_keeps(config, rows, tokens):
 
 @pytest.mark.parametrize("lora", [(), "all-linear", ("q_proj", "v_proj")], ids=["full", "lora", "lora-qv"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lora):
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16"])
+def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lora, mixed):
     prompt, answer, batch = 60, 40, 3
-    model = make_model()
+    wide = dict(hidden_size=64, intermediate_size=192)
+    model = make_model(**wide).to(torch.bfloat16 if mixed else torch.float32)
     adapters = LoraConfig(r=8, target_modules=lora, task_type="CAUSAL_LM") if lora else None
     trainer = CPOConstrainedTrainer(
         model=model,
-        ref_model=None if lora else make_model(),
+        ref_model=None if lora else make_model(**wide),
         processing_class=tokenizer,
         train_dataset=pairs_dataset(4),
-        args=CPOConstrainedConfig(**training_options(tmp_path, constraint="clip", prefix_sharing=packed, max_length=100)),
+        args=CPOConstrainedConfig(
+            **training_options(tmp_path, constraint="clip", prefix_sharing=packed, max_length=100, bf16=mixed)
+        ),
         peft_config=adapters,
     )
     generator = torch.Generator().manual_seed(0)
@@ -309,11 +313,13 @@ def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lor
         [{"prompt_ids": ids(prompt), "chosen_ids": ids(answer), "rejected_ids": ids(answer - (i == 0))} for i in range(batch)]
     )
     trainer.model.train()
-    real = kept_in(lambda: trainer.compute_loss(trainer.model, inputs), trainer.model)
+    with trainer.accelerator.autocast():
+        real = kept_in(lambda: trainer.compute_loss(trainer.model, inputs), trainer.model)
     request = PlanRequest(
         config=model.config,
         device="cpu",
-        autocast=False,
+        weight_bytes=2 if mixed else 4,
+        autocast=mixed,
         lora_rank=8 if lora else 0,
         lora_targets=lora,
         checkpointing=False,
@@ -322,7 +328,7 @@ def test_activations_are_what_the_trainer_keeps(tmp_path, tokenizer, packed, lor
         max_length=prompt + answer,
         prompt_share=prompt / (prompt + answer),
     )
-    assert estimate(request).forward["activations"] == pytest.approx(real, rel=0.15)
+    assert estimate(request).forward["activations"] == pytest.approx(real, rel=0.06)
 
 
 def test_a_mixture_of_experts_is_refused_in_words():

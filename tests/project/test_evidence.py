@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.evidence import __main__ as program
-from benchmarks.evidence import figure, measures, small, tables, text
+from benchmarks.evidence import figure, larger, measures, once, runs, small, tables, text
 
 from helpers.paths import ROOT
 
@@ -123,6 +124,93 @@ def test_parts_do_not_share_a_text(tmp_path):
     assert all(asked) and not (asked[0] & asked[1] or asked[0] & asked[2] or asked[1] & asked[2])
 
 
+def test_gaps_are_those_of_each_pair_alone(models):
+    """Against log-probs read off a forward of prompt, answer and end, without padding."""
+    model = models[0]
+    rows = [{"prompt": "3 4", "chosen": "5", "rejected": "6 7 8"}, {"prompt": "9 2 3 4", "chosen": "5 6", "rejected": "7"}]
+
+    class Tokenizer:
+        pad_token_id, eos_token_id = 0, 1
+
+        def __call__(self, text):
+            return {"input_ids": [int(word) for word in text.split()]}
+
+    def logps(prompt, answer):
+        ids = [int(word) for word in (prompt + " " + answer).split()] + [1]
+        with torch.no_grad():
+            found = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        first = len(prompt.split())
+        return [found[at - 1, ids[at]].item() for at in range(first, len(ids))]
+
+    sums, means = measures.gaps(model, Tokenizer(), rows, count=2)
+    for at, row in enumerate(rows):
+        chosen, rejected = logps(row["prompt"], row["chosen"]), logps(row["prompt"], row["rejected"])
+        assert sums[at].item() == pytest.approx(sum(chosen) - sum(rejected), abs=1e-5)
+        expected = sum(chosen) / len(chosen) - sum(rejected) / len(rejected)
+        assert means[at].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_tuning_is_of_the_variant_that_has_its_own():
+    def tuned(variant, arm, right):
+        return {**run_of((0.1, right), arm=arm, seed=0), "variant": variant}
+
+    runs = [tuned("v", "start", 0.5), tuned("w", "start", 0.5), tuned("v", "dpo 1", 0.6), tuned("v", "dpo 3", 0.7)]
+    runs += [tuned("w", "dpo 1", 0.8), tuned("w", "dpo 3", 0.6)]
+    for run in runs:
+        run["curve"] = [{"step": each["step"], "validation": each["test"]} for each in run["curve"]]
+    assert [tables.best_arms(runs, "decisions", variant) for variant in "vwx"] == [
+        {"dpo": "dpo 3"},
+        {"dpo": "dpo 1"},
+        {"dpo": "dpo 3"},
+    ]
+
+
+def test_what_is_shared_is_made_once_and_never_half(tmp_path):
+    made = []
+
+    def fails(place):
+        place.mkdir()
+        (place / "config.json").write_text("{}")
+        raise RuntimeError("cut off")
+
+    def make(place):
+        place.mkdir()
+        made.append(place)
+
+    with pytest.raises(RuntimeError):
+        once.made(tmp_path / "work" / "model", fails)
+    assert not (tmp_path / "work" / "model").exists()
+    for _ in range(2):
+        assert list(once.made(tmp_path / "work" / "model", make).iterdir()) == []
+    assert len(made) == 1
+
+
+def test_routes_part_the_messages_and_mislead_two_teams():
+    class Tokenizer:
+        eos_token_id = 1
+
+    task = larger.routes(Tokenizer())
+    prompts = {part: {row["prompt"] for row in rows} for part, rows in task.rows.items()}
+    assert {part: len(rows) for part, rows in task.rows.items()} == {"train": 256, "validation": 56, "test": 104}
+    assert not (prompts["train"] & prompts["validation"] or prompts["train"] & prompts["test"])
+    assert {prompt for prompt, _ in task.taught} == prompts["train"]
+    for row, pair in zip(task.rows["train"], task.pairs(3), strict=True):
+        changed = row["right"] in (" Returns", " Account")
+        assert (row["was"] != row["right"]) == changed and pair["chosen"] == row["right"]
+        assert pair["rejected"] == row["was"] if changed else pair["rejected"] in set(row["options"]) - {row["right"]}
+
+
+def test_a_run_that_fails_stops_no_other(monkeypatch):
+    """Side by side; here in threads, which need no start."""
+    threads = lambda count, context, **begin: ThreadPoolExecutor(count, **begin)  # noqa: E731
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr(runs, "run_of", lambda job, bench: 1 / job["n"])
+    found = []
+    with pytest.raises(ExceptionGroup, match="1 of 3 runs failed"):
+        found.extend(runs.done(None, [{"n": 0}, {"n": 1}, {"n": 2}], processes=2))
+    assert sorted(found) == [0.5, 1.0]
+
+
 @pytest.mark.slow
 def test_every_experiment_runs(tmp_path, capsys):
     """On a model of 20,000 weights: each kind of arm, twice, of which the second finds it done; then the tables."""
@@ -131,16 +219,19 @@ def test_every_experiment_runs(tmp_path, capsys):
         "decisions": ["dpo 1", "clip 1", "simpo 1", "bound 0.1", "lagrangian 1"],
         "sampled": ["dpo 0.1", "clip 0.1 reach 10", "dpo means 2.5"],
         "misaligned": ["dpo 0.1", "clip 1"],
+        "larger": ["dpo 1", "simpo 1", "clip slow 1"],
+        "real": ["clip means 2.5"],
     }
     for experiment, some in arms.items():
         for _ in range(2):
             program.main([experiment, *work, "--arms", *some])
         lines = (tmp_path / "records" / f"{experiment}.jsonl").read_text().splitlines()
         assert [json.loads(line)["arm"] for line in lines] == ["start", *some]
+    program.main(["larger", *work, "--variant", "tone", "--arms", "clip 1", "--seeds", "1", "2", "--processes", "2"])
     program.main(["decisions", *work, "--arms", "clip 1", "--seeds", "1", "2"])
     program.main(["tables", "--records", str(tmp_path / "records")])
     shown = capsys.readouterr().out
-    assert "<!-- decisions: 1 token -->" in shown and "<!-- misaligned -->" in shown
+    assert "<!-- decisions: 1 token -->" in shown and "<!-- misaligned -->" in shown and "<!-- larger: tone -->" in shown
 
 
 def test_without_a_text_it_says_what_to_give(capsys, tmp_path):

@@ -69,6 +69,17 @@ def test_the_program_measures_every_arm(tmp_path, monkeypatch, capsys):
     assert all(f"| {row.name} | " in printed for row in rows)
 
 
+def test_an_arm_that_cannot_run_stops_no_other(tmp_path, monkeypatch, capsys):
+    """On a CPU, varlen. And `--arms` names those that run."""
+    out = tmp_path / "gpu.jsonl"
+    arguments = ["--trial", "--only", "tiny full", "--arms", VARLEN, TRL, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *arguments])
+    program.main()
+    found = {record["arm"]: record for record in map(json.loads, out.read_text().splitlines())}
+    assert set(found) == {TRL, VARLEN} and "failed" not in found[TRL]
+    assert found[VARLEN]["failed"].startswith("NotPackable: ")
+
+
 @pytest.mark.parametrize("arm", [TRL, VARLEN])
 def test_steps_run_under_autocast_as_training_does(arm):
     """The first ones on a GPU did not: adapters were then computed in float32."""

@@ -58,7 +58,7 @@ def damage(record) -> set[str]:
         kl, repeated = run["sets"]["general"]["kl"], f"{100 * run['sets']['general']['repetition']['value']:.0f} %"
         if run["step"]:
             moved = f"{kl['value']:.2f} ({kl['low']:.2f} to {kl['high']:.2f})"
-            rows.add(f"{names[run['setting']]} | {run['step']} | {moved} | {repeated}")
+            rows.add(f"{names.get(run['setting'], run['setting'])} | {run['step']} | {moved} | {repeated}")
         else:
             rows.add(f"the model before training | 0 | {kl['value']:.0f} | {repeated}")
     return rows

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trl_cpo.cli import main
 from trl_cpo.report import shifts
 from trl_cpo.report.page import render
 from trl_cpo.report.reading import of_runs, read_runs
@@ -64,6 +65,39 @@ def test_the_table_says_what_the_file_says(tmp_path):
     assert f"{100 * first.value:.1f}\u00a0%" in page.text and f"{100 * first.low:.1f} to {100 * first.high:.1f}" in page.text
     apart = run.shifts[1].differences["gap"]
     assert f"Δ −1 (−{-apart.low:.3g} to −{-apart.high:.3g})" in page.text
+
+
+def printed(tmp_path, capsys, content) -> dict:
+    """The run in what `trl-cpo report --json` prints."""
+    page_of(tmp_path, content)
+    assert main(["report", str(tmp_path / "0"), "--json", "--out", str(tmp_path / "out")]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    return run
+
+
+def test_programs_get_the_rows_of_the_file(tmp_path, capsys):
+    content = written()
+    run = printed(tmp_path, capsys, content)
+    assert [row["name"] for row in run["stress"]] == ["as it was", "typos"] and run["notes"] == []
+    for row, one in zip(run["stress"], content["shifts"], strict=True):
+        assert list(row) == ["name", "pairs", *shifts.COLUMNS, "difference"]
+        assert row == {name: one[name] for name in row} | {"difference": row["difference"]}
+        apart = one["difference"] and {name: one["difference"][name] for name in shifts.COLUMNS if name != "gain"}
+        assert row["difference"] == apart
+    assert run["stress"][0]["difference"] is None and run["stress"][1]["difference"]["gap"]["value"] < 0
+
+
+def test_programs_get_null_for_what_is_at_fault(tmp_path, capsys):
+    content = written()
+    content["shifts"][1]["violations"]["value"] = 1.5
+    content["shifts"][1]["difference"]["violations"] = None
+    content["shifts"][1]["name"] = "broken \ud800"
+    run = printed(tmp_path, capsys, content)
+    (_, row), (note,) = run["stress"], run["notes"]
+    assert row["name"] == "broken \ud800" and row["violations"] is None and row["gap"]["value"] and "violations" in note
+    assert "violations" not in row["difference"] and row["difference"]["gap"]["value"]
+    (tmp_path / "none").mkdir()
+    assert printed(tmp_path / "none", capsys, None)["stress"] is None
 
 
 def test_without_the_file_there_is_no_table_and_no_note(tmp_path):

@@ -51,6 +51,7 @@ def _as_text(report) -> str:
 
 def _as_json(report) -> str:
     from ..report.paired import comparisons
+    from ..report.shifts import COLUMNS
     from ..report.table import metric_rows
 
     def shown(cell):
@@ -60,18 +61,31 @@ def _as_json(report) -> str:
         value = cell.value if abs(cell.value) < float("inf") else None
         return {"value": value, "interval_95": None if cell.interval is None else list(cell.interval)}
 
+    def ends(one):
+        return {"value": one.value, "low": one.low, "high": one.high}
+
     def price(run):
         """The last measurement; null if there is none."""
         if not run.prices:
             return None
         last = run.prices[-1]
-        sets = {
-            name: {key: {"value": one.value, "low": one.low, "high": one.high} for key, one in found.numbers.items()}
-            for name, found in last.sets.items()
-        }
+        sets = {name: {key: ends(one) for key, one in found.numbers.items()} for name, found in last.sets.items()}
         # A lone surrogate cannot be printed.
         damage = [sentence.encode("utf-8", "backslashreplace").decode() for sentence in last.damage]
         return {"step": last.step, "sets": sets, "damage": damage}
+
+    def stress(run):
+        """The table "Under shift", as stress.json has its rows; null without one."""
+        rows = [
+            {
+                "name": row.name,
+                "pairs": row.pairs,
+                **{name: ends(row.numbers[name]) if name in row.numbers else None for name in COLUMNS},
+                "difference": {name: ends(one) for name, one in row.differences.items()} or None,
+            }
+            for row in run.shifts
+        ]
+        return rows or None
 
     def difference(comparison):
         """A run minus the first that holds the same pairs."""
@@ -92,6 +106,7 @@ def _as_json(report) -> str:
                 row["metric"]: {"before": shown(row["cells"][place][0]), "after": shown(row["cells"][place][1])} for row in rows
             },
             "price": price(run),
+            "stress": stress(run),
             "notes": run.notes,
         }
         for place, run in enumerate(report.runs)

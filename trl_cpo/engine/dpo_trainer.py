@@ -28,6 +28,7 @@ from .._trl.datasets import (
     with_reference_logps,
     without_padding,
 )
+from .._trl.lora_layers import spare_casts
 from .._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
 from .._trl.models import config_of, drifting_parameters, model_id, reference_origin
 from .._trl.upstream import check_kernels, check_upstream
@@ -177,6 +178,7 @@ class DPOTrainer(ResumableTrainer):
             self.data_collator = ColumnsBeside(self.data_collator, self._carried)
         if self._sharing.wanted is not False:
             self.data_collator = PlansBeside(self.data_collator)
+            spare_casts(self.model)
         self._check_reference_stays()
         self.reference_tables.weights_may_change()
         self._guard = BatchGuard(self.accelerator, lambda ids: self.processing_class.decode(ids))

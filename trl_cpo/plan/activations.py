@@ -36,17 +36,23 @@ class Kept:
 
 
 class _LikeLora(nn.Module):
-    """A frozen linear layer with an adapter. It runs PEFT's operations, so it keeps what PEFT's layer keeps."""
+    """A frozen linear layer with an adapter. It runs PEFT's operations, so it keeps what PEFT's layer keeps.
 
-    def __init__(self, base: nn.Linear, rank: int, dtype: torch.dtype):
+    With `spares`, what `trl_cpo._trl.lora_layers` leaves of it: an input that autocast would cast back is not cast.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, dtype: torch.dtype, spares: bool):
         super().__init__()
+        self.spares = spares
         self.base = base.requires_grad_(False)
         self.down = nn.Linear(base.in_features, rank, bias=False, dtype=dtype)
         self.up = nn.Linear(rank, base.out_features, bias=False, dtype=dtype)
 
     def forward(self, x):
         result = self.base(x)
-        return result + self.up(self.down(x.to(self.down.weight.dtype))) * 2.0
+        if not (self.spares and torch.is_autocast_enabled("cpu") and x.dtype == torch.get_autocast_dtype("cpu")):
+            x = x.to(self.down.weight.dtype)
+        return result + self.up(self.down(x)) * 2.0
 
 
 def kept_by(
@@ -56,6 +62,7 @@ def kept_by(
     autocast: bool,
     lora: str | tuple[str, ...] = (),
     lora_dtype: torch.dtype = torch.float32,
+    spares_casts: bool = False,
 ) -> tuple[Kept, Kept]:
     """What one block keeps for backward, and what the rest of the model without the head keeps.
 
@@ -68,12 +75,13 @@ def kept_by(
         autocast: whether the model runs under bfloat16 autocast.
         lora: the linear layers that have adapters, as PEFT takes them; all else is frozen then. Empty: all is trained.
         lora_dtype: type of the adapters' weights.
+        spares_casts: whether adapters leave out the casts that autocast takes back, as they do where pairs are packed.
 
     Raises:
         ValueError: the model cannot run on fake tensors, because its computation depends on values, as in mixtures of
             experts.
     """
-    return _kept_by(config.to_json_string(), config, dtype, autocast, lora, lora_dtype)
+    return _kept_by(config.to_json_string(), config, dtype, autocast, lora, lora_dtype, spares_casts)
 
 
 class _Keyed:
@@ -117,7 +125,7 @@ def _cut(config: Any, layers: int) -> Any:
     return config
 
 
-def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora, lora_dtype) -> float:
+def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora, lora_dtype, spares_casts: bool) -> float:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
@@ -130,7 +138,7 @@ def _bytes_kept(config, tokens: int, dtype, autocast: bool, lora, lora_dtype) ->
             for path, module in list(model.named_modules()):
                 if isinstance(module, nn.Linear) and module is not head and is_target(path, lora):
                     parent, _, name = path.rpartition(".")
-                    setattr(model.get_submodule(parent), name, _LikeLora(module, 8, lora_dtype))
+                    setattr(model.get_submodule(parent), name, _LikeLora(module, 8, lora_dtype, spares_casts))
         weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         kept: dict[int, tuple[int, Any]] = {}
 

@@ -267,6 +267,7 @@ def activations(request: PlanRequest, shape: Shape) -> float:
         autocast=request.autocast,
         lora=request.lora_targets if request.lora_rank else (),
         lora_dtype=torch.bfloat16 if trainable(request, shape)[1] == 2 else torch.float32,
+        spares_casts=request.packed,
     )
     count, tokens, _ = rows(request)
     if request.packed:
