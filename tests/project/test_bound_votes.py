@@ -118,3 +118,43 @@ def test_the_record_is_of_these_votes(votes):
     for record in records:
         assert record["settings"]["probability_column"] == "chosen_probs" and record["votes"] == told
         assert len(record["curve"]) == 120
+
+
+def tens(record, key, first):
+    """The mean over ten steps from `first` on."""
+    return sum(point[key] for point in record["curve"][first - 1 : first + 9]) / 10
+
+
+def test_what_the_page_reads_from_the_curves_is_there():
+    records = json.loads((ROOT / "benchmarks" / "bound-votes.json").read_text(encoding="utf-8"))
+    text = " ".join((ROOT / "docs" / "contributing" / "constraints.md").read_text(encoding="utf-8").split())
+    none, penalty = (next(r for r in records if r["settings"]["constraint"] == name) for name in ("none", "penalty"))
+    bound = next(r for r in records if r["settings"].get("epsilon") == 18)
+    votes, turned = (bound["votes"]["train"][key] for key in ("by_votes", "turned"))
+    multipliers = [point["lambda"] for point in bound["curve"]]
+    cap, zero = max(multipliers), multipliers.index(0.0)
+    again = multipliers.index(cap, zero)
+    dip = min(range(again, 120), key=multipliers.__getitem__)
+    middle = [tens(bound, "bounded", first) for first in range(61, 121, 10)]
+    shares = {
+        name: [tens(run, "violation", first) / tens(none, "violation", first) for first in (61, 91, 111)]
+        for name, run in (("bound", bound), ("penalty", penalty))
+    }
+    for said in (
+        f"λ is between {min(multipliers[3:60]):.3f} and its cap, {cap:g}, from step 4 to 60",
+        f"λ is down to 0 at step {zero + 1}, back at its cap at step {again + 1}, and at {multipliers[dip]:.3f} once more",
+        f"at step {dip + 1}",
+        f"lies between {min(middle):.1f} and {max(middle):.1f}; its mean is {sum(middle) / 6:.1f}.",
+        "is {:.2f} of that of `none` in steps 61 to 70, {:.2f} in steps 91 to 100, after λ was low, and {:.2f} in the".format(
+            *shares["bound"]
+        ),
+        "goes from {:.2f} to {:.2f} and {:.2f}".format(*shares["penalty"]),
+        f"goes on to {penalty['train_weighed_violation']:.1f}, for a KL of {penalty['kl']:.1f} instead of {bound['kl']:.1f}",
+        "swings between {:.0f} and {:.0f}".format(*(end(p["bounded"] for p in bound["curve"]) for end in (min, max))),
+        f"{votes['5']} have all five votes for one answer, {votes['4']} four and {votes['3']} three; in {turned} the majority",
+    ):
+        assert said in text, said
+    ends = [run["train_weighed_violation"] for run in (bound, none, penalty)]
+    short = " ".join((ROOT / "docs" / "constraints.md").read_text(encoding="utf-8").split())
+    assert "ends at {:.1f} ({:.1f} without a bound)".format(*ends) in short
+    assert f"goes on to {ends[2]:.1f}, for {100 * penalty['kl'] / bound['kl'] - 100:.0f} % more KL" in short
