@@ -88,18 +88,22 @@ def seeds_table(records: Sequence[dict[str, Any]], levels: Sequence[float] = LEV
     """Markdown: each arm at each level, then clip less DPO, their mean and seed by seed."""
     arms = grouped(records)
     differ = apart(arms)
+    where = ["settings"] if differ else []
 
-    def shown(settings: dict[str, Any]) -> str:
-        return ", ".join(f"{key} {settings.get(key)}" for key in differ)
+    def row(*cells: str) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def shown(settings: dict[str, Any]) -> list[str]:
+        return [", ".join(f"{key} {settings.get(key)}" for key in differ)] if differ else []
 
     (some, _), *_ = arms.values()
     lines = [f"All arms: {', '.join(f'{key} {some.get(key)}' for key in ALIKE if key not in differ)}.", ""]
-    lines += [f"| arm | settings | seeds | KL | {' | '.join(SHARES.values())} |", "|---" * (4 + len(SHARES)) + "|"]
+    lines += [row("arm", *where, "seeds", "KL", *SHARES.values()), "|---" * (3 + len(where) + len(SHARES)) + "|"]
     for _, (settings, runs) in sorted(arms.items()):
         for level in levels:
             cells = [told(list(shares_at(runs, level, share).values()), len(runs)) for share in SHARES]
-            lines.append(f"| {named(runs)} | {shown(settings)} | {len(runs)} | {level:g} | {' | '.join(cells)} |")
-    lines += ["", f"| difference | settings | KL | {' | '.join(SHARES.values())} |", "|---" * (3 + len(SHARES)) + "|"]
+            lines.append(row(named(runs), *shown(settings), str(len(runs)), f"{level:g}", *cells))
+    lines += ["", row("difference", *where, "KL", *SHARES.values()), "|---" * (2 + len(where) + len(SHARES)) + "|"]
     for _, (settings, runs) in sorted(arms.items()):
         for _, (others, other_runs) in sorted(arms.items()):
             kinds = settings["constraint"], others["constraint"]
@@ -113,8 +117,7 @@ def seeds_table(records: Sequence[dict[str, Any]], levels: Sequence[float] = LEV
                     gains = {seed: ours[seed] - theirs[seed] for seed in both if seed in ours and seed in theirs}
                     each = ", ".join(f"{seed}: {gain:+.0f}" for seed, gain in gains.items())
                     cells.append(f"{told(list(gains.values()), len(both), '+')} [{each}]")
-                who = f"{named(runs)} less {named(other_runs)}"
-                lines.append(f"| {who} | {shown(settings)} | {level:g} | {' | '.join(cells)} |")
+                lines.append(row(f"{named(runs)} less {named(other_runs)}", *shown(settings), f"{level:g}", *cells))
     return "\n".join(lines)
 
 

@@ -106,10 +106,10 @@ def test_seeds_at_equal_kl_by_hand(seeds):
     lines = seeds.seeds_table(records, [0.02, 0.05]).splitlines()
     half = 12.7062 / 2
     assert lines[0] == "All arms: learning_rate 0.0004, schedule constant, batch 4, target_modules None, sft 0.0."
-    assert lines[4] == "| clip-1 |  | 2 | 0.02 |" + f" {(40 + 36 + 32 / 3) / 2:.1f} ± {half * (32 / 3 - 4):.1f} |" * 3
-    assert lines[5] == "| clip-1 |  | 2 | 0.05 |" + " – (1 of 2) |" * 3
+    assert lines[4] == "| clip-1 | 2 | 0.02 |" + f" {(40 + 36 + 32 / 3) / 2:.1f} ± {half * (32 / 3 - 4):.1f} |" * 3
+    assert lines[5] == "| clip-1 | 2 | 0.05 |" + " – (1 of 2) |" * 3
     gained = f" {(10 + 20 / 3) / 2:+.1f} ± {half * (10 - 20 / 3):.1f} [1: +10, 2: +7] |"
-    assert lines[11] == "| clip-1 less dpo-0.1 |  | 0.02 |" + gained * 3
+    assert lines[11] == "| clip-1 less dpo-0.1 | 0.02 |" + gained * 3
 
 
 def test_arms_that_differ_in_more_than_the_constraint_are_not_compared(seeds):
