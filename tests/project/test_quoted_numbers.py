@@ -102,6 +102,13 @@ def seeds(records) -> set[str]:
     return {line.strip("| ") for line in seeds_table(records, (*LEVELS, 0.08, 0.1)).splitlines() if line.startswith("| ")}
 
 
+def bound(records) -> set[str]:
+    """As the program prints them."""
+    from benchmarks.bound import row
+
+    return {row(record) for record in records}
+
+
 #: What a record's tables hold, row by row, and how many columns of a page's table that is.
 TABLES = {
     "decisions": (decisions, 10),
@@ -109,6 +116,7 @@ TABLES = {
     "seeds": (seeds, 6),
     "casts": (casts, 6),
     "starts": (starts, 4),
+    "bound": (bound, 9),
 }
 
 
