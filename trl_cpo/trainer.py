@@ -134,8 +134,7 @@ class CPOConstrainedTrainer(DPOTrainer):
         rows = self._bounds.metrics(form.metrics(per_pair(PairView(pairs, targets, form.gamma)), pairs), pairs)
         training = self.model.training
         self._ledgers["train" if training else "eval"].add(rows, form.labels.group, batch.left_out())
-        if training:
-            self._bounds.observe(rows, form)
+        self._bounds.observe(rows, form, training)
 
     def stateful(self):
         limit = {} if self.args.max_kl is None else {"max_kl": self._limit}
@@ -149,11 +148,12 @@ class CPOConstrainedTrainer(DPOTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         ledger = self._ledgers["eval"]
         ledger.clear()
+        self._bounds.begin_evaluation()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # With several sets, DPOTrainer logs all its metrics under "eval_"; ours go under the set's own prefix.
         prefix, counts = f"{metric_key_prefix}_", ledger.counts(f"{metric_key_prefix}_")
         output.metrics.update(ledger.flush(prefix) | {f"{prefix}cpo/pairs": 0} | counts)
-        output.metrics.update(self._bounds.held(output.metrics, prefix))
+        output.metrics.update(self._bounds.held(prefix))
         if self.price is not None:
             measured = self.price.at_evaluation(metric_key_prefix)
             output.metrics.update({f"{prefix}{name}": value for name, value in measured.items()})

@@ -270,3 +270,26 @@ def test_lora_and_a_token_budget(tmp_path, tokenizer, model_folder):
         moved = trainer._bounds.multipliers["dual"].parts[group].value - 10.0
         expected = 1e-3 * trainer._order.steps * (evaluated[f"eval_cpo/{group}/violation"] - 0.5)
         assert moved == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("bound", ["", "chosen_floor_"])
+def test_an_evaluations_slack_is_weighed_as_what_moves_the_multiplier(
+    tmp_path, tokenizer, model_folder, ref_model_folder, bound
+):
+    """By group, for the gap's bound and the floor's: uncertain pairs count by 2p − 1, as in training."""
+    options = {**LAGRANGIAN, **ALL, "chosen_floor": 0.0, "prefix_sharing": False}
+    trainer = make(tmp_path, tokenizer, model_folder, ref_model_folder, **options)
+    evaluated, pairs, rows = trainer.evaluate(), trainer.evaluated_pairs["eval"], trainer.eval_dataset
+    certainty = torch.tensor(rows["chosen_probs"][:]).mul(2).sub(1).clamp(min=0).float()
+    if bound:
+        signal = torch.relu(pairs.ref_chosen - pairs.policy_chosen)
+        epsilons = dict.fromkeys(GROUPS, 0.05)
+    else:
+        gammas = torch.tensor([0.3 if topic == "helpful" else 0.5 for topic in rows["topic"]])
+        signal, epsilons = torch.relu(gammas - pairs.gap), {"helpful": 0.1, "harmless": 0.02}
+    assert signal.max() > 0
+    for group in GROUPS:
+        own = torch.tensor([topic == group for topic in rows["topic"]])
+        slack = epsilons[group] - (certainty * signal)[own].mean().item()
+        assert evaluated[f"eval_cpo/{group}/{bound}slack"] == pytest.approx(slack, rel=1e-4)
+        assert evaluated[f"eval_cpo/{group}/{bound}holds"] == float(slack >= 0)

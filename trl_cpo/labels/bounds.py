@@ -10,7 +10,7 @@ from ..constraints.dual_rule import DualRule
 from ..metrics import COLUMNS
 from ..multiplier import Multiplier
 from ..pairs import PairLogps
-from .form import WITHIN, LabelledForm, PairLabels, chosen_floor_violation
+from .form import LabelledForm, PairLabels, chosen_floor_violation
 
 #: The metric of the chosen floor, in the column behind those of `trl_cpo.metrics`.
 FALLEN = "chosen_floor_violation"
@@ -43,6 +43,7 @@ class Multipliers:
         if not groups:
             self.parts = {"": Multiplier(rule, f"cpo/{bound}")}
         self._seen: list[tuple[Tensor, Tensor | None]] = []
+        self._evaluated: list[tuple[Tensor, Tensor | None]] = []
 
     def of_pairs(self, group: Tensor | None) -> float | Tensor:
         """λ of each pair: one number where all have the same, else (B,), 1/nats. `group` is (B,), indices."""
@@ -60,21 +61,38 @@ class Multipliers:
         """Start of training: drop violations left from a run interrupted mid-step."""
         self._seen = []
 
-    def observe(self, signal: Tensor, group: Tensor | None) -> None:
-        """Takes the signal and the group of the pairs trained on, (B,) each, of all processes; waits for nothing."""
-        self._seen.append((signal.detach(), group))
+    def begin_evaluation(self) -> None:
+        """Start of an evaluation."""
+        self._evaluated = []
+
+    def observe(self, signal: Tensor, group: Tensor | None, training: bool) -> None:
+        """Takes the signal and the group of pairs trained on or evaluated, (B,) each, of all processes; waits for nothing."""
+        (self._seen if training else self._evaluated).append((signal.detach(), group))
 
     def step(self) -> None:
         """End of an optimizer step: moves each λ by the mean over its pairs observed since the last one."""
         seen, self._seen = self._seen, []
+        for part, own in self._by_part(seen):
+            part.observe(own)
+        for part in self.parts.values():
+            part.step()
+
+    def slacks(self) -> Iterator[tuple[Multiplier, float]]:
+        """Of each part that the evaluation has pairs of, ε less the mean signal: of what moves λ in training."""
+        own: dict[str, list[Tensor]] = {}
+        for part, signal in self._by_part(self._evaluated):
+            own.setdefault(part.name, []).append(signal.double())
+        for part in self.parts.values():
+            if part.name in own:
+                yield part, part.rule.epsilon - torch.cat(own[part.name]).mean().item()
+
+    def _by_part(self, seen: list[tuple[Tensor, Tensor | None]]) -> Iterator[tuple[Multiplier, Tensor]]:
         for signal, group in seen:
             signal = signal.cpu()
             for index, part in enumerate(self.parts.values()):
                 own = signal if group is None or "" in self.parts else signal[group.cpu() == index]
                 if len(own):
-                    part.observe(own)
-        for part in self.parts.values():
-            part.step()
+                    yield part, own
 
     def flush(self) -> dict[str, float]:
         """The numbers of all parts to log."""
@@ -134,19 +152,24 @@ class Bounds:
             return rows
         return torch.cat([rows, chosen_floor_violation(pairs, self.floor).unsqueeze(1)], dim=1)
 
-    def observe(self, rows: Tensor, form: LabelledForm) -> None:
-        """Takes the metrics of the pairs trained on, of all processes; every multiplier takes its signal from them."""
+    def observe(self, rows: Tensor, form: LabelledForm, training: bool = True) -> None:
+        """Takes the metrics of pairs trained on or evaluated, of all processes; every multiplier has its signal from them."""
         for name, multipliers in self.multipliers.items() if len(rows) else ():
             if name == "chosen_floor":
                 signal = form.weighed(rows[:, -1])
             else:
                 signal = form.asked(rows[:, COLUMNS[multipliers.rule.signal]], rows[:, COLUMNS["ref_gap"]])
-            multipliers.observe(signal, form.labels.group)
+            multipliers.observe(signal, form.labels.group, training)
 
     def begin(self) -> None:
         """Start of training."""
         for multipliers in self.multipliers.values():
             multipliers.begin()
+
+    def begin_evaluation(self) -> None:
+        """Start of an evaluation."""
+        for multipliers in self.multipliers.values():
+            multipliers.begin_evaluation()
 
     def step(self) -> None:
         """End of an optimizer step."""
@@ -162,18 +185,12 @@ class Bounds:
         """λ, slack and whether the bound held, of every multiplier since the last log."""
         return {name: value for each in self.multipliers.values() for name, value in each.flush().items()}
 
-    def held(self, found: Mapping[str, float], prefix: str) -> Iterator[tuple[str, float]]:
-        """Slack, and whether the bound holds, of every group in an evaluation whose metrics are `found`."""
-        for name, multipliers in self.multipliers.items():
-            for group, part in multipliers.parts.items():
-                signal = FALLEN if name == "chosen_floor" else part.rule.signal
-                place = f"{prefix}cpo/{group}/{signal}" if group else f"{prefix}cpo/{signal}"
-                # With a reach, what moves λ in training: 0 beyond it.
-                value = found.get(f"{place}_{WITHIN}", found.get(place))
-                if value is not None:
-                    slack = part.rule.epsilon - value
-                    yield f"{prefix}{part.name}slack", slack
-                    yield f"{prefix}{part.name}holds", float(slack >= 0)
+    def held(self, prefix: str) -> Iterator[tuple[str, float]]:
+        """Slack, and whether the bound holds, of every group in the evaluation."""
+        for multipliers in self.multipliers.values():
+            for part, slack in multipliers.slacks():
+                yield f"{prefix}{part.name}slack", slack
+                yield f"{prefix}{part.name}holds", float(slack >= 0)
 
     def stateful(self) -> dict[str, Multiplier]:
         """Every multiplier, as a checkpoint knows it."""
