@@ -70,8 +70,15 @@ def seeds(records) -> set[str]:
     return {line.strip("| ") for line in seeds_table(records, (*LEVELS, 0.08, 0.1)).splitlines() if line.startswith("| ")}
 
 
+def answers(records) -> set[str]:
+    """The table of `python -m benchmarks.demo_answers`."""
+    from benchmarks.demo_answers import table
+
+    return {line.strip("| ") for line in table(records).splitlines() if line.startswith("| ")}
+
+
 #: What a record's tables hold, row by row, and how many columns of a page's table that is.
-TABLES = {"decisions": (decisions, 10), "damage": (damage, 4), "seeds": (seeds, 6)}
+TABLES = {"decisions": (decisions, 10), "damage": (damage, 4), "seeds": (seeds, 6), "answers": (answers, 9)}
 
 
 def words(log: str) -> set[str]:
