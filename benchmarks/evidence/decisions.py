@@ -31,6 +31,16 @@ ARMS: dict[str, dict[str, Any]] = {
     # Does DPO only lack steps, or a smaller rate?
     "dpo long 1": {**_NONE, "beta": 1.0, "steps": [80, 120, 200, 300, 400]},
     "dpo slow 0.3": {**_NONE, "beta": 0.3, "steps": [80, 120, 200, 300, 400], "learning_rate": 3e-5},
+    # No preference at all: cross-entropy on the right answers, TRL's `sft` loss. And beside the others, as the demo has it.
+    "sft": {**_NONE, "beta": 1.0, "loss_type": ["sft"]},
+    "dpo sft 0.3": {**_NONE, "beta": 0.3, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+    "clip sft 3": {
+        "constraint": "clip",
+        "beta": 3.0,
+        "gamma": 1.0,
+        "loss_type": ["sigmoid", "sft"],
+        "loss_weights": [1.0, 0.3],
+    },
     **{f"ipo {beta:g}": {**_NONE, "beta": beta, "loss_type": ["ipo"]} for beta in (0.03, 0.1, 0.3, 1.0)},
     **{f"hinge {beta:g}": {**_NONE, "beta": beta, "loss_type": ["hinge"]} for beta in (0.1, 0.3, 1.0, 3.0)},
     **{f"simpo {beta:g}": {"trainer": "simpo", "beta": beta, "margin": 1.0} for beta in (0.3, 1.0, 2.5, 10.0)},

@@ -11,7 +11,7 @@ PANELS = (
     ("decisions", "1 token", 2.0, "Decisions (one-word answers)", "held-out right, %", "KL, nats a prompt"),
     ("sampled", "noiseless", 4.0, "Sampled answers (up to 40 tokens)", "reward of own answers", "KL, nats an answer"),
 )
-COLOURS = {"dpo": "#666666", "clip": "#c2410c", "simpo": "#1d4ed8", "clip reach": "#15803d"}
+COLOURS = {"dpo": "#666666", "clip": "#c2410c", "simpo": "#1d4ed8", "sft": "#7c3aed", "clip reach": "#15803d"}
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 400, 300, 56, 40, 44
 
 
@@ -27,14 +27,16 @@ def figure(folder: Path, shown: Sequence[str] = tuple(COLOURS)) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def curves(runs: list[Run], experiment: str, variant: str, score: str) -> dict[str, list[tuple[float, float]]]:
-    """Of each arm of the final runs: mean KL and mean score over seeds, from the start along the measured steps."""
+def curves(runs: list[Run], variant: str, score: str, methods: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+    """Of each arm of the final runs: mean KL and mean score over the seeds that all of these arms have, from the start on."""
     begun, found = starts(runs), {}
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        if run["variant"] == variant and run["seed"] != 0 and run["arm"] != "start":
+        if run["variant"] == variant and run["seed"] != 0 and method_of(run["arm"]) in methods:
             groups.setdefault(run["arm"], []).append(run)
-    for arm, own in groups.items():
+    shared = set.intersection(*({run["seed"] for run in own} for own in groups.values()))
+    for arm, every in groups.items():
+        own = [run for run in every if run["seed"] in shared]
         curve = [(0.0, _mean([begun[variant, run["seed"]]["curve"][0]["test"][score] for run in own]))]
         for step in range(len(own[0]["curve"])):
             tests = [run["curve"][step]["test"] for run in own]
@@ -47,8 +49,7 @@ def _panel(runs: list[Run], panel: tuple[Any, ...], shift: int, shown: Sequence[
     experiment, variant, largest, title, axis, kl_axis = panel
     percent = experiment == "decisions"
     score = "right" if percent else "reward"
-    found = {arm: curve for arm, curve in curves(runs, experiment, variant, score).items() if method_of(arm) in shown}
-    found = {arm: _cut(curve, largest) for arm, curve in found.items()}
+    found = {arm: _cut(curve, largest) for arm, curve in curves(runs, variant, score, shown).items()}
     values = [y for curve in found.values() for _, y in curve]
     step = 0.05 if percent else 0.1
     low, high = step * (min(values) // step), step * (1 + max(values) // step)

@@ -36,7 +36,7 @@ _TAKEN = (
     *(f"dpo {beta:g}" for beta in (0.1, 0.3, 1.0, 3.0)),
     *(f"clip {beta:g}" for beta in (0.3, 1.0, 3.0)),
     *("bound 0.1", "bound 0.3", "simpo 1", "simpo 2.5", "simpo 10", "penalty 1", "penalty 3", "lagrangian 1"),
-    *("softplus 1", "softplus 3", "ipo 0.1", "ipo 0.3", "hinge 0.3", "hinge 1"),
+    *("softplus 1", "softplus 3", "ipo 0.1", "ipo 0.3", "hinge 0.3", "hinge 1", "sft", "dpo sft 0.3", "clip sft 3"),
 )
 ARMS: dict[str, dict[str, Any]] = {
     **{arm: decisions.ARMS[arm] for arm in _TAKEN},

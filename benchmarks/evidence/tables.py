@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 #: KL at which arms are compared: nats a prompt (decisions, larger), nats an answer (sampled, real).
-LEVELS = {"decisions": (0.3, 1.0, 2.0), "larger": (0.3, 1.0, 2.0), "sampled": (1.0, 2.0, 4.0), "real": (1.0, 3.0, 6.0)}
+LEVELS = {"decisions": (0.3, 1.0, 2.0), "larger": (1.0, 2.0, 5.0), "sampled": (1.0, 2.0, 4.0), "real": (1.0, 3.0, 6.0)}
 SCORE = {"decisions": "right", "larger": "right", "sampled": "reward", "real": "preferred"}
 #: Scores that are shares.
 SHARES = ("right", "preferred")
@@ -86,11 +86,14 @@ def told(run: Run) -> str:
 
 
 def interval(values: list[float], comparisons: int = 1) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval over seeds by Student's t, at the joint level of so many comparisons."""
+    """Mean, and half of its 95 % interval over seeds by Student's t, at the joint level of so many comparisons.
+
+    The half is NaN for fewer than three seeds: two differ by chance by nearly nothing, or by much.
+    """
     from scipy.stats import t
 
     mean = sum(values) / len(values)
-    if len(values) < 2:
+    if len(values) < 3:
         return mean, math.nan
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
     return mean, float(t.ppf(1 - 0.025 / comparisons, len(values) - 1)) * spread / math.sqrt(len(values))
@@ -144,15 +147,17 @@ def _finals(runs: list[Run], variant: str) -> dict[str, list[Run]]:
     return found
 
 
-def ends(runs: list[Run], experiment: str, variant: str, columns: dict[str, str]) -> str:
-    """Each arm at its last step on the test part, with all that was measured: mean over seeds."""
+def ends(runs: list[Run], experiment: str, variant: str, columns: dict[str, str], part: str = "test") -> str:
+    """Each arm at its last step, with all that was measured, mean over seeds: of the final runs, or on validation of tuning."""
     lines = _head("arm", "steps", *columns.values())
-    begun = {"start": [run for run in runs if run["arm"] == "start" and run["variant"] == variant and run["seed"] != 0]}
-    for arm, own in {**begun, **_finals(runs, variant)}.items():
+    begun = [run for run in runs if run["arm"] == "start" and run["variant"] == variant]
+    begun = [run for run in begun if (run["seed"] == 0) == (part == "validation")]
+    ended = _finals(runs, variant) if part == "test" else {run["arm"]: [run] for run in _tuning(runs, variant)}
+    for arm, own in {"start": begun, **ended}.items():
         cells = []
         for name in columns:
             lasts = [run["curve"][-1] for run in own]
-            cells.append(f"{sum(last['test'].get(name, last.get(name)) for last in lasts) / len(lasts):.3f}")
+            cells.append(f"{sum(last[part].get(name, last.get(name)) for last in lasts) / len(lasts):.3f}")
         lines.append(_row(arm, str(own[0]["curve"][-1]["step"]), *cells))
     return "\n".join(lines)
 
@@ -209,6 +214,7 @@ def named(folder: Path) -> dict[str, str]:
             if any(run["variant"] == variant for run in _tuning(runs, variant)):
                 named = f"{experiment}: tuning" if variant == runs[0]["variant"] else f"{experiment}: {variant}, tuning"
                 found[named] = tuning(runs, experiment, variant)
+                found[f"{named}, at the end"] = ends(runs, experiment, variant, COLUMNS[experiment], "validation")
             if _finals(runs, variant):
                 found[f"{experiment}: {variant}"] = final(runs, experiment, variant)
                 found[f"{experiment}: {variant}, at the end"] = ends(runs, experiment, variant, COLUMNS[experiment])

@@ -12,6 +12,8 @@ added to --out as it comes.
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -25,13 +27,15 @@ from .rows import ALL, ROWS, TRIAL, Row
 
 
 def about() -> dict[str, Any]:
-    """The card and the versions."""
+    """The card, which one of its kind, and the versions."""
     import torch
 
     names = ("trl-cpo", "trl", "transformers", "torch", "peft")
     found = {name: _version(name) for name in names}
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"when": time.strftime("%Y-%m-%d"), "card": card, "versions": found}
+    card, machine = "cpu", ""
+    if torch.cuda.is_available():
+        card, machine = torch.cuda.get_device_name(), str(getattr(torch.cuda.get_device_properties(), "uuid", ""))[:8]
+    return {"when": time.strftime("%Y-%m-%d"), "card": card, "machine": machine, "versions": found}
 
 
 def _version(name: str) -> str:
@@ -115,6 +119,13 @@ def main() -> None:
     ]
     if not rows:
         parser.error(f"no row's name contains {options.only}; the rows are {', '.join(row.name for row in ROWS)}")
+    arms = list(dict.fromkeys(arm for row in rows for arm in row.arms))
+    if len(arms) > 1 and not options.trial:
+        # Each in a process of its own: what one leaves behind would be counted as another's.
+        command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--arms"]
+        for arm in arms:
+            subprocess.run([*command, arm], check=False)
+        return
     facts, records = about(), []
     for record in measured(rows, loop=options.loop):
         records.append({**facts, **record})

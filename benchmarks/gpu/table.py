@@ -22,7 +22,10 @@ def speedup(records: dict[str, dict], arm: str = VARLEN, key: str = "new_s") -> 
 
 
 def _by_row(records: Sequence[dict[str, Any]]) -> list[tuple[Row, dict[str, dict], dict | None]]:
-    """Rows as `rows` lists them, the records of each by arm, and DPOTrainer with checkpointing where it has none without."""
+    """Rows as `rows` lists them, the records of each by arm, and DPOTrainer with checkpointing where it has none without.
+
+    Records stand in the order in which they were measured: of a row and arm that was measured again, the last one counts.
+    """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
         found.setdefault(record["row"], {})[record["arm"]] = record
@@ -34,22 +37,31 @@ def _by_row(records: Sequence[dict[str, Any]]) -> list[tuple[Row, dict[str, dict
     return rows
 
 
+def _on_two_machines(arms: dict[str, dict[str, Any]]) -> bool:
+    """Whether DPOTrainer and varlen were measured on two machines: their ratio is then less certain."""
+    return len({arms[arm].get("machine") for arm in (TRL, VARLEN) if arm in arms}) > 1
+
+
 def short_table(records: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table for users: one model at real lengths, where both arms were measured; lengths that come again."""
+    """A Markdown table for users: rows where both arms were measured; lengths that come again."""
     lines = [
-        "| training | pairs | gradient checkpointing | DPOTrainer | packed | times faster | peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "| model | training | micro-batch | gradient checkpointing | DPOTrainer | packed | times DPOTrainer's speed | "
+        "peak memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row, arms, beside in _by_row(records):
         compared = arms if beside is None else {**arms, TRL: beside}
         faster = speedup(compared, key="again_s")
-        if row.data != "hh" or faster is None:
+        if faster is None:
             continue
         both = [compared[arm] for arm in (TRL, VARLEN)]
         times = [f"{ms(record, 'again_s'):.0f} ms" for record in both]
         memory = " → ".join(f"{record['peak_bytes'] / 1e9:.0f}" for record in both)
         kept = "yes" if row.checkpointing else "no" if beside is None else "DPOTrainer's alone"
-        cells = ["LoRA" if row.training == "lora" else row.training, str(row.pairs), kept, *times, f"{faster:.1f}×"]
+        batch = f"{row.pairs} pairs" + ("" if row.data == "hh" else f" of {row.data.replace('+', ' + ')}")
+        training = {"lora": "LoRA", "qlora": "QLoRA"}.get(row.training, row.training)
+        ratio = f"{faster:.1f}×" + (" ‡" if _on_two_machines(compared) else "")
+        cells = [row.size.upper(), training, batch, kept, *times, ratio]
         lines.append("| " + " | ".join([*cells, f"{memory} GB"]) + " |")
     return "\n".join(lines)
 
@@ -73,7 +85,8 @@ def _line(row: Row, arms: dict[str, dict], beside: dict | None) -> str:
         cells.append((record or {}).get("failed", "")[:40] if new is None else f"{new:.0f} ({again:.0f})")
     compared = arms if beside is None else {**arms, TRL: beside}
     new, again = speedup(compared), speedup(compared, key="again_s")
-    cells.append("" if new is None else f"{new:.2f}× ({again:.2f}×)" + ("" if beside is None else " †"))
+    marks = ("" if beside is None else " †") + (" ‡" if _on_two_machines(compared) else "")
+    cells.append("" if new is None else f"{new:.2f}× ({again:.2f}×){marks}")
     cells.append(", ".join(f"{1000 * arms[arm]['busy_s']:.0f}" for arm in (TRL, VARLEN) if "busy_s" in arms.get(arm, {})))
     ours = arms.get(VARLEN, {})
     again = ms(ours, "again_s")

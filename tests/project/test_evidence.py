@@ -61,6 +61,17 @@ def test_an_interval_is_students():
     mean, half = tables.interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.302653 / math.sqrt(3), rel=1e-6))
     assert tables.interval([1.0, 2.0, 3.0], comparisons=2)[1] == pytest.approx(6.205347 / math.sqrt(3), rel=1e-6)
+    assert math.isnan(tables.interval([1.0, 2.0])[1])
+
+
+def test_the_figure_compares_the_same_seeds():
+    """Seed 2 would lift DPO's start and end; clip has no such run."""
+    runs = [run_of((0.0, 0.5 + seed), arm="start", seed=seed) for seed in (1, 2)]
+    runs += [run_of((0.1, 0.6 + seed), seed=seed) for seed in (1, 2)] + [run_of((0.2, 1.7), arm="clip 1")]
+    assert figure.curves(runs, "v", "right", ("dpo", "clip")) == {
+        "dpo 1": [(0.0, 1.5), (0.1, 1.6)],
+        "clip 1": [(0.0, 1.5), (0.2, 1.7)],
+    }
 
 
 @given(st.lists(st.booleans(), min_size=1))

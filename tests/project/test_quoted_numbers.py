@@ -3,11 +3,13 @@
 <!-- from benchmarks/demo-clip.txt -->              each line of the next block is a line that the run printed
 <!-- from benchmarks/demo-clip.txt: took 9 s -->    the run printed this, and the next paragraph has its numbers
 <!-- from benchmarks/demo-clip.jsonl: words -->     each line of the next block is said of that log (`log.jsonl`)
-<!-- from benchmarks/decisions.json: decisions -->  each row of the next table is what `TABLES["decisions"]` makes of it
+<!-- from benchmarks/decisions.json: decisions -->  each row of the next table is what `TABLES["decisions"]` makes of it;
+                                                    the record may be a file of lines too (`.jsonl`)
 """
 
 import json
 import re
+from statistics import mean, median
 
 import pytest
 
@@ -63,6 +65,36 @@ def damage(record) -> set[str]:
     return rows
 
 
+def casts(records) -> set[str]:
+    """A row a setting: with PEFT's casts, and without them, which is the next record."""
+    shown = (
+        lambda record: f"{1000 * mean(record['new_s']):.0f}",
+        lambda record: f"{1000 * median(record['again_s']):.0f}",
+        lambda record: f"{1000 * record['busy_s']:.0f}",
+        lambda record: f"{record['kernels']}",
+        lambda record: f"{record['peak_bytes'] / 1e9:.1f}",
+    )
+    rows = set()
+    for both in zip(records[::2], records[1::2], strict=True):
+        assert [record["casts"] for record in both] == ["done", "left out"] and both[0]["row"] == both[1]["row"]
+        rows.add(" | ".join([both[0]["row"], *(" → ".join(map(show, both)) for show in shown)]))
+    return rows
+
+
+def starts(records) -> set[str]:
+    """What making each model's trainer took, DPOTrainer's and ours; of those made again, the last."""
+    found: dict[str, dict[str, dict]] = {}
+    for record in records:
+        if "start_s" in record:
+            found.setdefault(record["row"].partition(",")[0], {})[record["arm"]] = record
+    rows = set()
+    for model, arms in found.items():
+        both = arms["trl"], arms["varlen"]
+        memory = " → ".join(f"{record['start_bytes'] / 1e9:.1f}" for record in both)
+        rows.add(" | ".join([model, *(f"{record['start_s']:.1f}" for record in both), memory]))
+    return rows
+
+
 def seeds(records) -> set[str]:
     """Both tables of `python -m benchmarks.decision_seeds`, at its own levels and at those looked at afterwards."""
     from benchmarks.decision_seeds import LEVELS, seeds_table
@@ -78,7 +110,14 @@ def answers(records) -> set[str]:
 
 
 #: What a record's tables hold, row by row, and how many columns of a page's table that is.
-TABLES = {"decisions": (decisions, 10), "damage": (damage, 4), "seeds": (seeds, 6), "answers": (answers, 9)}
+TABLES = {
+    "decisions": (decisions, 10),
+    "damage": (damage, 4),
+    "seeds": (seeds, 6),
+    "answers": (answers, 9),
+    "casts": (casts, 6),
+    "starts": (starts, 4),
+}
 
 
 def words(log: str) -> set[str]:
@@ -105,7 +144,8 @@ def test_what_a_page_quotes_is_in_the_record(page, monkeypatch):
         if what in TABLES:
             made, columns = TABLES[what]
             rows = rows_of(block, columns)
-            assert rows and not set(rows) - made(json.loads(text)), f"{page} has rows that {record} does not give"
+            found = [json.loads(line) for line in text.splitlines()] if record.endswith(".jsonl") else json.loads(text)
+            assert rows and not set(rows) - made(found), f"{page} has rows that {record} does not give"
         elif what == "words":
             lines = [line.strip() for line in block.splitlines()]
             assert lines and not set(lines) - words(text), f"{page} quotes what is not said of {record}: {words(text)}"
