@@ -53,7 +53,7 @@ def decisions(records) -> set[str]:
 
 
 def damage(record) -> set[str]:
-    names = {"DPO, sums, 1e-3": "plain DPO", "clip, sums, 1e-3": "clip, γ 1"}
+    names = {"DPO, sums, 1e-3": "plain DPO", "clip, sums, 1e-3": "clip, γ 1", "clip, means, 1e-3": "clip, means"}
     rows = {f"the pairs' chosen answers, by people |  |  | {100 * record['repetition_of_people']:.0f} %"}
     for run in record["runs"]:
         kl, repeated = run["sets"]["general"]["kl"], f"{100 * run['sets']['general']['repetition']['value']:.0f} %"
