@@ -2,10 +2,15 @@
 Compares a bound on the violation with penalties of fixed weight, on the embedded model and long answers.
 
     python -m benchmarks.bound --epsilon 5 10 20 --penalty 0.01 0.1 1 --out bound.json
+    python -m benchmarks.bound --votes 5 --penalty 0 0.1 --epsilon 5 10 --out bound-votes.json
+    python -m benchmarks.bound --table bound-votes.json
 
 Each run trains with LoRA, β 0.1, γ 1, learning rate 1e-3. Measured at the final weights: the mean violation over all training
 pairs, which the bound limits, and over the held-out pairs; and the KL divergence, the mean over held-out prompts of
 Σ_t KL(π_θ ‖ π_ref) along a response of up to 48 tokens sampled from the policy.
+
+With --votes, labels are soft: votes of simulated annotators (`benchmarks.votes`) give p by the package's own count. A
+violation then weighs 2p − 1, and the bound is on the mean of those. Runs that the file has already are left out.
 """
 
 import argparse
@@ -13,6 +18,7 @@ import json
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -20,6 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo.data.loading import load_pairs, to_conversational
+from trl_cpo.data.votes import PROBABILITY
+
+from .votes import voted
 
 RESPONSE_TOKENS = 48
 
@@ -38,7 +47,7 @@ def trained(
         per_device_train_batch_size=4,
         per_device_eval_batch_size=4,
         num_train_epochs=epochs,
-        logging_steps=10,
+        logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -102,17 +111,59 @@ def kl_paid(trainer: CPOConstrainedTrainer, prompts, seed: int = 0, batch: int =
     return total / count
 
 
-def measured(trainer: CPOConstrainedTrainer, prompts) -> dict:
-    """The measurements of a trained run, by name."""
+def weighed_violation(trainer: CPOConstrainedTrainer, split: str, probabilities) -> float:
+    """The mean over a split's evaluated pairs of (2p − 1) max(0, γ − δ_θ), nats: what a bound limits with soft labels."""
+    gaps = trainer.evaluated_pairs[f"eval_{split}"].gap
+    certainty = (2 * torch.tensor(probabilities) - 1).clamp(min=0)
+    return (certainty * (trainer.args.gamma - gaps).clamp(min=0)).mean().item()
+
+
+def curve(history, epsilon: float | None) -> list[dict[str, float]]:
+    """Of each logged step: the violation, not weighed; of a multiplier also λ, and the violation that moved it."""
+    points = []
+    for log in history:
+        if "cpo/violation" not in log:
+            continue
+        point = {"step": log["step"], "violation": log["cpo/violation"]}
+        if "cpo/lambda" in log:
+            point |= {"lambda": log["cpo/lambda"], "bounded": epsilon - log["cpo/slack"]}
+        points.append({name: round(value, 5) for name, value in point.items()})
+    return points
+
+
+def measured(trainer: CPOConstrainedTrainer, sets: dict[str, Any]) -> dict[str, Any]:
+    """The measurements of a trained run, by name; `sets` are its pairs, `train` and `test`."""
     logs = trainer.evaluate()
-    record = {
+    record: dict[str, Any] = {
         f"{split}_{name}": logs[f"eval_{split}_cpo/{name}"]
-        for split in ("train", "test")
+        for split in sets
         for name in ("violation", "violation_rate", "prefers_chosen", "in_undesirable_region", "gap")
     }
-    record["kl"] = kl_paid(trainer, prompts)
-    record["lambda"] = [r["cpo/lambda"] for r in trainer.state.log_history if "cpo/lambda" in r]
+    for split, pairs in sets.items():
+        if PROBABILITY in pairs.column_names:
+            record[f"{split}_weighed_violation"] = weighed_violation(trainer, split, pairs[PROBABILITY])
+    record["kl"] = kl_paid(trainer, sets["test"]["prompt"])
+    record["curve"] = curve(trainer.state.log_history, trainer.args.epsilon)
     return record
+
+
+#: Of runs with soft labels. Violations are weighed, in mean nats, of the training pairs at the final weights or of the steps
+#: of the second half as they were drawn; λ is of that half.
+HEAD = ("", "ε asked", "at the end", "second half", "held out", "not weighed", "KL", "λ, second half", "λ at the end")
+
+
+def row(record: dict[str, Any]) -> str:
+    """A run's cells, under `HEAD`; what a run without a multiplier does not log stays empty."""
+    settings, late = record["settings"], record["curve"][len(record["curve"]) // 2 :]
+    name = settings["constraint"]
+    if name == "penalty":
+        name += f" {settings['penalty_weight']:g}"
+    cells = [name, f"{settings['epsilon']:g}" if "epsilon" in settings else "", f"{record['train_weighed_violation']:.1f}"]
+    bounded, multipliers = ([point[key] for point in late if key in point] for key in ("bounded", "lambda"))
+    cells.append(f"{sum(bounded) / len(bounded):.1f}" if bounded else "")
+    cells += [f"{record['test_weighed_violation']:.1f}", f"{record['train_violation']:.1f}", f"{record['kl']:.1f}"]
+    cells += [f"{min(multipliers):.3f} to {max(multipliers):.3f}", f"{multipliers[-1]:.3f}"] if multipliers else ["", ""]
+    return " | ".join(cells)
 
 
 def main() -> None:
@@ -123,30 +174,49 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, nargs="*", default=[], help="bounds on the mean violation, nats")
     parser.add_argument("--rate", type=float, nargs="*", default=[], help="bounds on the fraction of violating pairs")
     parser.add_argument("--penalty", type=float, nargs="*", default=[], help="fixed weights; 0 is plain DPO")
+    parser.add_argument("--votes", type=int, default=0, help="simulated annotators of each pair, for soft labels; 0: none")
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--options", type=json.loads, default={}, help="config fields as JSON; they override the recipe")
     parser.add_argument("--out", default="bound.json", help="JSON file to add to")
+    parser.add_argument("--table", type=Path, help="print the runs with soft labels of such a file, and train nothing")
     options = parser.parse_args()
+    if options.table is not None:
+        print(f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD), sep="\n")
+        for record in json.loads(options.table.read_text(encoding="utf-8")):
+            print(f"| {row(record)} |")
+        return
     if options.model is None:
         from trl_cpo.data.demo.model import demo_model_folder
 
         options.model = str(demo_model_folder())
-    train, test = (to_conversational(load_pairs("demo-answers", split))[0] for split in ("train", "test"))
-    runs = [{"constraint": "penalty" if weight else "none", "penalty_weight": weight} for weight in options.penalty]
+    settings: dict[str, Any] = {"epochs": options.epochs, "seed": options.seed}
+    sets = {split: to_conversational(load_pairs("demo-answers", split))[0] for split in ("train", "test")}
+    counted: dict[str, Any] = {}
+    if options.votes:
+        for seed, (split, pairs) in enumerate(sets.items()):
+            sets[split], counted[split] = voted(pairs, options.votes, seed)
+        settings["probability_column"] = PROBABILITY
+    runs: list[dict[str, Any]] = [{"constraint": "penalty" if w else "none", "penalty_weight": w} for w in options.penalty]
     runs += [{"constraint": "lagrangian", "epsilon": epsilon} for epsilon in options.epsilon]
     runs += [{"constraint": "lagrangian", "epsilon": e, "dual_signal": "violation_rate"} for e in options.rate]
     out = Path(options.out)
+    records = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
     for run in runs:
+        asked = settings | run | options.options
+        about = {"settings": asked, **({"votes": counted} if counted else {})}
+        if any(about == {name: record.get(name) for name in about} for record in records):
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = trained(options.model, train, test, options.epochs, options.seed, **run, **options.options)
-            record = {**run, "epochs": options.epochs, "seed": options.seed, **options.options}
-            record |= measured(trainer, test["prompt"])
-        out.write_text(json.dumps([*(json.loads(out.read_text()) if out.exists() else []), record], indent=1) + "\n")
+            trainer = trained(options.model, sets["train"], sets["test"], **asked)
+            record = about | measured(trainer, sets)
+        records.append(record)
+        out.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n", encoding="utf-8")
+        weighed = f" (weighed {record['train_weighed_violation']:.2f})" if "train_weighed_violation" in record else ""
         print(
-            f"{run}: violation {record['train_violation']:.2f} train, {record['test_violation']:.2f} held out; rate "
-            f"{record['train_violation_rate']:.3f}; KL {record['kl']:.2f}; λ {record['lambda'][-1:] or ''}",
+            f"{run}: violation {record['train_violation']:.2f} train{weighed}, {record['test_violation']:.2f} held out; rate "
+            f"{record['train_violation_rate']:.3f}; KL {record['kl']:.2f}; λ {record['curve'][-1].get('lambda', '')}",
             flush=True,
         )
 

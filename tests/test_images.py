@@ -203,3 +203,24 @@ def test_an_audit_says_that_it_reads_text(tmp_path, processor, capsys):
     processor.save_pretrained(tmp_path / "model")
     assert main(["audit", "--model", str(tmp_path / "model"), "--dataset", "demo", "--max-pairs", "2"]) == 2
     assert "reads more than text (LlavaProcessor), and only text can be scored" in capsys.readouterr().err
+
+
+def test_the_price_is_not_measured_and_training_is_as_without(tmp_path, build):
+    options = dict(constraint="clip", max_length=None, eval_strategy="steps", eval_steps=3)
+
+    def trained(**price):
+        args = CPOConstrainedConfig(**training_options(tmp_path / str(len(price)), **options, **price))
+        trainer = CPOConstrainedTrainer(args=args, **build())
+        trainer.train()
+        return trainer
+
+    with pytest.warns(UserWarning, match="price is not measured: it needs a tokenizer of text, .* a LlavaProcessor"):
+        told = trained(price=True)
+    assert_same_end(told, trained())
+
+
+def test_a_limit_on_the_price_is_refused_where_it_cannot_be_measured(tmp_path, build):
+    every = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+    args = CPOConstrainedConfig(**training_options(tmp_path, constraint="clip", max_length=None, max_kl=0.1, **every))
+    with pytest.raises(ValueError, match="max_kl=0.1 would never act: .* a LlavaProcessor. Leave max_kl out"):
+        CPOConstrainedTrainer(args=args, **build())

@@ -108,6 +108,7 @@ class PairMonitor(TrainerCallback):
             max_length=getattr(args, "max_length", 1024) if max_length is None else max_length,
             truncation_mode=truncation_mode or getattr(args, "truncation_mode", None) or "keep_start",
             batch_size=batch_size,
+            assistant_turns_only=getattr(args, "assistant_turns_only", False),
         )
         prepared = scorer.prepare(_read(pairs, split, max_pairs), trainer.processing_class, "monitored")
         live = LiveScorer(trainer, prepared, scorer)

@@ -89,10 +89,11 @@ def _panel(runs: list[Run], panel: tuple[Any, ...], shift: int, shown: Sequence[
 
 
 def _name(arm: str) -> str:
-    names = {"dpo": "DPO", "simpo": "SimPO"}
+    names = {"dpo": "DPO", "simpo": "SimPO", "sft": "cross-entropy"}
     if method_of(arm) == "clip reach":
         return "clip, reach"
-    return names.get(method_of(arm), method_of(arm)) + " β " + next(word for word in arm.split() if word[0].isdigit())
+    beta = next((word for word in arm.split() if word[0].isdigit()), None)
+    return names.get(method_of(arm), method_of(arm)) + (f" β {beta}" if beta else "")
 
 
 def _cut(curve: list[tuple[float, float]], largest: float) -> list[tuple[float, float]]:

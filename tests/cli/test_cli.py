@@ -16,6 +16,7 @@ from trl_cpo.cli import COMMANDS, command_parser, main
 from trl_cpo.cli.errors import UserError, nearest, user_errors
 from trl_cpo.cli.options import run_parser
 from trl_cpo.cli.parser import ACCELERATES, ELSEWHERE, option_strings, unknown_options
+from trl_cpo.data.loading import SourceError
 from trl_cpo.recipes import names, recipe
 from trl_cpo.run.arguments import PairArguments
 from trl_cpo.run.data import load_sets
@@ -210,6 +211,14 @@ def test_pairs_held_out_are_counted_before_the_training_pairs_are_limited(tmp_pa
     options = PairArguments(dataset_name=str(tmp_path / "pairs.jsonl"), held_out=10, max_train_pairs=8)
     train, test, _, held_out, _ = load_sets(options)
     assert (len(train), len(test), held_out) == (8, 10, "10 of 50")
+
+
+def test_pairs_that_repeat_leave_none_to_hold_out(tmp_path):
+    """What the user can mend are the pairs: no split was named."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text((json.dumps({"prompt": "Why?", "chosen": " Rain.", "rejected": " No."}) + "\n") * 8)
+    with pytest.raises(SourceError, match=r"pairs.jsonl repeat: all 1 that were held out are .*\(trl-cpo audit"):
+        load_sets(PairArguments(dataset_name=str(file)))
 
 
 def test_which_errors_are_the_users(tmp_path):

@@ -19,6 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_cpo import CPOConstrainedConfig, CPOConstrainedTrainer
 from trl_cpo._trl.datasets import without_padding
 from trl_cpo.data import validation as checks
+from trl_cpo.data.spans import visible_span
 from trl_cpo.engine import guards
 from trl_cpo.pairs import PairLogps, degenerate_pairs
 from trl_cpo.scoring.scorer import ROW, Scorer
@@ -282,7 +283,7 @@ def test_preparation_and_batch_agree_on_what_compares_nothing(rows, max_length, 
     scored = batch["completion_mask"][:, 1:].sum(dim=1).view(2, -1).T.tolist()
     for row, lengths in zip(rows, scored, strict=True):
         for name, length in zip(("chosen_ids", "rejected_ids"), lengths, strict=True):
-            assert checks.visible_span(len(row["prompt_ids"]), len(row[name]), max_length, keep)[2] == length
+            assert visible_span(len(row["prompt_ids"]), len(row[name]), max_length, keep)[2] == length
 
 
 def test_the_padding_token_may_be_the_one_that_ends_an_answer():
@@ -505,6 +506,36 @@ def test_an_audit_sees_them_as_training_does(make, tokenizer):
     trained = make({"max_length": None}, train_dataset=pairs).train_dataset
     prepared = Scorer(max_length=None).prepare(pairs.add_column(ROW, [0, 1]), tokenizer, "train")
     assert prepared.tokens.prompt == trained["prompt_ids"][:] and prepared.tokens.chosen == trained["chosen_ids"][:]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_calls_inside_a_prompt_that_only_the_answers_hold_are_not_padded(make, tokenizer, streamed):
+    """TRL takes the prompt out of the answers; what it makes would be padded anew."""
+    tokenizer.chat_template = WITH_TOOLS
+    rows = []
+    for row in tool_rows("text"):
+        asked = [*row["prompt"], row["chosen"][0], {"role": "tool", "content": "done"}]
+        plain = {"role": "assistant", "content": "so it is"}
+        rows.append({"chosen": [*asked, plain], "rejected": [*asked, {**plain, "content": "no"}]})
+
+    def tokens(rows):
+        dataset = Dataset.from_list(rows)
+        dataset = dataset.to_iterable_dataset() if streamed else dataset
+        got = make({"max_length": None}, train_dataset=dataset).train_dataset
+        return [[row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")] for row in got]
+
+    together = tokens(rows)
+    assert together == [tokens([row])[0] for row in rows]
+    assert "null" not in tokenizer.decode(together[0][0]) and "red" in tokenizer.decode(together[0][0])
+
+
+def test_turns_lack_the_keys_that_only_other_turns_have():
+    """Under transformers 5.19 a template sees them: Llama 3.1's asks whether `tool_calls` is there, and for its length."""
+    rows = [{**row, "rejected": [{**row["rejected"][0], "thinking": "so"}]} for row in tool_rows("text")]
+    rows += pairs_dataset(1, conversational=True)
+    got = list(without_padding(Dataset.from_list(rows)))
+    for row, before in zip(got, rows, strict=True):
+        assert [row[side] for side in ("prompt", "chosen", "rejected")] == [before[s] for s in ("prompt", "chosen", "rejected")]
 
 
 def test_a_set_without_padding_is_handed_on_as_it_is(tokenizer):

@@ -570,7 +570,7 @@ class TestCommand:
             (["--memory", "24"], "with its unit"),
             (["--prompt_share", "1.5"], "between 0 and 1"),
             (["--offload"], "--offload needs --parallel zero3"),
-            (["--load_in_4bit"], "Add adapters"),
+            (["--load_in_4bit"], "cannot be trained: train an adapter on them, with --use_peft"),
             (["--model", "./nowhere"], "Cannot load the model ./nowhere"),
             (["--parallel", "zero4"], "zero3"),
             (["--bete", "0.1"], "--beta"),

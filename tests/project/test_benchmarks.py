@@ -55,10 +55,10 @@ def test_what_a_bound_costs_is_measured(model_folder):
     side = trainer.processing_class.padding_side
     mask = tokens_of(trainer.processing_class, test["prompt"])["attention_mask"]
     assert not mask[:, 0].all() and mask[:, -1].all() and trainer.processing_class.padding_side == side
-    record = measured(trainer, test["prompt"])
+    record = measured(trainer, {"train": train, "test": test})
     gaps = trainer.evaluated_pairs["eval_train"].gap
     assert record["train_violation"] == pytest.approx((1.0 - gaps).clamp(min=0).mean().item(), rel=1e-6)
-    assert len(record["lambda"]) >= 1 and record["kl"] > 0
+    assert all("lambda" in point for point in record["curve"]) and len(record["curve"]) == 2 and record["kl"] > 0
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
             if "lora_B" in name:

@@ -109,6 +109,13 @@ def answers(records) -> set[str]:
     return {line.strip("| ") for line in table(records).splitlines() if line.startswith("| ")}
 
 
+def bound(records) -> set[str]:
+    """As the program prints them."""
+    from benchmarks.bound import row
+
+    return {row(record) for record in records}
+
+
 #: What a record's tables hold, row by row, and how many columns of a page's table that is.
 TABLES = {
     "decisions": (decisions, 10),
@@ -117,6 +124,7 @@ TABLES = {
     "answers": (answers, 9),
     "casts": (casts, 6),
     "starts": (starts, 4),
+    "bound": (bound, 9),
 }
 
 

@@ -215,6 +215,8 @@ def test_a_file_comes_before_a_recipe_of_that_name(tmp_path, monkeypatch):
         (["--constraint", "clipp"], "Did you mean clip?"),
         (["--gamma"], "--gamma"),
         (["--gamma", "much"], "invalid float value: 'much'"),
+        (["--load_in_4bit"], "load_in_4bit loads weights that cannot be trained: train an adapter on them, with --use_peft"),
+        (["--load_in_8bit", "True"], "load_in_8bit loads weights that cannot be trained"),
     ],
 )
 def test_a_fault_on_the_command_line(arguments, said):

@@ -60,6 +60,8 @@ def of_tokens_alone(collator: Any) -> Any:
 
 #: The columns of a pair that hold its text.
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+#: The keys that every turn has.
+_KEPT = {"role", "content"}
 _HIDDEN = "trl_cpo_hidden_"
 
 
@@ -92,16 +94,16 @@ def show_helper_columns(dataset: Any, new: dict[str, str]) -> Any:
 def without_padding(dataset: Any) -> Any:
     """`dataset` without the nulls that Arrow puts where a row lacks a key that another row has.
 
-    In `tools`, `chat_template_kwargs` and the `tool_calls` of messages a chat template would render them. A null that stands
-    there on purpose looks the same, and goes too. Itself where there is none.
+    In `tools`, `chat_template_kwargs` and messages a chat template would see them. A null that stands there on purpose looks
+    the same, and goes too, but for a message's content. Itself where there is none.
     """
     features = dataset.features or {}
     # As objects, rows may differ in their keys.
     changed = {name: Json() for name in ("tools", "chat_template_kwargs") if _is_nested(features.get(name))}
     for name in TEXT_COLUMNS:
         message = getattr(features.get(name), "feature", None)
-        if isinstance(message, dict) and _is_nested(message.get("tool_calls")):
-            changed[name] = List({**message, "tool_calls": Json()})
+        if isinstance(message, dict) and set(message) - _KEPT:
+            changed[name] = List(Json())
     if not changed:
         return dataset
     if isinstance(dataset, Dataset):
@@ -124,9 +126,7 @@ def _unpadded(row: dict[str, Any]) -> dict[str, Any]:
         elif name == "chat_template_kwargs":
             clean[name] = _without_nulls(value or {})
         elif name in TEXT_COLUMNS and isinstance(value, list):
-            clean[name] = [
-                {**turn, "tool_calls": _without_nulls(turn["tool_calls"])} if "tool_calls" in turn else turn for turn in value
-            ]
+            clean[name] = [_without_nulls(turn) | {key: turn[key] for key in _KEPT if key in turn} for turn in value]
     return clean
 
 

@@ -120,9 +120,9 @@ def _main(numbers: dict, settings: dict):
         return "decisions", (
             f"{interval(misaligned)} of pairs start misaligned, and answers are decisions (median {tokens:g} tokens): the "
             "likelier one is what the model does. Constrain, with beta 1 and gamma 1: beta then says how near to stay, gamma "
-            "how much to mend. A small model that was wrong on a slice got far more right than with DPO at equal KL, and as much "
-            "as with cross-entropy on the chosen answers (docs/evidence.md); the demo's decisions did not repeat it. Train with "
-            "constraint='none' too, and with TRL's SFTTrainer where the chosen answer is the right one, and compare."
+            "how much to mend. A small model that was wrong on a slice got far more right than with DPO at equal KL, and as "
+            "much as with cross-entropy on the chosen answers (docs/evidence.md); the demo's decisions did not repeat it. "
+            "Train also with constraint='none', and with TRL's SFTTrainer where chosen answers are right, and compare."
         )
     if settings["reduction"] == "sum" and _is_length(numbers):
         return "length_not_preference", (

@@ -181,6 +181,7 @@ def _numbers(
         "group_column": request.by,
         "max_length": request.scorer.max_length,
         "truncation_mode": request.scorer.truncation_mode,
+        "assistant_turns_only": True if request.scorer.assistant_turns_only else None,
     }
     return {**audited, "command": train_command(audited["advice"], vars(request.settings), options)}
 

@@ -37,7 +37,12 @@ FINDINGS = {
     "identical": (True, "have the same chosen and rejected answer: nothing can be learnt from them; left out below"),
     "identical_when_cut": (True, "have answers that max_length makes the same; left out below"),
     "nothing_scored": (True, "have an answer of which max_length leaves nothing to score; left out below"),
-    "other_turns": (True, "have an answer with turns that are not the assistant's, which are scored and trained on too"),
+    "other_turns": (
+        True,
+        "have an answer with turns that are not the assistant's, which are scored and trained on too without "
+        "assistant_turns_only",
+    ),
+    "turns_left_out": (False, "have an answer with turns that are not the assistant's, of which nothing is scored"),
     "contradicted": (True, "are also there with chosen and rejected exchanged"),
     "duplicate": (False, "repeat an earlier pair"),
     "prompt_cut": (False, "have a prompt cut by max_length (keep_end): the answers are scored without its beginning"),
@@ -85,7 +90,11 @@ def examine(
     tails = {at: prompt_alone(at)[len(pairs.prompt[at]) :] for at in looked_at}
     found["prompt_not_prefix"] = [at for at, tail in tails.items() if tail]
     others = {at: sum(tokens_of_others(at)) for at in range(len(pairs))}
-    found["other_turns"] = [at for at, count in others.items() if count]
+    if pairs.masks is not None:
+        # Unscored are also the marks of a turn that the prompt for it holds at inference.
+        others = {at: sum(len(mask) - sum(mask) for mask in both) for at, both in enumerate(zip(*pairs.masks, strict=True))}
+    of_others = "other_turns" if pairs.masks is None else "turns_left_out"
+    found[of_others] = [at for at, count in others.items() if count]
     findings = []
     for name, (is_fault, says) in FINDINGS.items():
         if places := found.get(name):
@@ -94,7 +103,7 @@ def examine(
             finding = {"finding": name, "fault": is_fault, "count": len(places), "of": of, "rows": rows, "says": says}
             if name == "prompt_not_prefix":
                 finding["left_out"] = quoted(tokenizer.decode(tails[places[0]]), 80)
-            if name == "other_turns":
+            if name == of_others:
                 finding["tokens"] = sum(others[at] for at in places)
                 finding["of_tokens"] = sum(len(pairs.chosen[at]) + len(pairs.rejected[at]) for at in places)
             findings.append(finding)
@@ -153,7 +162,7 @@ def _found(pairs: TokenPairs, tokenizer: Any, truncation: Truncation, ends: set[
     for at, (first, key) in enumerate(zip(_sequences(pairs), parts, strict=True)):
         prompt, chosen, rejected = pairs.prompt[at], pairs.chosen[at], pairs.rejected[at]
         leading = _leading(first, bos)
-        left = [truncation.left(prompt, answer) for answer in (chosen, rejected)]
+        left = [truncation.left(prompt, answer, pairs.mask(side, at)) for side, answer in enumerate((chosen, rejected))]
         same, unscored = chosen == rejected, any(scored < 1 for *_, scored in left)
         holds = {
             "double_bos": leading > 1,

@@ -32,6 +32,7 @@ def score_to_folder(
     max_length: int | None = 1024,
     dtype: str = "float32",
     batch_size: int = 8,
+    assistant_turns_only: bool = False,
 ) -> Path:
     """Scores the pairs of a split by a model, as training would score them, and writes pairs.json into a new folder.
 
@@ -47,6 +48,7 @@ def score_to_folder(
         gamma: γ, nats of `reduction`, that certificates take by default.
         max_pairs: so many pairs, drawn at random with seed 0.
         max_length, dtype, batch_size: tokens, of the weights, pairs at once.
+        assistant_turns_only: as in CPOConstrainedConfig.
 
     Raises:
         CertificateError: the folder is taken, or no pair can be scored.
@@ -58,7 +60,7 @@ def score_to_folder(
             f"{folder} already holds files, and nothing in it is overwritten. Give a new folder for the scores."
         )
     with making(folder):  # what cannot be written is not scored first
-        settings = dict(max_length=max_length, dtype=dtype, batch_size=batch_size)
+        settings = dict(max_length=max_length, dtype=dtype, batch_size=batch_size, assistant_turns_only=assistant_turns_only)
         scored = _scored(model, ref_model, dataset, split, gamma, max_pairs, reduction, settings)
         write_json(folder / PAIRS, scored)
     return folder

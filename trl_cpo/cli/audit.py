@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="keep_start",
         help="as in training (default: keep_start)",
     )
+    add("--assistant-turns-only", action="store_true", help="score the assistant's turns alone, as in training")
     add(
         "--dtype",
         choices=["float32", "bfloat16", "float16", "auto"],
@@ -179,5 +180,6 @@ def _request(options: argparse.Namespace):
             dtype=options.dtype,
             batch_size=options.batch_size,
             trust_remote_code=options.trust_remote_code,
+            assistant_turns_only=options.assistant_turns_only,
         ),
     )

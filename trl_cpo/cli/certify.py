@@ -21,7 +21,17 @@ docs/theory.md says what is proven, and under which assumptions. Exit code 1: th
 or a certificate does not follow from its evidence."""
 
 _MAKES = ("kind", "gamma", "at_least", "by", "out")
-_SCORES = ("ref_model", "split", "max_pairs", "logps_reduction", "max_length", "dtype", "batch_size", "scores")
+_SCORES = (
+    "ref_model",
+    "split",
+    "max_pairs",
+    "logps_reduction",
+    "max_length",
+    "assistant_turns_only",
+    "dtype",
+    "batch_size",
+    "scores",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="with --model: longest sequence, as in training (default: 1024); 0: no limit",
+    )
+    add(
+        "--assistant-turns-only",
+        action="store_true",
+        default=None,
+        help="with --model: score the assistant's turns alone, as in training",
     )
     add(
         "--dtype",
@@ -140,6 +156,7 @@ def _certify(options: argparse.Namespace) -> int:
                 max_length=1024 if options.max_length is None else options.max_length or None,
                 dtype=options.dtype or "float32",
                 batch_size=options.batch_size or 8,
+                assistant_turns_only=bool(options.assistant_turns_only),
             )
         asked = {"kind": kind, "gamma": options.gamma, "at_least": options.at_least or 0.0}
         if options.by is None:

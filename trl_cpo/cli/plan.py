@@ -91,8 +91,6 @@ def _request(options: argparse.Namespace, args, policy, device: str):
     if options.offload and kind != "zero3":
         raise UserError(f"--offload needs --parallel zero3; got {kind}.\nUsage: trl-cpo plan --help")
     bits = 4 if policy.load_in_4bit else 8 if policy.load_in_8bit else 16
-    if bits < 16 and not policy.use_peft:
-        raise UserError("weights in 4 or 8 bits cannot be trained directly.\nAdd adapters: trl-cpo plan --use_peft …")
     packed = args.prefix_sharing if args.prefix_sharing is not None else args.constraint != "none"
     if args.tokens_per_step is not None:
         raise UserError(

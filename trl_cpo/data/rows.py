@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 #: The columns that hold a pair's text; the first may be missing, if the other two begin with the prompt.
 SIDES = ("prompt", "chosen", "rejected")
+#: Columns of a prepared set under `assistant_turns_only`, beside the answers' ids and as long: 1 where a token is the
+#: assistant's. A set whose answers are a single turn each has none.
+TURN_MASKS = ("chosen_assistant_mask", "rejected_assistant_mask")
 _SHOWN = 5
 
 _DAMAGED = "Mend or remove these rows, for example with dataset.filter(...)."

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, List
 
 from .rows import keep_sound, other_turns, refusal, row_fault
+from .spans import answers_of, scored_span
 
 _FORMAT = (
     "A preference dataset has the columns prompt, chosen, rejected (or chosen and rejected that both begin with the "
@@ -61,6 +62,20 @@ def check_preference_dataset(dataset: Any, name: str, *, prompt_needed: bool = T
             raise ValueError(message)
         if warns:
             warnings.warn(message, stacklevel=3)
+
+
+def check_has_turns(dataset: Any, name: str) -> None:
+    """Raises `ValueError` if a set is text, which does not show whose words it is, for `assistant_turns_only`."""
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_has_turns(part, f"{name}[{key!r}]")
+        return
+    first: Any = next(iter(dataset), {}) if isinstance(dataset, (Dataset, IterableDataset)) else {}
+    if isinstance(first.get("chosen"), str):
+        raise ValueError(
+            f"assistant_turns_only needs messages, and {name} is text, which does not show whose words it is. Give lists of "
+            "{'role', 'content'} messages (HH-RLHF text: trl_cpo.data.loading.to_conversational(dataset)), or leave it out."
+        )
 
 
 def sound_stream(dataset: IterableDataset, name: str) -> IterableDataset:
@@ -192,8 +207,9 @@ def several_turns_message(dataset: Dataset, name: str) -> str | None:
         return None
     return (
         f"{len(found)} of the {len(dataset)} pairs of the {name} dataset ({_rows(found)}) have an answer with turns that are "
-        "not the assistant's. Everything behind the prompt is scored, so the gap counts the user's words too. End both answers "
-        "after their first turn, or pair the last answers to the same prompt; trl-cpo audit says how many tokens it concerns."
+        "not the assistant's. Everything behind the prompt is scored, so the gap counts the user's words too. Set "
+        "assistant_turns_only=True, end both answers after their first turn, or pair the last answers to the same prompt; "
+        "trl-cpo audit says how many tokens it concerns."
     )
 
 
@@ -241,29 +257,6 @@ def check_lengths_known(dataset: Any, option: str) -> None:
         )
 
 
-def visible_span(prompt: int, completion: int, max_length: int | None, keep: str) -> tuple[int, int, int]:
-    """The part of an answer that DPOTrainer's truncation keeps, and how many of its tokens are scored.
-
-    Args:
-        prompt: tokens of the prompt.
-        completion: tokens of the answer.
-        max_length: the most tokens kept of both together; None: all.
-        keep: "keep_start" or "keep_end": which end of the sequence is kept.
-
-    Returns:
-        first, end: the slice of the answer that is kept; scored: its number of tokens, without one in the sequence's first
-        place, which has no predecessor to predict it.
-    """
-    cut = 0 if max_length is None else max(0, prompt + completion - max_length)
-    if keep == "keep_start":
-        first, end = 0, max(0, completion - cut)
-        prompt_left = min(prompt, prompt + completion - cut)
-    else:
-        first, end = max(0, cut - prompt), completion
-        prompt_left = max(0, prompt - cut)
-    return first, end, end - first - (prompt_left == 0 and end > first)
-
-
 def degenerate_rows(dataset: Dataset, max_length: int | None, keep: str) -> dict[str, list[int]]:
     """Row numbers of the degenerate pairs of a tokenized dataset after truncation, by kind.
 
@@ -273,17 +266,17 @@ def degenerate_rows(dataset: Dataset, max_length: int | None, keep: str) -> dict
     found: dict[str, list[int]] = {"same answers": [], "nothing scored": []}
     if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names):
         return found
-    number = -1
-    for batch in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("numpy").iter(1000):
-        for prompt, chosen, rejected in zip(batch["prompt_ids"], batch["chosen_ids"], batch["rejected_ids"], strict=True):
-            number += 1
-            spans = [visible_span(len(prompt), len(answer), max_length, keep) for answer in (chosen, rejected)]
-            if not all(scored > 0 for *_, scored in spans):
-                found["nothing scored"].append(number)
-                continue
-            (c_first, c_end, _), (r_first, r_end, _) = spans
-            if c_end - c_first == r_end - r_first and (chosen[c_first:c_end] == rejected[r_first:r_end]).all():
-                found["same answers"].append(number)
+    for number, (prompt, chosen, rejected, *masks) in enumerate(answers_of(dataset)):
+        spans = [
+            scored_span(len(prompt), len(answer), max_length, keep, mask)
+            for answer, mask in zip((chosen, rejected), masks, strict=True)
+        ]
+        if not all(scored > 0 for *_, scored in spans):
+            found["nothing scored"].append(number)
+            continue
+        (c_first, c_end, *_), (r_first, r_end, *_) = spans
+        if c_end - c_first == r_end - r_first and (chosen[c_first:c_end] == rejected[r_first:r_end]).all():
+            found["same answers"].append(number)
     return found
 
 

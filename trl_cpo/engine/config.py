@@ -93,6 +93,14 @@ class DPOConfig(trl.DPOConfig):
             "so that every pair weighs the same over an epoch."
         },
     )
+    assistant_turns_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Score the assistant's turns alone in answers of several turns: what users and tools say there counts "
+            "nothing in log-probabilities, gaps and metrics, nor in a precomputed reference. For messages whose chat template "
+            "renders earlier turns the same way whatever follows. Answers of one turn are scored as in DPOTrainer."
+        },
+    )
     check_reference: bool = field(
         default=True,
         metadata={
@@ -124,6 +132,7 @@ class DPOConfig(trl.DPOConfig):
         """The faults of these fields, one sentence each; empty if there are none."""
         faults = is_true_or_false("prefix_sharing", self.prefix_sharing, optional=True)
         faults += is_true_or_false("balance_tokens", self.balance_tokens)
+        faults += is_true_or_false("assistant_turns_only", self.assistant_turns_only)
         faults += is_true_or_false("check_reference", self.check_reference)
         budget = self.tokens_per_step
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):

@@ -31,8 +31,10 @@ from .._trl.datasets import (
 from .._trl.lora_layers import spare_casts
 from .._trl.loss import LOSS_READS, observed_loss, policy_logps, reference_logps
 from .._trl.models import config_of, drifting_parameters, model_id, reference_origin
+from .._trl.turns import of_assistant_turns, refuse_collator, with_turn_masks
 from .._trl.upstream import check_kernels, check_upstream
 from ..data import validation
+from ..data.rows import TURN_MASKS
 from ..pairs import PairLogps
 from .batching import BalancedSampler, TokenBudget, pair_tokens
 from .config import DPOConfig
@@ -119,6 +121,8 @@ class DPOTrainer(ResumableTrainer):
         check_upstream()
         args = self._config(args, model)
         check_kernels(args.device.type)
+        if args.assistant_turns_only:
+            refuse_collator(data_collator)
         # Not passed on as `callbacks`, because the user's come first.
         own_callbacks = self.set_up(args)
         processing_class = preflight(
@@ -174,6 +178,8 @@ class DPOTrainer(ResumableTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if args.assistant_turns_only:
+            self.data_collator = of_assistant_turns(self.data_collator)
         if self._carried:
             self.data_collator = ColumnsBeside(self.data_collator, self._carried)
         if self._sharing.wanted is not False:
@@ -362,6 +368,8 @@ class DPOTrainer(ResumableTrainer):
         validation.check_preference_dataset(
             dataset, f"the {dataset_name} dataset", prompt_needed=not args.is_plain_dpo, warns=False
         )
+        if args.assistant_turns_only:
+            validation.check_has_turns(dataset, f"the {dataset_name} dataset")
         given = dataset
         dataset = self.with_columns(dataset, f"the {dataset_name} dataset")
         if isinstance(dataset, IterableDataset):
@@ -372,6 +380,8 @@ class DPOTrainer(ResumableTrainer):
         dataset = show_helper_columns(dataset, hidden)
         dataset = self._fit.checked(dataset, dataset_name)
         validation.check_not_all_dropped(dataset, dataset_name, args.max_length)
+        if args.assistant_turns_only:
+            dataset = with_turn_masks(dataset, processing_class, f"the {dataset_name} dataset")
         # Streamed datasets cannot be scanned; `guarded_loss` counts their degenerate pairs.
         if isinstance(dataset, Dataset) and args.process_index == 0:
             message = validation.degenerate_message(
@@ -383,7 +393,7 @@ class DPOTrainer(ResumableTrainer):
                 left_out_by=self.leaves_out_degenerate,
             )
             twice_ended = validation.doubled_end_message(given, self._tokenizer.eos_token, dataset_name)
-            turns = validation.several_turns_message(dataset, dataset_name)
+            turns = None if args.assistant_turns_only else validation.several_turns_message(dataset, dataset_name)
             for text in (message, twice_ended, turns):
                 if text:
                     warnings.warn(text, stacklevel=2)
@@ -391,7 +401,8 @@ class DPOTrainer(ResumableTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self._carried if name not in self._signature_columns]
+        carried = (*self._carried, *(TURN_MASKS if self.args.assistant_turns_only else ()))
+        self._signature_columns += [name for name in carried if name not in self._signature_columns]
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.args.balance_tokens:

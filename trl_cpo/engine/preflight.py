@@ -13,6 +13,7 @@ from ..data.models import refuse_adapter
 from ..data.validation import (
     VocabularyFit,
     check_has_name,
+    check_has_turns,
     check_lengths_known,
     check_preference_dataset,
     check_tokenizer,
@@ -65,6 +66,8 @@ def preflight(
     for name, dataset in datasets.items():
         if dataset is not None:
             check_preference_dataset(dataset, name, prompt_needed=not args.is_plain_dpo, warns=args.process_index == 0)
+            if args.assistant_turns_only:
+                check_has_turns(dataset, name)
     if ref_model is not None:
         check_vocabularies(config_of(model, args), ref_model)
     if processing_class is None:
@@ -74,6 +77,11 @@ def preflight(
         check_tokenizer(processing_class, holds_messages(next(iter(train_dataset))))
     if isinstance(processing_class, PreTrainedTokenizerBase):
         VocabularyFit(processing_class, config_of(model, args)).check_padding(args.pad_token)
+    if args.assistant_turns_only and not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"assistant_turns_only needs a tokenizer of text, got a {type(processing_class).__name__}: with images, turns are "
+            "made into tokens batch by batch. Leave it out, and end both answers after their first turn."
+        )
     for option in ("balance_tokens", "tokens_per_step"):
         if getattr(args, option):
             check_lengths_known(train_dataset, option)

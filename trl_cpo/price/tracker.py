@@ -58,7 +58,11 @@ class PriceTracker:
 
     @classmethod
     def of(cls, trainer: Any, limit: Limit) -> "PriceTracker":
-        """By the trainer's own arguments, on the first of its evaluation sets."""
+        """By the trainer's own arguments, on the first of its evaluation sets.
+
+        Raises:
+            ValueError: there is a limit, and nothing that could be held against it.
+        """
         args, sets = trainer.args, trainer.eval_dataset
         name = next(iter(sets), None) if isinstance(sets, Mapping) else None
         meter = meter_of(
@@ -69,6 +73,8 @@ class PriceTracker:
             share=args.price_share,
             text=args.price_text,
         )
+        if args.max_kl is not None and meter.unable is not None:
+            raise ValueError(f"max_kl={args.max_kl:g} would never act: {meter.unable} Leave max_kl out.")
         tracker = cls(trainer, meter, max_kl=args.max_kl, limit=limit, narrate=args.narrate)
         tracker.prefix = "eval" if name is None else f"eval_{name}"
         return tracker

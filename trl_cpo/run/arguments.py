@@ -67,3 +67,9 @@ class PolicyConfig(ModelConfig):
         default="HuggingFaceTB/SmolLM2-135M-Instruct",
         metadata={"help": "Hub name or folder, or 'demo' (the embedded SmolLM2-135M-Instruct)."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, name) and not self.use_peft:
+                raise ValueError(f"{name} loads weights that cannot be trained: train an adapter on them, with --use_peft.")

@@ -67,6 +67,11 @@ def _not_trained_on(test: Any, train: Any, options: "PairArguments", sliced: boo
     else:
         kept, learned = test, {**names, "trained_on_left_out": None, "digests": None}
         none_left = bool(split_names(names["train_split"]) & split_names(names["test_split"]))
+    if none_left and sliced:
+        raise SourceError(
+            f"The pairs of {options.dataset_name} repeat: all {len(test)} that were held out are trained on too. Remove "
+            "repeated pairs (trl-cpo audit names them), or give a --dataset_test_split of other pairs."
+        )
     if none_left:
         raise SourceError(
             f"The pairs of the split {names['test_split']!r} are all trained on (--dataset_train_split "

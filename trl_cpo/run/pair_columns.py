@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..data.validation import visible_span
+from ..data.spans import answers_of, scored_span
 from ..labels.columns import CARRIED
 
 #: Columns that are the pairs themselves, and endings of those that training adds.
@@ -12,21 +12,19 @@ _MOST_COLUMNS, _MOST_VALUES, _LONGEST = 6, 20, 80
 
 
 def answer_tokens(dataset: Any, max_length: int | None, keep: str) -> tuple[list[int], list[int]] | None:
-    """Tokens of the chosen and rejected answers that truncation leaves, n each; None for a stream, or without token ids.
+    """Scored tokens of the chosen and rejected answers that truncation leaves, n each; None for a stream, or without ids.
 
     Args:
         dataset: the pairs as the trainer prepared them.
-        max_length, keep: as in `trl_cpo.data.validation.visible_span`.
+        max_length, keep: as in `trl_cpo.data.spans.visible_span`.
     """
     names = ["prompt_ids", "chosen_ids", "rejected_ids"]
     if not hasattr(dataset, "__len__") or not set(names) <= set(dataset.column_names):
         return None
     counts: tuple[list[int], list[int]] = ([], [])
-    for batch in dataset.select_columns(names).with_format("numpy").iter(1000):
-        for prompt, *answers in zip(*(batch[name] for name in names), strict=True):
-            for found, answer in zip(counts, answers, strict=True):
-                first, end, _ = visible_span(len(prompt), len(answer), max_length, keep)
-                found.append(end - first)
+    for prompt, chosen, rejected, *masks in answers_of(dataset):
+        for found, answer, mask in zip(counts, (chosen, rejected), masks, strict=True):
+            found.append(scored_span(len(prompt), len(answer), max_length, keep, mask)[2])
     return counts
 
 

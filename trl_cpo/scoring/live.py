@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .._trl.reference import adapts_the_head, collator_of, fused_head, policy_summed_logps
+from .._trl.reference import adapts_the_head, fused_head, policy_summed_logps
 from ..engine.forward.sharing import PrefixSharing
 from ..engine.model_state import evaluation_mode, keep_trainable
 from .scorer import PreparedPairs, Scorer
@@ -39,7 +39,7 @@ class LiveScorer:
 
     def __init__(self, trainer: Any, prepared: PreparedPairs, scorer: Scorer):
         self._trainer, self._rows = trainer, prepared.dataset
-        self._collator = collator_of(trainer.processing_class, scorer.cut())
+        self._collator = scorer.collator(trainer.processing_class, scorer.cut())
         self._sharing = PrefixSharing(scorer.prefix_sharing, scorer.max_length, verbose=trainer.is_world_process_zero())
         self._batch_size = scorer.batch_size
         chosen, rejected, degenerate = answer_tokens(prepared.tokens, scorer.truncation)

@@ -55,6 +55,7 @@ class Scorer:
     prefix_sharing: bool | None = None
     batch_size: int = 8
     trust_remote_code: bool = False
+    assistant_turns_only: bool = False
     options: dict = field(default_factory=dict)
 
     @property
@@ -75,6 +76,7 @@ class Scorer:
             prefix_sharing=self.prefix_sharing,
             model_init_kwargs={"dtype": self.dtype},
             trust_remote_code=self.trust_remote_code,
+            assistant_turns_only=self.assistant_turns_only,
             report_to="none",
             **own,
         )
@@ -118,19 +120,27 @@ class Scorer:
             ValueError: the pairs, or the tokenizer for them, lack something, or no pair is left.
         """
         from .._trl.datasets import TOKENIZED_COLUMNS, holds_messages, prompt_alone, tokenized, tokens_of_other_turns
+        from .._trl.turns import with_turn_masks
         from ..data import validation as checks
+        from ..data.rows import TURN_MASKS
 
         checks.check_preference_dataset(pairs, name)
         checks.check_tokenizer(tokenizer, holds_messages(pairs[0]))
         seen = pairs.select_columns([column for column in (*_SEEN_COLUMNS, ROW) if column in pairs.column_names])
+        if self.assistant_turns_only:
+            checks.check_has_turns(pairs, name)
         prepared = tokenized(seen, tokenizer, self.cut(), name)
         checks.check_not_all_dropped(prepared, name, self.max_length)
-        ids = {column: prepared[column][:] for column in TOKENIZED_COLUMNS}
+        if self.assistant_turns_only:
+            prepared = with_turn_masks(prepared, tokenizer, name)
+        holes = all(column in prepared.column_names for column in TURN_MASKS)
+        masks = (prepared[TURN_MASKS[0]][:], prepared[TURN_MASKS[1]][:]) if holes else None
+        prompt, chosen, rejected = (prepared[column][:] for column in TOKENIZED_COLUMNS)
         text = prepared.select_columns([column for column in _SEEN_COLUMNS if column in prepared.column_names])
         return PreparedPairs(
             given=len(pairs),
             dataset=prepared,
-            tokens=TokenPairs(*ids.values(), rows=prepared[ROW][:]),
+            tokens=TokenPairs(prompt, chosen, rejected, prepared[ROW][:], masks),
             prompt_alone=lambda at: prompt_alone(tokenizer, prepared[at]),
             tokens_of_others=lambda at: tuple(
                 tokens_of_other_turns(tokenizer, text[at], side) for side in ("chosen", "rejected")
@@ -175,10 +185,10 @@ class Scorer:
         from ..engine.model_state import keep_trainable
         from ..engine.reference import ReferenceSource, ReferenceTables
 
-        collator, model = seam.collator_of(tokenizer, args), self._load(source, args)
+        collator, model = self.collator(tokenizer, args), self._load(source, args)
         keep_trainable(model)
         accelerator = seam.accelerator_of(args)
-        reference = seam.prepare_reference(model, collator.pad_token_id, args, accelerator)
+        reference = seam.prepare_reference(model, tokenizer.pad_token_id, args, accelerator)
         sharing = PrefixSharing(self.prefix_sharing, args.max_length, verbose=args.process_index == 0)
         with seam.engine_of(reference, accelerator) as engine:
             tables = ReferenceTables()
@@ -198,6 +208,14 @@ class Scorer:
                 name: tables.of_source(scored, dataset, name, self.batch_size, packed=packed)
                 for name, dataset in datasets.items()
             }
+
+    def collator(self, tokenizer: "PreTrainedTokenizerBase", args):
+        """DPOTrainer's collator; it scores what training would score."""
+        from .._trl.reference import collator_of
+        from .._trl.turns import of_assistant_turns
+
+        own = collator_of(tokenizer, args)
+        return of_assistant_turns(own) if self.assistant_turns_only else own
 
     def check_same_vocabulary(self, source: str, ref_source: str) -> None:
         """Raises `ValueError` if the two models score different vocabularies."""

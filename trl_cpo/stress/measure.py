@@ -90,6 +90,7 @@ def measure(
         dtype=run.dtype,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        assistant_turns_only=bool(run.settings.get("assistant_turns_only")),
         options=_options(run),
     )
     sources = {"policy": str(run.folder), "ref": reference_of(run, ref_model)}

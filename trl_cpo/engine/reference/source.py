@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._trl.datasets import of_tokens_alone
 from ..._trl.models import Reference, reference_engine, reference_of
+from ..._trl.turns import of_assistant_turns
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class ReferenceSource:
     @classmethod
     def of_trainer(cls, trainer: Any) -> "ReferenceSource":
         """The reference of a trainer, by its `compute_ref_log_probs`."""
+        collator = of_tokens_alone(trainer.data_collator)
         return cls(
             reference=reference_of(trainer),
             accelerator=trainer.accelerator,
-            collator=of_tokens_alone(trainer.data_collator),
+            # DPOTrainer precomputes before its collator is ours.
+            collator=of_assistant_turns(collator) if trainer.args.assistant_turns_only else collator,
             engine=lambda: reference_engine(trainer),
             logps=trainer.compute_ref_log_probs,
             max_length=trainer.args.max_length,

@@ -16,6 +16,8 @@ from datasets.fingerprint import Hasher
 
 from ..._trl.datasets import TOKENIZED_COLUMNS, is_its_collator
 from ..._trl.models import model_id
+from ..._trl.turns import AssistantTurns
+from ...data.rows import TURN_MASKS
 from ...files.cache import ForeignCache, cache_folder, cache_root
 from ..model_state import evaluation_mode
 from ..precision import float32_products
@@ -86,7 +88,7 @@ class ReferenceTables:
         )
         if self._weights_rest:
             self._weights = weights
-        tokens, lengths = tokens_digest(dataset, TOKENIZED_COLUMNS)
+        tokens, lengths = tokens_digest(dataset, tokens_and_masks(dataset))
         if as_dpo_trainer:
             layout = Layout.as_dpo_trainer(len(dataset), batch_size, accelerator.num_processes)
         else:
@@ -134,6 +136,11 @@ def _stored(key: str, store: ScoreStore, layout: Layout, about: dict[str, Any]) 
     return stored(store, layout, about)
 
 
+def tokens_and_masks(dataset: Dataset) -> tuple[str, ...]:
+    """The columns that say which tokens there are and, where that is not all of the answers, which are scored."""
+    return (*TOKENIZED_COLUMNS, *(name for name in TURN_MASKS if name in dataset.column_names))
+
+
 def _row_tokens(lengths: dict[str, np.ndarray], max_length: int | None) -> np.ndarray:
     prompt, chosen, rejected = (lengths[column] for column in TOKENIZED_COLUMNS)
     return sum(np.minimum(prompt + answer, max_length or np.inf) for answer in (chosen, rejected))
@@ -174,6 +181,8 @@ def _adapter(model, name: str | None) -> str | None:
 
 
 def _collator(collator: Any, dataset: Dataset) -> Any:
+    if isinstance(collator, AssistantTurns):
+        collator = collator.collator  # what it leaves out is among the tokens
     kind = f"{type(collator).__module__}.{type(collator).__qualname__}"
     if is_its_collator(collator):
         return {"kind": kind, **dataclasses.asdict(collator)}

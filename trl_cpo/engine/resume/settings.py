@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..._trl.datasets import TOKENIZED_COLUMNS
+from ...data.rows import TURN_MASKS
 from ...files.masking import masked
 from ..reference.digests import tokens_digest
 
@@ -41,4 +42,5 @@ def data_facts(dataset) -> dict[str, Any] | None:
     """The number of pairs of a prepared dataset and a digest of their tokens in order; None for a stream."""
     if not isinstance(dataset, Dataset) or not set(TOKENIZED_COLUMNS).issubset(dataset.column_names):
         return None
-    return {"pairs": len(dataset), "tokens": tokens_digest(dataset, TOKENIZED_COLUMNS)[0]}
+    masks = [name for name in TURN_MASKS if name in dataset.column_names]
+    return {"pairs": len(dataset), "tokens": tokens_digest(dataset, (*TOKENIZED_COLUMNS, *masks))[0]}
