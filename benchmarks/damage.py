@@ -7,12 +7,13 @@ Where damage begins: the price of good and of broken runs, side by side, for the
 
 Trains the embedded SmolLM2-135M-Instruct with LoRA on the demo's long answers, in several settings from harmless to
 destructive, and measures every few steps. Beside them: repetition in the pairs' own answers. About 5 minutes a setting on
-two cores; results are written after each. `table` sorts the measurements of several files by KL on general prompts.
+two cores; each measurement is written at once. `table` sorts the measurements of several files by KL on general prompts.
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ SETTINGS: dict[str, tuple[str, float, float, str, float]] = {
 }
 
 
-def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One setting: the price every few steps, with the share of held-out pairs preferred."""
+def measured(name: str, options: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+    """One setting: the price every few steps, with the share of held-out pairs preferred; each is saved at once."""
     from peft import LoraConfig
     from transformers import TrainerCallback
 
@@ -97,6 +98,7 @@ def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 preferred, in_u = (metrics[f"eval_cpo/{key}"] for key in ("prefers_chosen", "in_undesirable_region"))
                 before = {set_name: part.repetition.to_dict() for set_name, part in meter.before.items()}
                 rows.append({**about, "preferred": preferred, "in_U": in_u, **price, "before": before})
+                save(rows[-1])
 
         trainer.add_callback(Measure())
         trainer.train()
@@ -171,11 +173,13 @@ def main() -> None:
 
     options.model = source_of(options.model)
     results = {"repetition_of_people": repetition_of_people(options.model, options.pairs), "runs": []}
-    for name in options.settings:
-        rows = measured(name, options)
-        results["runs"] += rows
+
+    def save(row: dict[str, Any]) -> None:
+        results["runs"].append(row)
         write_json(options.out, results)
-        print(table(rows), flush=True)
+
+    for name in options.settings:
+        print(table(measured(name, options, save)), flush=True)
 
 
 if __name__ == "__main__":

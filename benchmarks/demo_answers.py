@@ -22,15 +22,15 @@ from .devices import chosen, described
 
 #: By arm: its name, and the options that make it.
 ARMS = {"clip": ("clip, the recipe", []), "dpo": ("DPO", ["--constraint", "none"])}
-#: By column: whether it is a percentage, and what it is of a record.
+#: By column: whether it is a percentage, and what it is of a record, before (0) or after (1).
 COLUMNS = {
-    "preferred before": (True, lambda record: record["preferred"][0]),
-    "after": (True, lambda record: record["preferred"][1]),
-    "in U": (True, lambda record: record["in_U"][1]),
-    "KL, general prompts": (False, lambda record: record["general"][1]["kl"]["value"]),
-    "KL, pairs' prompts": (False, lambda record: record["pairs"][1]["kl"]["value"]),
-    "3-grams repeated before": (True, lambda record: record["general"][0]["repetition"]["value"]),
-    "repeated after": (True, lambda record: record["general"][1]["repetition"]["value"]),
+    "preferred": (True, lambda record, end: record["preferred"][end]),
+    "in U": (True, lambda record, end: record["in_U"][end]),
+    "KL, general prompts": (False, lambda record, end: record["general"][end]["kl"]["value"]),
+    "3-grams repeated there": (True, lambda record, end: record["general"][end]["repetition"]["value"]),
+    "KL, pairs' prompts": (False, lambda record, end: record["pairs"][end]["kl"]["value"]),
+    "3-grams repeated on these": (True, lambda record, end: record["pairs"][end]["repetition"]["value"]),
+    "answers that end": (True, lambda record, end: record["pairs"][end]["ended"]["value"]),
 }
 
 
@@ -67,30 +67,36 @@ def trained(arm: str, seed: int, model: str, device: Any, more: Sequence[str] = 
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row a run, each arm's mean over seeds, and the difference of the same seeds."""
+    """Markdown: the start, a row a run, each arm's mean over seeds, and the difference of the same seeds."""
     lines = [f"| | seed | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
     runs = {arm: {r["seed"]: r for r in sorted(records, key=lambda r: r["seed"]) if r["arm"] == arm} for arm in ARMS}
     if sum(map(len, runs.values())) < len(records):
         raise ValueError("An arm was run twice with one seed.")
 
-    def row(name: str, seed: object, cells: list[str]) -> None:
+    def row(name: str, seed: object, cells: Sequence[str]) -> None:
         lines.append(f"| {name} | {seed} | {' | '.join(cells)} |")
+
+    def one(record: dict[str, Any], end: int) -> tuple[str, ...]:
+        found = [(percent, of(record, end)) for percent, of in COLUMNS.values()]
+        return tuple(f"{100 * value:.0f} %" if percent else f"{value:.3f}" for percent, value in found)
 
     def spread(found: Sequence[dict[str, Any]], less: Sequence[dict[str, Any]] | None = None) -> list[str]:
         cells = []
         for percent, of in COLUMNS.values():
-            values = [of(record) for record in found]
+            values = [of(record, 1) for record in found]
             if less is not None:
-                values = [value - of(other) for value, other in zip(values, less, strict=True)]
+                values = [value - of(other, 1) for value, other in zip(values, less, strict=True)]
             middle, half = interval(values)
             sign = "" if less is None else "+"
             cells.append(f"{100 * middle:{sign}.1f} ± {100 * half:.1f}" if percent else f"{middle:{sign}.3f} ± {half:.3f}")
         return cells
 
+    # The same model for every run; devices may round its greedy answers apart.
+    for cells in dict.fromkeys(one(record, 0) for record in records):
+        row("the start", "", cells)
     for arm, by_seed in runs.items():
         for seed, record in by_seed.items():
-            cells = [f"{100 * of(record):.0f} %" if percent else f"{of(record):.3f}" for percent, of in COLUMNS.values()]
-            row(ARMS[arm][0], seed, cells)
+            row(ARMS[arm][0], seed, one(record, 1))
     for arm, by_seed in runs.items():
         if len(by_seed) > 1:
             row(ARMS[arm][0], "mean", spread(list(by_seed.values())))

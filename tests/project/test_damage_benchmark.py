@@ -22,12 +22,16 @@ def run(monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_settings_are_measured_and_shown(run, tmp_path, model_folder):
+def test_settings_are_measured_and_shown(run, tmp_path, model_folder, monkeypatch):
+    from trl_cpo.files import atomic
+
+    write, written = atomic.write_json, []  # how many measurements the file holds, each time: a run cut off keeps its own
+    monkeypatch.setattr(atomic, "write_json", lambda file, held: (written.append(len(held["runs"])), write(file, held)))
     out = tmp_path / "out.json"
     options = ["--max_steps", 2, "--every", 1, "--prompts", 2, "--tokens", 4, "--seed", 7, "--model", model_folder]
     run("run", "--settings", "clip, means, 1e-3", "--device", "cpu", *options, "--out", out)
     found = json.loads(out.read_text())
-    assert 0 <= found["repetition_of_people"] < 1
+    assert written == [1, 2] and 0 <= found["repetition_of_people"] < 1
     assert [(row["setting"], row["seed"], row["step"]) for row in found["runs"]] == [
         ("clip, means, 1e-3", 7, n) for n in (1, 2)
     ]

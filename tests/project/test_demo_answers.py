@@ -33,11 +33,13 @@ def test_a_run_is_of_the_recipe_and_its_record_is_kept(benchmark, tmp_path, mode
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["demo_answers", "table", str(out)])
     benchmark.main()
-    assert capsys.readouterr().out.splitlines()[2].startswith(f"| DPO | 7 | {100 * record['preferred'][0]:.0f} % |")
+    lines = capsys.readouterr().out.splitlines()
+    for line, name, end in zip(lines[2:], ("| the start |  |", "| DPO | 7 |"), (0, 1), strict=True):
+        assert line.startswith(f"{name} {100 * record['preferred'][end]:.0f} % |")
 
 
 def record(arm, seed, preferred, kl):
-    ends = [{"kl": {"value": value}, "repetition": {"value": 0.1}} for value in (0.0, kl)]
+    ends = [{"kl": {"value": value}, "repetition": {"value": 0.1}, "ended": {"value": 0.5}} for value in (0.0, kl)]
     return {"arm": arm, "seed": seed, "preferred": [0.2, preferred], "in_U": [0, 0], "general": ends, "pairs": ends}
 
 
@@ -46,8 +48,9 @@ def test_the_table_by_hand(benchmark):
     records = [record("dpo", 2, 0.3, 0.03), record("dpo", 1, 0.28, 0.03), record("clip", 1, 0.3, 0.05)]
     records.append(record("clip", 2, 0.34, 0.06))
     lines = benchmark.table(records).splitlines()
-    assert [line.split(" | ")[1] for line in lines[2:6]] == ["1", "2", "1", "2"]
-    assert lines[6].split(" | ")[:5] == ["| clip, the recipe", "mean", "20.0 ± 0.0", "32.0 ± 25.4", "0.0 ± 0.0"]
-    assert lines[8].split(" | ")[2:6] == ["+0.0 ± 0.0", "+3.0 ± 12.7", "+0.0 ± 0.0", "+0.025 ± 0.064"]
+    assert lines[2] == "| the start |  | 20 % | 0 % | 0.000 | 10 % | 0.000 | 10 % | 50 % |"
+    assert [line.split(" | ")[1] for line in lines[3:7]] == ["1", "2", "1", "2"]
+    assert lines[7].split(" | ")[:4] == ["| clip, the recipe", "mean", "32.0 ± 25.4", "0.0 ± 0.0"]
+    assert lines[9].split(" | ")[2:5] == ["+3.0 ± 12.7", "+0.0 ± 0.0", "+0.025 ± 0.064"]
     with pytest.raises(ValueError, match="twice"):
         benchmark.table([*records, records[0]])

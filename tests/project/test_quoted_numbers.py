@@ -53,7 +53,7 @@ def decisions(records) -> set[str]:
 
 
 def damage(record) -> set[str]:
-    names = {"DPO, sums, 1e-3": "plain DPO", "clip, sums, 1e-3": "clip, γ 1"}
+    names = {"DPO, sums, 1e-3": "plain DPO", "clip, sums, 1e-3": "clip, γ 1", "clip, means, 1e-3": "clip, means"}
     rows = {f"the pairs' chosen answers, by people |  |  | {100 * record['repetition_of_people']:.0f} %"}
     for run in record["runs"]:
         kl, repeated = run["sets"]["general"]["kl"], f"{100 * run['sets']['general']['repetition']['value']:.0f} %"
@@ -102,6 +102,13 @@ def seeds(records) -> set[str]:
     return {line.strip("| ") for line in seeds_table(records, (*LEVELS, 0.08, 0.1)).splitlines() if line.startswith("| ")}
 
 
+def answers(records) -> set[str]:
+    """The table of `python -m benchmarks.demo_answers`."""
+    from benchmarks.demo_answers import table
+
+    return {line.strip("| ") for line in table(records).splitlines() if line.startswith("| ")}
+
+
 def bound(records) -> set[str]:
     """As the program prints them."""
     from benchmarks.bound import row
@@ -114,6 +121,7 @@ TABLES = {
     "decisions": (decisions, 10),
     "damage": (damage, 4),
     "seeds": (seeds, 6),
+    "answers": (answers, 9),
     "casts": (casts, 6),
     "starts": (starts, 4),
     "bound": (bound, 9),
