@@ -234,8 +234,9 @@ def test_every_experiment_runs(tmp_path, capsys):
         "real": ["clip means 2.5"],
     }
     for experiment, some in arms.items():
+        one_seed = ["--seeds", "1"] if experiment == "real" else []
         for _ in range(2):
-            program.main([experiment, *work, "--arms", *some])
+            program.main([experiment, *work, "--arms", *some, *one_seed])
         lines = (tmp_path / "records" / f"{experiment}.jsonl").read_text().splitlines()
         assert [json.loads(line)["arm"] for line in lines] == ["start", *some]
     program.main(["larger", *work, "--variant", "tone", "--arms", "clip 1", "--seeds", "1", "2", "--processes", "2"])
